@@ -1,0 +1,96 @@
+"""Text files in, whole files out: strict JSONL rows, checksums, and folders that appear only when they are complete.
+
+Every room may import this file; it imports no room.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from user_input import UserError
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number from 1, row) of a .jsonl or .jsonl.gz file.
+
+    Raises UserError, naming file and line, when a line is not UTF-8, is not a JSON object, or the gzip stream breaks off.
+    """
+    for number, line in _numbered_lines(Path(path)):
+        where = f"{path} line {number}"
+        try:
+            row = json.loads(line.decode("utf-8"))
+            # A lone surrogate is valid JSON ("\ud800") and no text: neither UTF-8 nor a tokenizer can hold it.
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: byte {line[error.start]:#04x} is not UTF-8: convert the file, for example with iconv") from None
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: holds half of a surrogate pair, which is no character: mend or drop the row") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: is not JSON ({error.msg}): write one JSON object a line") from None
+        if not isinstance(row, dict):
+            raise UserError(f'{where}: is a JSON {type(row).__name__}, not an object: write rows such as {{"text": "..."}}')
+        yield number, row
+
+
+def sha256_of(path: str | Path) -> str:
+    """The sha256 of a file's bytes in hex. Raises UserError when the file cannot be read."""
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): check the path") from None
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name and renames it, so that a reader finds all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+@contextmanager
+def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
+    """Gives a temporary folder to fill; it becomes `folder`, in the place of an older one, when the block ends without an error.
+
+    `mark` is a file that every complete folder of this kind holds; a folder without it is somebody else's and is left alone (UserError).
+    """
+    if folder.exists() and not (folder / mark).exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: exists, is not empty and holds no {mark}: name another folder, or remove this one")
+    partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their numbers."""
+    number = 0
+    try:
+        with _open(path) as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield number, line
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file: check the path") from None
+    except (EOFError, gzip.BadGzipFile, OSError) as error:
+        raise UserError(f"{path} after line {number}: cannot be read further ({error}): copy or build the file again") from None
+
+
+def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
+    if path.name.endswith(".jsonl.gz"):
+        return gzip.open(path, "rb")
+    if path.name.endswith(".jsonl"):
+        return open(path, "rb")
+    raise UserError(f"{path}: unknown kind of file: give .jsonl or .jsonl.gz")

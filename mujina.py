@@ -1,0 +1,39 @@
+"""The `mujina` command: one verb for each station on the way of the data.
+
+`mujina VERB …` runs `python -m MODULE …`; the module's own `--help` explains its arguments. Imports nothing heavy.
+"""
+
+import runpy
+import sys
+
+VERBS = {
+    "tokenizer": ("tokenization.train", "train a SentencePiece tokenizer with chat roles"),
+    "prepare": ("data_prep.prepare", "turn documents into indexed token binaries"),
+    "plan": ("megatron_jobs.plan", "show parameters, phases, steps and the data that they need"),
+    "train": ("megatron_jobs.launch", "train, or go on training, on this machine"),
+    "upcycle": ("megatron_jobs.upcycle", "make a mixture of experts out of a dense checkpoint"),
+    "convert": ("megatron_jobs.convert", "write a checkpoint as a Hugging Face folder, logits compared"),
+    "generate": ("evaluation.generate", "let a Hugging Face folder answer prompts"),
+    "evaluate": ("evaluation.arithmetic", "score a Hugging Face folder's answers to arithmetic prompts"),
+    "report": ("evaluation.report", "draw runs and evaluations into one HTML file"),
+}
+
+
+def main() -> None:
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in ("--help", "-h", "help"):
+        print("usage: mujina VERB …        (mujina VERB --help explains a verb)\n")
+        for name, (module, what) in VERBS.items():
+            print(f"  {name:<10} {what}  [python -m {module}]")
+    elif verb in VERBS:
+        sys.argv = [f"mujina {verb}", *sys.argv[2:]]
+        runpy.run_module(VERBS[verb][0], run_name="__main__")
+    else:
+        from megatron_jobs.config import nearest
+
+        print(f"error: no such verb: {verb}: {nearest(verb, list(VERBS))}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+from setuptools import setup
+
+setup(
+    name="mujina",
+    version="0.1.0",
+    description="Continued pretraining on Megatron Core: raw text to a dense 8B and an upcycled 8x8B mixture of experts",
+    license="Apache-2.0",
+    python_requires=">=3.12",
+    packages=["tokenization", "data_prep", "data_prep.synthetic", "moe", "megatron_jobs", "evaluation"],
+    py_modules=["files", "mujina", "user_input"],
+    package_data={"tokenization": ["chat_template.jinja"], "megatron_jobs": ["configs/*.yaml"]},
+    entry_points={"console_scripts": ["mujina = mujina:main"]},
+    install_requires=[
+        "datasets",
+        "megatron-core>=0.19,<0.20",
+        "numpy",
+        "nvidia-ml-py",
+        "psutil",
+        "pydantic>=2",
+        "pyyaml",
+        "rich",
+        "safetensors",
+        "sentencepiece",
+        "tensorboard",
+        "tokenizers",
+        "torch>=2.11",
+        "transformers>=5",
+        "typer",
+    ],
+    extras_require={
+        # NVIDIA Apex is used where it is found and is built from source; the package called "apex" on PyPI is another project.
+        "gpu": ["transformer-engine[core_cu13,pytorch]==2.20.2"],
+        "test": ["hypothesis", "pytest", "ruff"],
+    },
+)
