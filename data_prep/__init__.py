@@ -1,0 +1,1 @@
+"""Documents in, indexed token binaries out. May import tokenization."""

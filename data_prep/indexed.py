@@ -1,0 +1,219 @@
+"""Token binaries in Megatron's indexed format: <prefix>.bin (ids), <prefix>.idx (where documents lie), <prefix>.json (manifest).
+
+The manifest is written last: a binary without one does not exist. Layout of .idx (megatron.core.datasets.indexed_dataset), little-endian:
+    9 bytes  b"MMIDIDX\\0\\0"     8 bytes  version 1     1 byte  dtype code     8 bytes  sequences S     8 bytes  document bounds D + 1
+    int32[S]  tokens in each sequence     int64[S]  byte offset of each     int64[D + 1]  sequence at which each document starts
+Here every document is one sequence, so S = D.
+"""
+
+import hashlib
+import os
+import struct
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pydantic
+
+from data_prep.documents import Kind, Origin
+from files import sha256_of, write_whole
+from user_input import Section, UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPE_CODES = {"int32": 4, "uint16": 8}
+CHUNK = 1 << 20  # index entries held in memory at once
+
+
+class Labels(Section):
+    """What the writer of a binary knows about it. `languages` and `licences` count documents."""
+
+    name: str
+    kind: Kind
+    origin: Origin
+    languages: dict[str, int]
+    licences: dict[str, int]
+    num_characters: int
+    tokenizer_hash: str
+    vocab_size: int
+    fingerprint: str
+
+
+class Manifest(Labels):
+    """<prefix>.json. `num_tokens` includes the end-of-document token of every document."""
+
+    num_tokens: int
+    num_documents: int
+    dtype: str
+    bin_sha256: str
+    idx_sha256: str
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Megatron's rule: uint16 below 65,500 pieces, else int32."""
+    return np.dtype(np.uint16 if vocab_size < 65_500 else np.int32)
+
+
+class BinaryWriter:
+    """Writes one binary under temporary names; `finish` gives it its names. Memory does not grow with the number of documents."""
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
+        self._prefix = Path(prefix)
+        self._dtype = np.dtype(dtype)
+        self.num_documents = 0
+        self.num_tokens = 0
+        self._prefix.parent.mkdir(parents=True, exist_ok=True)
+        self._bin = _HashedFile(self._partial("bin"))
+        self._lengths = _HashedFile(self._partial("lengths"))
+
+    def add_document(self, ids: np.ndarray) -> None:
+        """Appends one document: a 1-D array of token ids, its end-of-document token included."""
+        assert ids.ndim == 1 and ids.size > 0
+        self._bin.write(ids.astype(self._dtype, copy=False).tobytes())
+        self._lengths.write(struct.pack("<i", ids.size))
+        self.num_documents += 1
+        self.num_tokens += ids.size
+
+    def finish(self, labels: Labels) -> Manifest:
+        """Writes the index and the manifest, and renames. Until the last step an older binary of this name no longer exists."""
+        bin_sha256 = self._bin.close()
+        self._lengths.close()
+        manifest = Manifest(
+            **labels.model_dump(),
+            num_tokens=self.num_tokens,
+            num_documents=self.num_documents,
+            dtype=self._dtype.name,
+            bin_sha256=bin_sha256,
+            idx_sha256=self._write_index(),
+        )
+        path_of(self._prefix, "json").unlink(missing_ok=True)
+        os.replace(self._partial("bin"), path_of(self._prefix, "bin"))
+        os.replace(self._partial("idx"), path_of(self._prefix, "idx"))
+        self._partial("lengths").unlink()
+        write_whole(path_of(self._prefix, "json"), (manifest.model_dump_json(indent=2) + "\n").encode())
+        return manifest
+
+    def _write_index(self) -> str:
+        index = _HashedFile(self._partial("idx"))
+        index.write(HEADER.pack(MAGIC, 1, DTYPE_CODES[self._dtype.name], self.num_documents, self.num_documents + 1))
+        lengths = np.memmap(self._partial("lengths"), dtype="<i4", mode="r")
+        for start in range(0, self.num_documents, CHUNK):
+            index.write(lengths[start : start + CHUNK].tobytes())
+        offset = 0
+        for start in range(0, self.num_documents, CHUNK):
+            ends = offset + np.cumsum(lengths[start : start + CHUNK], dtype="<i8") * self._dtype.itemsize
+            index.write(np.concatenate([[offset], ends[:-1]]).astype("<i8").tobytes())
+            offset = int(ends[-1])
+        for start in range(0, self.num_documents + 1, CHUNK):
+            index.write(np.arange(start, min(start + CHUNK, self.num_documents + 1), dtype="<i8").tobytes())
+        return index.close()
+
+    def _partial(self, kind: str) -> Path:
+        return self._prefix.with_name(f".{self._prefix.name}.{kind}.partial")
+
+
+class TokenBinary:
+    """An opened binary. `tokens` is a 1-D memory map of all ids in order, each document ending in its end-of-document token."""
+
+    def __init__(self, prefix: Path, manifest: Manifest) -> None:
+        self.prefix = prefix
+        self.manifest = manifest
+        documents, index = manifest.num_documents, path_of(prefix, "idx")
+        self.tokens: np.ndarray = np.memmap(path_of(prefix, "bin"), dtype=manifest.dtype, mode="r")
+        self._lengths = np.memmap(index, dtype="<i4", mode="r", offset=HEADER.size, shape=(documents,))
+        self._offsets = np.memmap(index, dtype="<i8", mode="r", offset=HEADER.size + 4 * documents, shape=(documents,))
+
+    def document(self, index: int) -> np.ndarray:
+        """The ids of one document, without a copy."""
+        start = int(self._offsets[index]) // self.tokens.itemsize
+        return self.tokens[start : start + int(self._lengths[index])]
+
+    def verify(self) -> None:
+        """Reads everything and raises UserError unless both checksums are the manifest's. Seconds per gigabyte."""
+        for kind, expected in (("bin", self.manifest.bin_sha256), ("idx", self.manifest.idx_sha256)):
+            path = path_of(self.prefix, kind)
+            if sha256_of(path) != expected:
+                raise UserError(f"{path}: its checksum is not the manifest's: the file has changed, prepare the source again")
+
+
+def path_of(prefix: Path, kind: str) -> Path:
+    """<prefix>.<kind>; not `with_suffix`, because a name may hold a dot."""
+    return prefix.with_name(f"{prefix.name}.{kind}")
+
+
+def open_binary(prefix: str | Path, tokenizer_hash: str | None = None) -> TokenBinary:
+    """Opens <prefix>.bin/.idx/.json in a time that does not depend on their size.
+
+    Checks manifest, sizes, the index's header and its last entry against each other, and the tokenizer when its hash is given.
+    Raises UserError when they do not belong together.
+    """
+    prefix = Path(prefix)
+    manifest = _read_manifest(prefix)
+    bin_path, idx_path = path_of(prefix, "bin"), path_of(prefix, "idx")
+    if tokenizer_hash not in (None, manifest.tokenizer_hash):
+        raise UserError(
+            f"{prefix}: was prepared with the tokenizer {manifest.tokenizer_hash[:12]}, the one given is {str(tokenizer_hash)[:12]}: "
+            f"prepare the source again with this tokenizer, or give the one that it was prepared with"
+        )
+    if manifest.num_documents == 0 or manifest.num_tokens == 0:
+        raise UserError(f"{prefix}: holds no documents: leave the source out, or prepare it again from files that hold some")
+    itemsize = np.dtype(manifest.dtype).itemsize
+    _check_size(bin_path, manifest.num_tokens * itemsize)
+    documents = manifest.num_documents
+    _check_size(idx_path, HEADER.size + documents * 12 + (documents + 1) * 8)
+    with open(idx_path, "rb") as stream:
+        header = HEADER.unpack(stream.read(HEADER.size))
+        last_length = _entry(stream, "<i", HEADER.size + 4 * (documents - 1))
+        last_offset = _entry(stream, "<q", HEADER.size + 4 * documents + 8 * (documents - 1))
+    expected = (MAGIC, 1, DTYPE_CODES[manifest.dtype], documents, documents + 1)
+    if header != expected or last_offset + last_length * itemsize != manifest.num_tokens * itemsize:
+        raise UserError(
+            f"{idx_path}: is not the index of {bin_path.name}: it is of another binary, copy it again or prepare the source again"
+        )
+    return TokenBinary(prefix, manifest)
+
+
+def _read_manifest(prefix: Path) -> Manifest:
+    path = path_of(prefix, "json")
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such manifest, so {prefix} is not a whole binary: run python -m data_prep.prepare (again)") from None
+    except pydantic.ValidationError as error:
+        raise UserError(f"{path}: is not a manifest ({error.errors()[0]['msg']}): prepare the source again") from None
+
+
+def _check_size(path: Path, expected: int) -> None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, though the manifest is there: copy it too, or prepare the source again") from None
+    if size != expected:
+        raise UserError(
+            f"{path}: has {size:,} bytes, its manifest asks for {expected:,}: it is truncated or of another binary, "
+            f"copy it again or prepare the source again"
+        )
+
+
+def _entry(stream: BinaryIO, layout: str, offset: int) -> int:
+    stream.seek(offset)
+    return int(struct.unpack(layout, stream.read(struct.calcsize(layout)))[0])
+
+
+class _HashedFile:
+    """A file written from start to end, with the sha256 of what went in."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = open(path, "wb")
+        self._sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self._stream.write(data)
+        self._sha256.update(data)
+
+    def close(self) -> str:
+        """Returns the sha256 in hex, once the bytes are on the disk: a rename must not overtake them."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        return self._sha256.hexdigest()

@@ -1,0 +1,1 @@
+"""Synthetic documents: rule-based dialogues."""

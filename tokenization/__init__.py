@@ -1,0 +1,1 @@
+"""Tokenizers: training, loading, chat templates. Imports no sibling room."""
