@@ -1,0 +1,229 @@
+"""The configuration of a training run: what may be written in its YAML file, and the rules that hold between the fields.
+
+`load(path, overrides)` reads a file; `RunConfig.check(world_size)` raises on what cannot be and never edits.
+Needs no torch. Counts start with `num_`, `tokens` are tokens, intervals are optimizer steps.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from data_prep.documents import Kind, Origin
+from user_input import Section, UserError, parse, read_yaml
+
+VOCABULARY_MULTIPLE = 128  # one size at every tensor-parallel size, and a shape that GPU kernels like
+
+
+class ModelConfig(Section):
+    """A Llama-shaped decoder: RMSNorm, SwiGLU, rotary positions, grouped queries, no biases."""
+
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    ffn_hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_query_groups: PositiveInt
+    vocab_size: PositiveInt
+    norm_epsilon: PositiveFloat = 1e-5
+    rope_theta: PositiveFloat = 10_000
+    init_std: PositiveFloat = 0.02
+    tie_embeddings: bool = False
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and of the output layer; the rows behind `vocab_size` are never looked up."""
+        return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+    @pydantic.model_validator(mode="after")
+    def _divides(self) -> "ModelConfig":
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"num_attention_heads ({self.num_attention_heads}) must divide hidden_size ({self.hidden_size})")
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(f"num_query_groups ({self.num_query_groups}) must divide num_attention_heads ({self.num_attention_heads})")
+        return self
+
+
+class MoEConfig(Section):
+    """Every FFN a mixture: top-k of the router's logits first, softmax over the chosen ones (Mixtral)."""
+
+    num_experts: PositiveInt
+    top_k: PositiveInt
+    load_balancing_loss: NonNegativeFloat = 0.02
+    router_z_loss: NonNegativeFloat = 1e-5
+    router_init_std: PositiveFloat = 0.01
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> "MoEConfig":
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k ({self.top_k}) must not exceed num_experts ({self.num_experts}): lower it")
+        return self
+
+
+class ParallelConfig(Section):
+    """Sizes of the model-parallel dimensions; what is left of the processes is data parallel. Tensor parallel is sequence parallel too."""
+
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    expert: PositiveInt = 1
+
+    def data(self, world_size: int) -> int:
+        return world_size // (self.tensor * self.pipeline)
+
+
+class OptimizerConfig(Section):
+    """AdamW with decoupled weight decay; none on norms. The learning rate belongs to the phases."""
+
+    beta1: PositiveFloat = 0.9
+    beta2: PositiveFloat = 0.95
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    clip_grad: PositiveFloat = 1.0
+
+
+class LearningRate(Section):
+    """The piece of the learning-rate curve that belongs to one phase: a linear warm-up from 0, then `start` to `end`."""
+
+    start: PositiveFloat
+    end: NonNegativeFloat
+    shape: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+
+
+class Admit(Section):
+    """Which sources a phase lets in; an empty list lets in all."""
+
+    kinds: tuple[Kind, ...] = ()
+    origins: tuple[Origin, ...] = ()
+
+
+class Phase(Section):
+    """A stretch of training with one mix. It has `tokens // (sequence_length × global_batch_size)` steps."""
+
+    name: str
+    tokens: PositiveInt
+    sequence_length: PositiveInt
+    global_batch_size: PositiveInt
+    sources: dict[str, PositiveFloat] = Field(min_length=1)
+    learning_rate: LearningRate
+    admit: Admit = Admit()
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequence_length * self.global_batch_size
+
+    @property
+    def num_steps(self) -> int:
+        return self.tokens // self.tokens_per_step
+
+    @pydantic.model_validator(mode="after")
+    def _has_a_step(self) -> "Phase":
+        if not self.num_steps:
+            raise ValueError(
+                f"phase {self.name}: tokens ({self.tokens:,}) must hold at least one step of {self.tokens_per_step:,} tokens: raise it"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """Where the token binaries are (`<folder>/<source>.bin/.idx/.json`) and how their streams are cut."""
+
+    folder: Path
+    block_length: PositiveInt = 8192  # tokens; every phase's sequence_length divides it
+    max_epochs: PositiveInt = 1
+
+
+class TrainConfig(Section):
+    micro_batch_size: PositiveInt
+    precision: Literal["fp32", "bf16"] = "bf16"
+    checkpoint_interval: PositiveInt = 500  # steps; the end of a phase is always saved, and kept
+    keep_checkpoints: PositiveInt = 2
+    init_from: Path | None = None  # a checkpoint folder whose weights (and no optimizer state) start the run
+
+
+class RunConfig(Section):
+    run: Path  # the run folder
+    seed: NonNegativeInt = 1
+    tokenizer: Path
+    model: ModelConfig
+    moe: MoEConfig | None = None
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig
+    train: TrainConfig
+    phases: tuple[Phase, ...] = Field(min_length=1)
+
+    @pydantic.field_validator("phases", mode="before")
+    @classmethod
+    def _phase_file(cls, value: Any) -> Any:
+        """`phases:` is a list, or the path of a file that holds such a list under `phases:`."""
+        return read_yaml(value, _PhaseFile).phases if isinstance(value, str) else value
+
+    @pydantic.model_validator(mode="after")
+    def _phases_agree(self) -> "RunConfig":
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) < len(names):
+            raise ValueError(f"phases: every name must stand once, these do not: {', '.join(names)}")
+        for phase in self.phases:
+            if self.data.block_length % phase.sequence_length:
+                raise ValueError(
+                    f"phases.{phase.name}.sequence_length ({phase.sequence_length}) must divide "
+                    f"data.block_length ({self.data.block_length}): change one of them"
+                )
+        return self
+
+    def check(self, world_size: int) -> None:
+        """Raises UserError when the run cannot be laid out over `world_size` processes."""
+        model, moe, parallel = self.model, self.moe, self.parallel
+        model_parallel = parallel.tensor * parallel.pipeline
+        _divides("parallel.tensor × parallel.pipeline", model_parallel, "the number of processes", world_size)
+        data_parallel = parallel.data(world_size)
+        _divides("parallel.tensor", parallel.tensor, "model.num_query_groups", model.num_query_groups)
+        _divides("parallel.tensor", parallel.tensor, "model.ffn_hidden_size", model.ffn_hidden_size)
+        _divides("parallel.tensor", parallel.tensor, "the padded vocabulary", model.padded_vocab_size)
+        _divides("parallel.pipeline", parallel.pipeline, "model.num_layers", model.num_layers)
+        if moe is None and parallel.expert > 1:
+            raise UserError(f"parallel.expert ({parallel.expert}) needs a moe section: add one, or set parallel.expert to 1")
+        if moe is not None:
+            _divides("parallel.expert", parallel.expert, "moe.num_experts", moe.num_experts)
+            _divides("parallel.expert", parallel.expert, "the data-parallel size times parallel.tensor", data_parallel * parallel.tensor)
+        for phase in self.phases:
+            _divides(
+                "train.micro_batch_size × the data-parallel size",
+                self.train.micro_batch_size * data_parallel,
+                f"phases.{phase.name}.global_batch_size",
+                phase.global_batch_size,
+            )
+            _divides("parallel.tensor", parallel.tensor, f"phases.{phase.name}.sequence_length", phase.sequence_length)
+
+
+class _PhaseFile(Section):
+    phases: list[dict[str, Any]]
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """The configuration in `path` with dotted `key=value` overrides on top; raises UserError."""
+    return read_yaml(path, RunConfig, overrides)
+
+
+def from_dict(values: dict[str, Any], where: str) -> RunConfig:
+    """A configuration that was stored as plain values (in a checkpoint)."""
+    return parse(values, RunConfig, where)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The remedy clause for a name that is not among the `known` ones."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(known)) or 'none'}"
+
+
+def _divides(part_name: str, part: int, whole_name: str, whole: int) -> None:
+    if whole % part:
+        divisors = [n for n in range(1, whole + 1) if whole % n == 0]
+        near = sorted(sorted(divisors, key=lambda n: abs(n - part))[:4])
+        raise UserError(f"{part_name} ({part}) must divide {whole_name} ({whole}): the nearest that do are {', '.join(map(str, near))}")

@@ -1,0 +1,100 @@
+"""Stand-ins for what megatron-core takes for granted of CUDA, so that the same code runs on a CPU over gloo.
+
+`install()` is called once, before a process group is made, and only where there is no GPU.
+"""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._device
+
+CPU = torch.device("cpu")
+
+
+def install() -> None:
+    _factories_on_cpu()
+    _current_device()
+    _streams()
+    _tensor_type()
+    _rng_tracker()
+    _token_dispatcher()
+    # "Apex is not installed", "Transformer Engine is not installed" and their like say nothing new on a CPU.
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+def _factories_on_cpu() -> None:
+    """Schedules, the gradient clip and the optimizer make small tensors with `device="cuda"` written out."""
+    # `with torch.device(…)` knows the factories by identity and looks them up once: it must find the originals, or
+    # transformers builds the rotary frequencies of its models outside its meta device and leaves them without values.
+    torch.utils._device._device_constructors()
+    for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like"):
+        setattr(torch, name, _cuda_means_cpu(getattr(torch, name)))
+
+
+def _cuda_means_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return wrapped
+
+
+def _current_device() -> None:
+    """Buffers and pipeline messages are allocated on `torch.cuda.current_device()`."""
+    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment]
+
+
+def _streams() -> None:
+    """Gradient buffers and the token dispatcher order their work on streams; a CPU does one thing after the other."""
+
+    class Stream:
+        def wait_stream(self, stream: object) -> None: ...
+
+        def record_event(self) -> "Stream":
+            return self
+
+        def synchronize(self) -> None: ...
+
+    torch.cuda.Stream = Stream  # type: ignore[assignment,misc]
+    torch.cuda.current_stream = lambda device=None: Stream()  # type: ignore[assignment,return-value]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda device=None: None
+
+
+def _tensor_type() -> None:
+    """DistributedOptimizer and clip_grads sort parameters by `Tensor.type()` and know CUDA's names only."""
+    original = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return original(self, *args, **kwargs)
+        return original(self).replace("torch.", "torch.cuda.")
+
+    torch.Tensor.type = type_name  # type: ignore[assignment,method-assign]
+
+
+def _rng_tracker() -> None:
+    """Layers fork CUDA's random state around dropout; Mujina has no dropout, and draws its initial weights itself."""
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    CudaRNGStatesTracker.fork = lambda self, name="": contextlib.nullcontext()  # type: ignore[assignment,method-assign]
+
+
+def _token_dispatcher() -> None:
+    """The all-to-all dispatcher wants its split sizes as lists; on a CPU the helper hands tensors through."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    original = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        tensor = original(tensor, as_numpy, record_stream)
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = as_numpy

@@ -1,0 +1,31 @@
+"""The token binaries of a run, opened and checked against its configuration."""
+
+from data_prep.indexed import TokenBinary, open_binary
+from megatron_jobs.config import RunConfig
+from megatron_jobs.phases import Source
+from tokenization.tokenizer import Tokenizer
+from user_input import UserError
+
+__all__ = ["TokenBinary", "facts", "open_sources"]
+
+
+def open_sources(config: RunConfig) -> dict[str, TokenBinary]:
+    """Every source in `data.folder`, by name. Takes a time that does not depend on their size.
+
+    Raises UserError when a binary is damaged or made with another tokenizer than the run's.
+    """
+    tokenizer = Tokenizer.load(config.tokenizer)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size ({config.model.vocab_size}) must be the number of pieces of the tokenizer in {config.tokenizer} "
+            f"({tokenizer.vocab_size}): change one of them"
+        )
+    used = {name for phase in config.phases for name in phase.sources}
+    prefixes = {path.stem: path.with_suffix("") for path in sorted(config.data.folder.glob("*.json"))}
+    return {name: open_binary(prefix, tokenizer.hash) for name, prefix in prefixes.items() if name in used}
+
+
+def facts(binaries: dict[str, TokenBinary]) -> dict[str, Source]:
+    return {
+        name: Source(name, binary.manifest.num_tokens, binary.manifest.kind, binary.manifest.origin) for name, binary in binaries.items()
+    }

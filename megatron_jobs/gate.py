@@ -1,0 +1,70 @@
+"""The gate at the end of upcycling and of conversion: logits of both sides on real text, and a bound that fails the command."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_jobs import data, layout, model
+from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig
+from megatron_jobs.layout import TensorSource
+from megatron_jobs.order import DataOrder
+from user_input import UserError
+
+NUM_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two sides are apart: differences of logits, relative to the largest logit; mean losses in nats a token."""
+
+    max_relative_error: float
+    mean_relative_error: float
+    loss_before: float
+    loss_after: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        return self.max_relative_error <= self.bound  # False for NaN as well
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"logits agree to {self.max_relative_error:.2e} at most and {self.mean_relative_error:.2e} on average "
+            f"(relative; the bound is {self.bound:.0e}); loss {self.loss_before:.6f} before, {self.loss_after:.6f} after"
+        )
+
+
+def samples(config: RunConfig) -> torch.Tensor:
+    """The first samples that a run trains on: token ids, shape [samples, sequence length + 1]. Raises UserError without its data."""
+    binaries = data.open_sources(config)
+    first = config.phases[0]
+    where = DataOrder(config, data.facts(binaries)).samples(0, range(min(NUM_SAMPLES, first.global_batch_size)))
+    rows = [binaries[name].tokens[at : at + first.sequence_length + 1] for name, at in where]
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def megatron_logits(model_config: ModelConfig, moe: MoEConfig | None, weights: TensorSource, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of megatron-core's model in float32, shape [samples, sequence length, vocabulary]; within `parallel.alone()`."""
+    gpt = model.build(model_config, moe, ParallelConfig(), torch.float32, tokens.shape[1])
+    layout.fill(layout.local_parameters([gpt], model_config, moe), weights)
+    device = next(gpt.parameters()).device
+    positions = torch.arange(tokens.shape[1], device=device).expand(tokens.shape[0], -1)
+    with torch.no_grad():
+        return gpt.eval()(tokens.to(device), positions, None)[..., : model_config.vocab_size].float().cpu()
+
+
+def compare(before: torch.Tensor, after: torch.Tensor, labels: torch.Tensor, bound: float) -> Agreement:
+    difference = (before - after).abs()
+    scale = before.abs().max()
+    losses = [float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())) for logits in (before, after)]
+    return Agreement(float(difference.max() / scale), float(difference.mean() / scale), losses[0], losses[1], bound)
+
+
+def require(agreement: Agreement, what: str) -> None:
+    if not agreement.holds:
+        raise UserError(f"{what}: {agreement}: nothing was written; this is a defect, please report it with the configuration")

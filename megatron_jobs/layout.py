@@ -1,0 +1,140 @@
+"""Where the parameters of this rank lie in the whole model.
+
+The whole model is a set of named matrices (Hugging Face's shapes: query, key and value apart, gate and up apart, experts
+counted over all ranks); a vector is a matrix of one column. A rank holds boxes of them. Checkpoints, initial weights,
+upcycling and conversion all speak of (name, box), so none of them knows about TP, PP, EP or DP.
+
+    embedding                                  [vocabulary, hidden]      output (unless tied)  [vocabulary, hidden]
+    layers.3.attention_norm, layers.3.ffn_norm, final_norm               [hidden, 1]
+    layers.3.query, .key, .value               [heads × head size, hidden]
+    layers.3.attention_out                     [hidden, heads × head size]
+    layers.3.gate, .up                         [ffn, hidden]             layers.3.down         [hidden, ffn]
+    layers.3.router                            [experts, hidden]         layers.3.experts.5.gate, .up, .down
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+
+from megatron_jobs.config import ModelConfig, MoEConfig
+from megatron_jobs.weights import Box
+
+
+class TensorSource(Protocol):
+    """Anything that can say what stands in a box of a named matrix: a checkpoint, initial weights, an upcycled model."""
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """float32 on the CPU, shape [box.rows, box.columns]."""
+        ...
+
+
+class Part(NamedTuple):
+    """Rows `local_row` … of a parameter are the box of the named matrix."""
+
+    name: str
+    local_row: int
+    box: Box
+
+
+@dataclass(frozen=True)
+class LocalParameter:
+    parameter: torch.nn.Parameter
+    parts: tuple[Part, ...]
+    is_first_copy: bool  # False on the ranks that hold a further copy of what another rank of the model-parallel group saves
+
+    @property
+    def columns(self) -> int:
+        return self.parameter.shape[1] if self.parameter.dim() == 2 else 1
+
+
+def local_parameters(chunks: Iterable[torch.nn.Module], model: ModelConfig, moe: MoEConfig | None) -> list[LocalParameter]:
+    """Every parameter of this rank, in the order of the modules. `chunks` are GPTModels, wrapped or not."""
+    return [found for chunk in chunks for found in _parameters_of(_unwrapped(chunk), model, moe)]
+
+
+def fill(parameters: Iterable[LocalParameter], source: TensorSource) -> None:
+    """Gives every parameter the values that `source` has for it."""
+    for local in parameters:
+        with torch.no_grad():
+            local.parameter.copy_(torch.cat([source.read(part.name, part.box) for part in local.parts]).view_as(local.parameter))
+
+
+def _unwrapped(chunk: torch.nn.Module) -> GPTModel:
+    while not isinstance(chunk, GPTModel):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk
+
+
+# Parameter names of megatron-core's local layers and of Transformer Engine's, which fold a norm into the linear behind it.
+_NAMES = [
+    (r"embedding\.word_embeddings\.weight", "embedding"),
+    (r"output_layer\.weight", "output"),
+    (r"decoder\.final_layernorm\.weight", "final_norm"),
+    (r"(input_layernorm\.|self_attention\.linear_qkv\.layer_norm_)weight", "attention_norm"),
+    (r"(pre_mlp_layernorm\.|mlp\.linear_fc1\.layer_norm_)weight", "ffn_norm"),
+    (r"self_attention\.linear_qkv\.weight", "query_key_value"),
+    (r"self_attention\.linear_proj\.weight", "attention_out"),
+    (r"mlp\.linear_fc1\.weight", "gate_up"),
+    (r"mlp\.linear_fc2\.weight", "down"),
+    (r"mlp\.router\.weight", "router"),
+    (r"mlp\.experts\.(local_experts\.(?P<a>\d+)\.linear_fc1\.weight|linear_fc1\.weight(?P<b>\d+))", "gate_up"),
+    (r"mlp\.experts\.(local_experts\.(?P<a>\d+)\.linear_fc2\.weight|linear_fc2\.weight(?P<b>\d+))", "down"),
+]
+
+
+def _parameters_of(gpt: GPTModel, model: ModelConfig, moe: MoEConfig | None) -> Iterator[LocalParameter]:
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    for name, parameter in gpt.named_parameters():
+        layer = re.match(r"decoder\.layers\.(\d+)\.", name)
+        prefix = f"layers.{gpt.decoder.layers[int(layer[1])].layer_number - 1}." if layer else ""
+        role, expert = _role(name[layer.end() :] if layer else name)
+        if expert is not None:
+            assert moe is not None
+            experts_here = moe.num_experts // parallel_state.get_expert_model_parallel_world_size()
+            expert += experts_here * parallel_state.get_expert_model_parallel_rank()
+            prefix += f"experts.{expert}."
+        # An expert is never cut by tensor parallelism, though megatron-core marks its weights so.
+        tensor_parallel = getattr(parameter, "tensor_model_parallel", False) and expert is None
+        shard = tp_rank if tensor_parallel else 0
+        tied_copy = role == "output" and model.tie_embeddings
+        yield LocalParameter(
+            parameter,
+            tuple(_parts(prefix, "embedding" if tied_copy else role, parameter, shard, model)),
+            is_first_copy=(tensor_parallel or expert is not None or tp_rank == 0) and not (tied_copy and not gpt.pre_process),
+        )
+
+
+def _role(name: str) -> tuple[str, int | None]:
+    for pattern, role in _NAMES:
+        if found := re.fullmatch(pattern, name):
+            index = next((value for value in found.groupdict().values() if value is not None), None)
+            return role, None if index is None else int(index)
+    raise AssertionError(f"megatron-core has a parameter that layout.py does not know: {name}")
+
+
+def _parts(prefix: str, role: str, parameter: torch.Tensor, shard: int, model: ModelConfig) -> Iterator[Part]:
+    """The boxes of a parameter which is the `shard`-th of its tensor-parallel peers."""
+    rows, columns = parameter.shape[0], parameter.shape[1] if parameter.dim() == 2 else 1
+    if role == "query_key_value":
+        # megatron-core keeps, for each query group in turn, its queries, its key and its value.
+        heads_per_group = model.num_attention_heads // model.num_query_groups
+        groups_here = rows // ((heads_per_group + 2) * model.head_size)
+        local_row = 0
+        for group in range(shard * groups_here, (shard + 1) * groups_here):
+            for kind, heads in (("query", heads_per_group), ("key", 1), ("value", 1)):
+                size = heads * model.head_size
+                yield Part(prefix + kind, local_row, Box(group * size, (group + 1) * size, 0, columns))
+                local_row += size
+    elif role == "gate_up":
+        half = rows // 2
+        yield Part(prefix + "gate", 0, Box(shard * half, (shard + 1) * half, 0, columns))
+        yield Part(prefix + "up", half, Box(shard * half, (shard + 1) * half, 0, columns))
+    elif role in ("attention_out", "down"):
+        yield Part(prefix + role, 0, Box(0, rows, shard * columns, (shard + 1) * columns))
+    else:
+        yield Part(prefix + role, 0, Box(shard * rows, (shard + 1) * rows, 0, columns))

@@ -1,0 +1,127 @@
+"""The state of a training run: the model, the optimizer, and their way into and out of checkpoints.
+
+What is saved is, for every matrix of the model, the float32 weights and AdamW's two moments, and one number of updates.
+There is no dropout and the data order is a pure function, so there is no random state to keep.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_jobs import layout, model
+from megatron_jobs.checkpoint import STATES, Checkpoint, piece_key, rectangles
+from megatron_jobs.config import RunConfig
+from megatron_jobs.layout import LocalParameter, TensorSource
+from megatron_jobs.weights import Box
+
+
+class TrainingState:
+    """This rank's part of the model and of the optimizer."""
+
+    def __init__(self, config: RunConfig, weights: TensorSource) -> None:
+        """Builds the model with the values in `weights`, and an optimizer that has not made an update."""
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        gpt = model.build(config.model, config.moe, config.parallel, dtype, max(phase.sequence_length for phase in config.phases))
+        self.parameters = layout.local_parameters([gpt], config.model, config.moe)
+        layout.fill(self.parameters, weights)
+        ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        self.chunks = [DistributedDataParallel(gpt.config, ddp_config, gpt)]
+        gpt.config.finalize_model_grads_func = finalize_model_grads
+        self.optimizer = get_megatron_optimizer(_optimizer_config(config, dtype), self.chunks, use_gloo_process_groups=False)
+        gpt.config.grad_scale_func = self.optimizer.scale_loss
+        for inner in self._inner():
+            for group in inner.param_groups:
+                if isinstance(inner, torch.optim.AdamW):
+                    group["fused"] = True  # one pass over the memory instead of a dozen
+        with torch.no_grad():  # in bf16 the optimizer took its float32 weights from rounded ones
+            for local, start, end, main, _ in self._owned():
+                for first, last, name, box in _owned_boxes(local, start, end):
+                    main[first - start : last - start] = weights.read(name, box).flatten()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Takes the moments and the number of updates from a checkpoint; the weights came from it already."""
+        for local, start, end, main, inner in self._owned():
+            state = inner.state[main]
+            for key in STATES[1:]:
+                state[key] = torch.empty_like(main, requires_grad=False)
+                for first, last, name, box in _owned_boxes(local, start, end):
+                    state[key][first - start : last - start] = checkpoint.read(name, box, key).flatten()
+            if isinstance(inner, torch.optim.AdamW):
+                state["step"] = torch.tensor(float(checkpoint.step), device=main.device)
+        for inner in self._inner():
+            if not isinstance(inner, torch.optim.AdamW):  # Transformer Engine's FusedAdam counts per group
+                for group in inner.param_groups:
+                    group["step"] = checkpoint.step
+
+    def pieces(self) -> dict[str, torch.Tensor]:
+        """What this rank owns, as rectangles for `checkpoint.Writer.add_rank_file`."""
+        result = {}
+        for local, start, end, main, inner in self._owned():
+            if local.is_first_copy:
+                values = {"master": main.detach()} | {key: inner.state[main][key] for key in STATES[1:]}
+                for first, last, name, box in _owned_boxes(local, start, end):
+                    for state, flat in values.items():
+                        piece = flat[first - start : last - start].view(box.rows, box.columns)
+                        result[piece_key(state, name, box)] = piece.cpu().clone()
+        return result
+
+    def zero_grad(self) -> None:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def set_learning_rate(self, rate: float) -> None:
+        for inner in self._inner():
+            for group in inner.param_groups:
+                group["lr"] = rate
+
+    def step(self) -> float:
+        """One update with the gradients that lie ready; returns their norm before clipping."""
+        _, norm, _ = self.optimizer.step()
+        return float(norm)
+
+    def _distributed(self) -> list[DistributedOptimizer]:
+        return self.optimizer.chained_optimizers  # dense parameters and experts have different data-parallel groups
+
+    def _inner(self) -> Iterator[Any]:
+        return (distributed.optimizer for distributed in self._distributed())
+
+    def _owned(self) -> Iterator[tuple[LocalParameter, int, int, torch.Tensor, Any]]:
+        """(parameter, start, end, float32 weights, inner optimizer): this rank owns the flat values start … end − 1."""
+        of = {local.parameter: local for local in self.parameters}
+        for distributed in self._distributed():
+            for parameter in distributed.model_param_gbuf_map:
+                owned = distributed._get_model_param_range_map(parameter)["param"]
+                main = distributed._get_main_param_and_optimizer_states(parameter)["param"]
+                yield of[parameter], owned.start, owned.end, main, distributed.optimizer
+
+
+def _owned_boxes(local: LocalParameter, start: int, end: int) -> Iterator[tuple[int, int, str, Box]]:
+    """The flat values start … end − 1 of a parameter, cut into rectangles of named matrices: (start, end, name, box)."""
+    for part in local.parts:
+        offset = part.local_row * local.columns
+        first, last = max(start, offset), min(end, offset + part.box.rows * local.columns)
+        if first < last:
+            for a, b, box in rectangles(first - offset, last - offset, local.columns):
+                down, right = part.box.row0, part.box.column0
+                yield offset + a, offset + b, part.name, Box(box.row0 + down, box.row1 + down, box.column0 + right, box.column1 + right)
+
+
+def _optimizer_config(config: RunConfig, dtype: torch.dtype) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=config.phases[0].learning_rate.start,
+        min_lr=0.0,
+        adam_beta1=config.optimizer.beta1,
+        adam_beta2=config.optimizer.beta2,
+        adam_eps=config.optimizer.epsilon,
+        weight_decay=config.optimizer.weight_decay,
+        clip_grad=config.optimizer.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+    )

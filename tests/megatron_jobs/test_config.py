@@ -1,0 +1,180 @@
+"""Configuration files: what is refused, and how it is said; the reference models; the commands around them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_jobs import config as configuration
+from megatron_jobs import phases
+from megatron_jobs.plan import num_parameters
+from tests.conftest import MOE, tiny
+from user_input import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def file(prepared, tmp_path):
+    """A configuration file; `write(values)` changes it by sections."""
+    base = tiny(prepared, tmp_path / "run").model_dump(mode="json", exclude_none=True)
+
+    def write(**sections) -> Path:
+        values = {key: value | sections[key] if isinstance(value, dict) and key in sections else value for key, value in base.items()}
+        values |= {key: value for key, value in sections.items() if key not in base or not isinstance(base[key], dict)}
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "sections, message",
+    [
+        (dict(model=dict(hiden_size=3)), "unknown key model.hiden_size: did you mean hidden_size?"),
+        (dict(trian={}), "unknown key trian: did you mean train?"),
+        (dict(model=dict(num_layers=0)), "model.num_layers (0): Input should be greater than 0"),
+        (dict(model=dict(num_query_groups=3)), "num_query_groups (3) must divide num_attention_heads (4)"),
+        (dict(moe=dict(num_experts=2, top_k=3)), "top_k (3) must not exceed num_experts (2)"),
+        (dict(train=dict(precision="fp16")), "train.precision ('fp16'): Input should be 'fp32' or 'bf16'"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_field_value_and_remedy(file, sections, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        configuration.load(file(**sections))
+
+
+def test_an_unknown_key_inside_a_phase_names_the_nearest(file):
+    path = file()
+    values = yaml.safe_load(path.read_text())
+    values["phases"][1]["learning_rate"]["warmup"] = 3
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=r"unknown key phases.1.learning_rate.warmup: did you mean warmup_steps\?"):
+        configuration.load(path)
+
+
+@pytest.mark.parametrize(
+    "world, sections, message",
+    [
+        (3, dict(parallel=dict(tensor=2)), "parallel.tensor × parallel.pipeline (2) must divide the number of processes (3)"),
+        (3, dict(parallel=dict(pipeline=3)), "parallel.pipeline (3) must divide model.num_layers (4): the nearest that do are 1, 2, 4"),
+        (4, dict(parallel=dict(tensor=4)), "parallel.tensor (4) must divide model.num_query_groups (2)"),
+        (2, dict(parallel=dict(expert=2)), "parallel.expert (2) needs a moe section"),
+        (3, dict(parallel=dict(expert=3), moe=MOE), "parallel.expert (3) must divide moe.num_experts (4)"),
+        (3, dict(), "train.micro_batch_size × the data-parallel size (6) must divide phases.web.global_batch_size (8)"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused(prepared, tmp_path, world, sections, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        tiny(prepared, tmp_path, **sections).check(world)
+
+
+def test_overrides_and_extends(file, tmp_path):
+    base = file()
+    (tmp_path / "top.yaml").write_text("extends: run.yaml\nmodel: {num_layers: 8}\n")
+    settings = configuration.load(tmp_path / "top.yaml", ["optimizer.clip_grad=0.8", "seed=7"])
+    assert (settings.model.num_layers, settings.model.hidden_size, settings.optimizer.clip_grad, settings.seed) == (8, 32, 0.8, 7)
+    with pytest.raises(UserError, match="unknown key optimizer.clip_gard: did you mean clip_grad"):
+        configuration.load(base, ["optimizer.clip_gard=1"])
+    with pytest.raises(UserError, match="no such file"):
+        configuration.load(tmp_path / "missing.yaml")
+
+
+def test_the_learning_rate_follows_the_phases(prepared, tmp_path):
+    settings = tiny(prepared, tmp_path)
+    rates = [phases.learning_rate(settings.phases, step) for step in range(10)]
+    assert rates[:3] == pytest.approx([5e-3, 1e-2, 1e-2]) and rates[5] == pytest.approx(5e-3)
+    assert rates[6:] == pytest.approx([5e-3, 5e-3 - 4e-3 / 3, 1e-3 + 4e-3 / 3, 1e-3])
+
+
+def test_the_past_of_a_run_may_not_change(prepared, tmp_path):
+    before = tiny(prepared, tmp_path)
+    future = before.model_copy(update={"phases": (before.phases[0], before.phases[1].model_copy(update={"tokens": 5120}))})
+    phases.check_resumable(before, future, 6)
+    with pytest.raises(UserError, match="phase chat has begun and may not change any more"):
+        phases.check_resumable(before, future, 7)
+    with pytest.raises(UserError, match="seed was 1 when this run began, and is 2 now"):
+        phases.check_resumable(before, before.model_copy(update={"seed": 2}), 1)
+
+
+@pytest.mark.parametrize("name, total, active, steps", [("tanuki_8b", 7.5e9, 7.5e9, 413_000), ("tanuki_8x8b", 47e9, 13e9, 97_000)])
+def test_the_reference_models(name, total, active, steps, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    settings = configuration.load(f"megatron_jobs/configs/{name}.yaml")
+    settings.check(128)
+    assert num_parameters(settings) == (pytest.approx(total, rel=0.02), pytest.approx(active, rel=0.02))
+    assert phases.num_steps(settings.phases) == pytest.approx(steps, rel=0.01)
+    assert settings.model.padded_vocab_size == 65_024
+    last = settings.phases[-1]
+    assert last.admit.kinds == ("chat",) and last.admit.origins == ("synthetic",)
+
+
+def test_plan_counts_what_the_model_has(prepared, tmp_path):
+    from megatron_jobs.weights import shapes
+
+    for sections in (dict(), dict(moe=MOE), dict(model=dict(tie_embeddings=True))):
+        settings = tiny(prepared, tmp_path, **sections)
+        assert num_parameters(settings)[0] == sum(rows * columns for _, (rows, columns) in shapes(settings.model, settings.moe))
+
+
+def mujina(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "mujina", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_and_its_verbs():
+    listing = mujina("--help")
+    verbs = re.findall(r"^  (\w+) ", listing.stdout, re.MULTILINE)
+    assert verbs == ["tokenizer", "prepare", "plan", "train", "upcycle", "convert", "generate", "evaluate", "report"]
+    for verb in verbs:
+        shown = mujina(verb, "--help")
+        assert shown.returncode == 0 and f"mujina {verb}" in shown.stdout and len(shown.stdout) > 200, verb
+    wrong = mujina("trian")
+    assert wrong.returncode == 2 and "did you mean train?" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        ("truncate", "it is truncated"),
+        ("idx", "is not the index of web.bin"),
+        ("tokenizer", "was prepared with the tokenizer"),
+        ("phase", "phases.chat admits only sources of kind chat, and web is of kind web: take web out of this phase"),
+        ("unknown", "phases.chat.sources.cat: no such source in data.folder: did you mean chat?"),
+        ("budget", "phases.chat.sources.chat: the phases up to this one take"),
+    ],
+)
+def test_train_refuses_before_a_process_starts(prepared, file, tmp_path, damage, message):
+    import shutil
+
+    folder = tmp_path / "data"
+    shutil.copytree(prepared / "data", folder)
+    path = file(data=dict(folder=str(folder)))
+    values = yaml.safe_load(path.read_text())
+    if damage == "truncate":
+        (folder / "web.bin").write_bytes((folder / "web.bin").read_bytes()[:-2])
+    elif damage == "idx":
+        shutil.copy(folder / "code.idx", folder / "web.idx")
+    elif damage == "tokenizer":
+        manifest = (folder / "web.json").read_text()
+        (folder / "web.json").write_text(re.sub(r'("tokenizer_hash": ")\w+', r"\g<1>0123", manifest))
+    elif damage == "budget":
+        values["phases"][1]["tokens"] = 100_000_000
+    else:
+        values["phases"][1]["sources"] = {"web": 0.1, "chat": 0.9} if damage == "phase" else {"cat": 1.0}
+    path.write_text(yaml.safe_dump(values))
+    shown = mujina("train", str(path))
+    assert shown.returncode == 2 and message in shown.stderr and "Traceback" not in shown.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_slurm_scripts_start_the_training_command():
+    for script in ("pretrain_8b.sh", "pretrain_8x8b.sh"):
+        path = ROOT / "slurm" / script
+        assert subprocess.run(["bash", "-n", path]).returncode == 0
+        assert "slurm/train.sh" in path.read_text()
+    assert "-m megatron_jobs.train" in (ROOT / "slurm/train.sh").read_text()
+    assert "megatron_jobs.train" in (ROOT / "megatron_jobs/launch.py").read_text()

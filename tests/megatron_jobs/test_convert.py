@@ -1,0 +1,164 @@
+"""Upcycling and conversion of real checkpoints, up to what transformers makes of the folders."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_jobs import convert, upcycle
+from megatron_jobs.checkpoint import Checkpoint
+from megatron_jobs.weights import Box
+from tests.conftest import MOE, tiny
+from tests.megatron_jobs.test_train import losses, train_here
+from tests.ranks import run_ranks
+from user_input import UserError
+
+
+def checkpoint_of(prepared: Path, run: Path, **sections) -> Path:
+    run_ranks(1, train_here, tiny(prepared, run, **sections))
+    return run / "checkpoints/latest"
+
+
+@pytest.fixture(scope="module")
+def dense(prepared, tmp_path_factory):
+    return checkpoint_of(prepared, tmp_path_factory.mktemp("dense"))
+
+
+@pytest.mark.parametrize(
+    "sections, architecture",
+    [
+        (dict(), "LlamaForCausalLM"),
+        (dict(model=dict(tie_embeddings=True, rope_theta=500_000)), "LlamaForCausalLM"),
+        (dict(train=dict(precision="bf16")), "LlamaForCausalLM"),
+        (dict(moe=MOE), "MixtralForCausalLM"),
+        (dict(moe=dict(num_experts=8, top_k=3), train=dict(precision="bf16")), "MixtralForCausalLM"),
+    ],
+    ids=["llama", "tied", "bf16", "mixtral", "mixtral-bf16"],
+)
+def test_conversion_agrees_with_transformers(prepared, tmp_path, sections, architecture):
+    checkpoint = checkpoint_of(prepared, tmp_path / "run", **sections)
+    run_ranks(1, convert.main, checkpoint, tmp_path / "hf")
+    agreement = json.loads((tmp_path / "hf/conversion.json").read_text())["agreement"]
+    assert agreement["max_relative_error"] <= 1e-4 and 1 < agreement["loss_after"] < 6
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", local_files_only=True)
+    assert type(model).__name__ == architecture and not hasattr(model.config, "auto_map")
+    source = Checkpoint(checkpoint)
+    vocabulary = source.config.model.vocab_size
+    assert source.config.model.padded_vocab_size > vocabulary == model.get_input_embeddings().weight.shape[0]
+    want = source.read("embedding", Box(0, vocabulary, 0, source.config.model.hidden_size))
+    assert model.get_input_embeddings().weight.float().equal(want.to(model.dtype).float())
+    assert model.dtype == (torch.bfloat16 if source.config.train.precision == "bf16" else torch.float32)
+
+
+def test_the_folder_brings_tokenizer_and_chat_template(dense, tmp_path):
+    run_ranks(1, convert.main, dense, tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "1 + 2?"}], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert tokenizer.decode(ids) == "<|user|>1 + 2?<|end|><|assistant|>"
+    assert (tmp_path / "hf/tokenizer.model").exists()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", local_files_only=True)
+    assert tokenizer.convert_tokens_to_ids("<|end|>") in model.generation_config.eos_token_id
+
+
+def test_a_wrong_rule_does_not_pass_the_gate(dense, tmp_path):
+    """The comparison can fail: with gate and up exchanged, all shapes still fit."""
+    with pytest.raises(AssertionError, match="UserError: conversion: logits agree to"):
+        run_ranks(1, convert_with_exchanged_rules, dense, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists() and not list(tmp_path.glob(".hf*"))
+
+
+def convert_with_exchanged_rules(checkpoint: Path, output: Path) -> None:
+    gate, up = "layers.*.gate", "layers.*.up"
+    convert.LLAMA[gate], convert.LLAMA[up] = convert.LLAMA[up], convert.LLAMA[gate]
+    convert.main(checkpoint, output)
+
+
+def test_an_interrupted_conversion_leaves_nothing_that_loads(dense, tmp_path):
+    run_ranks(1, convert_and_die, dense, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+    assert (tmp_path / ".hf.incomplete/model.safetensors").exists()  # it died behind the weights, before the tokenizer
+    run_ranks(1, convert.main, dense, tmp_path / "hf", True)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf", local_files_only=True)
+    assert not (tmp_path / ".hf.incomplete").exists()
+
+
+def convert_and_die(checkpoint: Path, output: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        convert._write_companions = lambda *_: os.kill(os.getpid(), 9)
+        convert.main(checkpoint, output)
+    os.waitpid(child, 0)
+
+
+def test_large_models_come_in_shards(dense, tmp_path):
+    run_ranks(1, convert_in_small_shards, dense, tmp_path / "hf")
+    assert len(list((tmp_path / "hf").glob("model-0*-of-0*.safetensors"))) > 2
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf", local_files_only=True)
+
+
+def convert_in_small_shards(checkpoint: Path, output: Path) -> None:
+    convert.SHARD_BYTES = 50_000
+    convert.main(checkpoint, output)
+
+
+def test_upcycling_begins_where_the_dense_model_stands(prepared, dense, tmp_path):
+    """Step-0 logits within 1e-5, and the first loss of the mixture's training, with two processes, is the dense model's."""
+    for name, moe in (("small", MOE), ("large", dict(num_experts=8, top_k=3))):
+        start = tmp_path / f"{name}-start"
+        run = tiny(prepared, tmp_path / name, moe=moe, parallel=dict(expert=2), train=dict(init_from=str(start / "latest")))
+        (tmp_path / "moe.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
+        run_ranks(1, upcycle.main, tmp_path / "moe.yaml", dense, start)
+        agreement = json.loads((start / "agreement.json").read_text())
+        assert agreement["max_relative_error"] <= 1e-5
+        run_ranks(2, train_here, run)
+        first = losses(tmp_path / name)
+        assert first[0] == pytest.approx(agreement["loss_before"], rel=1e-5)
+        assert first[-1] < first[6]
+        loads = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])["expert_load"]
+        assert len(loads) == 4 and all(len(row) == moe["num_experts"] and sum(row) == pytest.approx(1) for row in loads)
+
+
+def test_upcycling_refuses_another_shape(prepared, dense, tmp_path):
+    run = tiny(prepared, tmp_path / "moe", moe=MOE, model=dict(num_layers=2))
+    (tmp_path / "moe.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    with pytest.raises(UserError, match="model must be the model of"):
+        upcycle.main(tmp_path / "moe.yaml", dense, tmp_path / "start")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_a_damaged_checkpoint_is_passed_over(prepared, dense, tmp_path, damage):
+    """Every file of the newest checkpoint in turn; the run goes on from the one before with the same losses."""
+    run = dense.parents[1]
+    for name in Checkpoint(dense).files | {"checkpoint.json": {}}:
+        broken = tmp_path / name
+        shutil.copytree(run, broken, symlinks=True)
+        target = broken / "checkpoints/step-00000010" / name
+        content = bytearray(target.read_bytes())
+        if damage == "missing":
+            target.unlink()
+        elif damage == "truncated":
+            target.write_bytes(content[: len(content) // 2])
+        elif name != "checkpoint.json":  # a flipped bit in the description is not found, only one that breaks it
+            content[len(content) // 2] ^= 1
+            target.write_bytes(content)
+        run_ranks(1, train_here, tiny(prepared, broken))
+        assert losses(broken) == losses(run)
+
+
+def test_a_checkpoint_that_lacks_values_is_refused(dense, tmp_path):
+    shutil.copytree(dense.resolve(), tmp_path / "step-00000010")
+    file = tmp_path / "step-00000010/rank-00000.safetensors"
+    pieces = load_file(file)
+    del pieces[next(key for key in pieces if key.startswith("master/layers.1.down/"))]
+    save_file(pieces, file)
+    about = json.loads((tmp_path / "step-00000010/checkpoint.json").read_text())
+    about["files"][file.name]["bytes"] = file.stat().st_size
+    (tmp_path / "step-00000010/checkpoint.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="of the .* values of master layers.1.down"):
+        Checkpoint(tmp_path / "step-00000010").read("layers.1.down", Box(0, 32, 0, 64))

@@ -1,0 +1,164 @@
+"""The data order: every token at most once an epoch, the same at every layout, and smooth in its mix."""
+
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_jobs.config import from_dict
+from megatron_jobs.order import WINDOW, DataOrder, permute
+from megatron_jobs.phases import Source, num_steps
+from user_input import UserError
+
+
+def run_config(phases, block_length=64, max_epochs=1, seed=1):
+    return from_dict(
+        {
+            "run": "runs/x",
+            "tokenizer": "x",
+            "seed": seed,
+            "model": dict(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1, num_query_groups=1, vocab_size=128),
+            "data": dict(folder="x", block_length=block_length, max_epochs=max_epochs),
+            "train": dict(micro_batch_size=1),
+            "phases": phases,
+        },
+        "test",
+    )
+
+
+def phase(name, tokens, length=16, batch=4, sources=None, **more):
+    rate = dict(start=1e-3, end=1e-4)
+    return dict(name=name, tokens=tokens, sequence_length=length, global_batch_size=batch, sources=sources, learning_rate=rate, **more)
+
+
+def sources(**sizes):
+    return {name: Source(name, size, "web", "human") for name, size in sizes.items()}
+
+
+@given(size=st.integers(1, 3000), key=st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_permute_is_a_permutation(size, key):
+    assert sorted(permute(np.arange(size), size, key)) == list(range(size))
+
+
+def test_permute_depends_on_the_key_and_spreads():
+    first, second = (permute(np.arange(10_000), 10_000, key) for key in ("a", "b"))
+    assert (first == second).mean() < 0.01
+    assert abs(np.corrcoef(np.arange(10_000), first)[0, 1]) < 0.05
+    huge = permute(np.arange(1000), 10**12, "a")
+    assert len(set(huge)) == 1000 and 0 <= huge.min() and huge.max() < 10**12
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([8, 16, 32, 64]),
+            st.integers(1, 6),
+            st.integers(1, 40),
+            st.floats(0.05, 1.0),
+            st.floats(0.05, 1.0),
+            st.booleans(),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(0, 5),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_token_is_used_twice_within_an_epoch(shapes, seed):
+    """Counts every token of every sample over random lists of phases with changing sequence lengths, batch sizes and sources."""
+    phases = [
+        phase(str(n), length * batch * steps, length, batch, {"a": one, **({"b": other} if both else {})})
+        for n, (length, batch, steps, one, other, both) in enumerate(shapes)
+    ]
+    total = sum(p["tokens"] for p in phases) + 64 * len(phases) + 1
+    config = run_config(phases, seed=seed)
+    order = DataOrder(config, sources(a=total, b=total))
+    used = {"a": np.zeros(total, int), "b": np.zeros(total, int)}
+    step = 0
+    for p in config.phases:
+        for _ in range(p.num_steps):
+            for name, offset in order.samples(step, range(p.global_batch_size)):
+                used[name][offset : offset + p.sequence_length] += 1
+            step += 1
+    assert max(counts.max() for counts in used.values()) == 1
+    assert sum(counts.sum() for counts in used.values()) == order.ledger(step)["tokens"] == sum(p["tokens"] for p in phases)
+    for row in order.ledger(step)["phases"]:
+        assert sum(source["tokens"] for source in row["sources"].values()) == row["tokens"]
+
+
+def test_epochs_are_whole_and_differ():
+    """With two epochs allowed, the first pass uses every block once before the second begins, in another order."""
+    order = DataOrder(run_config([phase("p", 2 * 1024, 64, 1, {"a": 1.0})], max_epochs=2), sources(a=1025))
+    counts = Counter(order.sample(0, number)[1] for number in range(32))
+    assert set(counts.values()) == {2} and len(counts) == 16
+
+
+def test_ledger_counts_what_the_steps_used():
+    config = run_config([phase("p", 64 * 500, 16, 4, {"a": 0.7, "b": 0.3}), phase("q", 64 * 10, 16, 4, {"b": 1.0})])
+    order = DataOrder(config, sources(a=10**5, b=10**5))
+    seen = Counter()
+    for step in range(num_steps(config.phases)):
+        seen.update(name for name, _ in order.samples(step, range(4)))
+        in_ledger = Counter()
+        for row in order.ledger(step + 1)["phases"]:
+            in_ledger.update({name: source["samples"] for name, source in row["sources"].items()})
+        assert +in_ledger == seen
+
+
+def test_mix_is_exact_in_every_window():
+    config = run_config([phase("p", 16 * 10_000, 16, 100, {"a": 0.9, "b": 0.1})])
+    order = DataOrder(config, sources(a=10**6, b=10**6))
+    names = [order.sample(0, number)[0] for number in range(10_000)]
+    windows = -(-10_000 // WINDOW)
+    assert [names[n * 10_000 // windows : (n + 1) * 10_000 // windows].count("b") for n in range(windows)] == [100] * windows
+
+
+def test_a_later_phase_does_not_change_an_earlier_one():
+    first = phase("first", 64 * 20, sources={"a": 0.5, "b": 0.5})
+    one = DataOrder(run_config([first, phase("last", 64 * 10, sources={"b": 1.0})]), sources(a=10**5, b=10**5))
+    other = DataOrder(run_config([first, phase("other", 64 * 30, 32, 2, sources={"a": 1.0, "b": 2.0})]), sources(a=10**5, b=10**5))
+    assert [one.samples(step, range(4)) for step in range(20)] == [other.samples(step, range(4)) for step in range(20)]
+
+
+def test_start_is_independent_of_the_corpus():
+    """1.7 trillion tokens in 2,000 sources: the first batch is there at once."""
+    names = {f"s{n}": 1.0 + n for n in range(2000)}
+    config = run_config([phase("p", 1_700_000_000_000, 4096, 1024, names)], block_length=4096)
+    many = {name: Source(name, 2_000_000_000, "web", "human") for name in names}
+    began = time.process_time()
+    order = DataOrder(config, many)
+    assert len({order.sample(0, number) for number in range(1024)}) == 1024
+    assert time.process_time() - began < 10  # seconds; hours with an index
+
+
+@pytest.mark.parametrize(
+    "phases, message",
+    [
+        ([phase("p", 64 * 100, sources={"a": 1.0})], "phases.p.sources.a: the phases up to this one take"),
+        ([phase("p", 64, sources={"aa": 1.0})], "phases.p.sources.aa: no such source in data.folder: did you mean a?"),
+        (
+            [phase("p", 64, sources={"a": 1.0}, admit=dict(kinds=["chat"]))],
+            "phases.p admits only sources of kind chat, and a is of kind web",
+        ),
+        ([phase("p", 64, sources={"a": 1.0}, admit=dict(origins=["synthetic"]))], "admits only sources of origin synthetic"),
+        ([phase("p", 63, sources={"a": 1.0})], "phase p: tokens (63) must hold at least one step of 64 tokens"),
+        ([phase("p", 96, length=24, sources={"a": 1.0})], "phases.p.sequence_length (24) must divide data.block_length (64)"),
+    ],
+)
+def test_impossible_phases_are_refused(phases, message):
+    with pytest.raises(UserError) as error:
+        DataOrder(run_config(phases), sources(a=1000))
+    assert message in str(error.value)
+
+
+def test_the_order_is_pinned():
+    """The order of existing runs must never change: their checkpoints hold no copy of it."""
+    order = DataOrder(run_config([phase("p", 64 * 5, sources={"a": 0.5, "b": 0.5})], seed=7), sources(a=1000, b=1000))
+    assert order.samples(0, range(4)) == PINNED
+
+
+PINNED = [("a", 656), ("a", 640), ("b", 368), ("b", 16)]
