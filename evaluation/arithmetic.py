@@ -140,10 +140,9 @@ def main(
     from rich.console import Console
     from rich.table import Table
 
-    groups = {"all": result, **result.by_language}
-    table = Table("folder", *(f"{measure} ({name})" for name in groups for measure in ("well-formed", "correct")), "prompts")
-    shares = [f"{share:.1%}" for group in groups.values() for share in (group.well_formed, group.correct)]
-    table.add_row(folder.resolve().name, *shares, str(result.num_prompts))
+    table = Table(folder.resolve().name, "prompts", "well-formed", "correct")
+    for name, shares in {"all": result, **result.by_language}.items():
+        table.add_row(name, str(shares.num_prompts), f"{shares.well_formed:.1%}", f"{shares.correct:.1%}")
     Console().print(table)
 
 

@@ -22,6 +22,8 @@ from typing import Annotated
 import sentencepiece
 import typer
 from pydantic import Field
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from files import read_rows, sha256_of, whole_folder
 from tokenization.tokenizer import CHAT_PIECES, Tokenizer
@@ -66,8 +68,10 @@ def train(config: TrainConfig) -> Path:
         return folder
     with whole_folder(folder, MANIFEST) as partial:
         started = time.monotonic()
-        print(f"training {config.vocab_size:,} pieces on {len(config.inputs)} files")
-        (partial / "tokenizer.model").write_bytes(_train_model(config))
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            progress.add_task(f"training {config.vocab_size:,} pieces on {len(config.inputs)} files", total=None)
+            (partial / "tokenizer.model").write_bytes(_train_model(config))
         tokenizer = Tokenizer.load(partial)
         tokenizer.save_hf(partial)
         manifest = {"fingerprint": fingerprint, "tokenizer_hash": tokenizer.hash, "config": config.model_dump()}

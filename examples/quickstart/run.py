@@ -22,7 +22,7 @@ MODELS = ("dense", "moe")
 def stations() -> list[tuple[str, str, list[str]]]:
     """(station, module, arguments), in order."""
     rows = [
-        ("chat data", "data_prep.synthetic.rules", [f"{RUN}/chat", "--dialogues", "6000", "--held-out", "200"]),
+        ("chat data", "data_prep.synthetic.rules", [f"{RUN}/chat", "--dialogues", "10000", "--held-out", "200"]),
         ("tokenizer", "tokenization.train", [f"{HERE}/tokenizer.yaml"]),
         ("binaries", "data_prep.prepare", [f"{HERE}/data.yaml"]),
         ("plan", "megatron_jobs.plan", [f"{HERE}/dense.yaml", "--gpus", "2"]),
