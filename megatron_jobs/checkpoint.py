@@ -68,8 +68,9 @@ class Checkpoint:
             self._pieces.setdefault((state, name), []).append((box, file, key))
 
     @property
-    def has_optimizer_state(self) -> bool:
-        return any(state != "master" for state, _ in self._pieces)
+    def identity(self) -> dict[str, Any]:
+        """Tells this checkpoint from any other, by its checksums."""
+        return {"run": str(self.config.run), "step": self.step, "tokens": self.tokens, "files": self.files}
 
     @property
     def ledger(self) -> dict[str, Any]:

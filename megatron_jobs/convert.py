@@ -59,8 +59,7 @@ def main(
     from megatron_jobs.checkpoint import Checkpoint
 
     source = Checkpoint(checkpoint)
-    origin = {"run": str(source.config.run), "step": source.step, "tokens": source.tokens, "files": source.files}
-    if _origin_of(output) == origin:
+    if _origin_of(output) == source.identity:
         print(f"{output}: is there already")
         return
     temporary = output.with_name(f".{output.name}.incomplete")
@@ -73,7 +72,7 @@ def main(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    (temporary / "conversion.json").write_text(json.dumps({"origin": origin, "agreement": agreement}, indent=1))
+    (temporary / "conversion.json").write_text(json.dumps({"origin": source.identity, "agreement": agreement}, indent=1))
     shutil.rmtree(output, ignore_errors=True)
     os.rename(temporary, output)
     print(f"{output}: step {source.step}, {source.tokens:,} tokens")
@@ -103,10 +102,11 @@ def _tensors(source: "Checkpoint") -> Iterator[tuple[str, "torch.Tensor"]]:
     from megatron_jobs.weights import Box
 
     rules = LLAMA if source.config.moe is None else MIXTRAL
+    exported = Exported(source)
     for name, (rows, columns) in source.shapes.items():
         if name in ("embedding", "output"):
             rows = source.config.model.vocab_size
-        tensor = Exported(source).read(name, Box(0, rows, 0, columns))
+        tensor = exported.read(name, Box(0, rows, 0, columns))
         yield hugging_face_name(name, rules), tensor.flatten() if name.endswith("_norm") else tensor
 
 

@@ -47,8 +47,8 @@ def _cuda_means_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch
 
 def _current_device() -> None:
     """Buffers and pipeline messages are allocated on `torch.cuda.current_device()`."""
-    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment]
+    torch.cuda.current_device = lambda: CPU
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
 
 
 def _streams() -> None:
@@ -62,9 +62,9 @@ def _streams() -> None:
 
         def synchronize(self) -> None: ...
 
-    torch.cuda.Stream = Stream  # type: ignore[assignment,misc]
-    torch.cuda.current_stream = lambda device=None: Stream()  # type: ignore[assignment,return-value]
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
+    torch.cuda.Stream = Stream
+    torch.cuda.current_stream = lambda device=None: Stream()
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
     torch.cuda.synchronize = lambda device=None: None
 
 
@@ -77,14 +77,14 @@ def _tensor_type() -> None:
             return original(self, *args, **kwargs)
         return original(self).replace("torch.", "torch.cuda.")
 
-    torch.Tensor.type = type_name  # type: ignore[assignment,method-assign]
+    torch.Tensor.type = type_name
 
 
 def _rng_tracker() -> None:
     """Layers fork CUDA's random state around dropout; Mujina has no dropout, and draws its initial weights itself."""
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
-    CudaRNGStatesTracker.fork = lambda self, name="": contextlib.nullcontext()  # type: ignore[assignment,method-assign]
+    CudaRNGStatesTracker.fork = lambda self, name="": contextlib.nullcontext()
 
 
 def _token_dispatcher() -> None:

@@ -66,7 +66,7 @@ def fill(parameters: Iterable[LocalParameter], source: TensorSource) -> None:
 
 def _unwrapped(chunk: torch.nn.Module) -> GPTModel:
     while not isinstance(chunk, GPTModel):
-        chunk = chunk.module  # type: ignore[assignment]
+        chunk = chunk.module
     return chunk
 
 

@@ -106,7 +106,7 @@ class Norm(torch.nn.RMSNorm):
 
     def __init__(self, *, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel
 
 
 class FusedAttention(torch.nn.Module):

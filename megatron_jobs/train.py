@@ -70,11 +70,12 @@ def train(config: RunConfig) -> None:
             micro_batch_size=config.train.micro_batch_size,
         )
         loss, load = _over_all_ranks(losses, expert_load.take())
-        if not math.isfinite(loss):
-            raise UserError(
-                f"step {step + 1}: the loss is {loss}: lower phases.{phase.name}.learning_rate, or look at the data of the step"
-            )
         gradient_norm = state.step()
+        if not math.isfinite(loss + gradient_norm):
+            raise UserError(
+                f"step {step + 1}: the loss is {loss} and the gradient norm {gradient_norm}: lower phases.{phase.name}.learning_rate, "
+                "or look at the data of the step; the last checkpoint is from before it"
+            )
         if log:
             log.step(step + 1, phase.name, loss, learning_rate, gradient_norm, time.perf_counter() - began, load)
         if (step + 1) % config.train.checkpoint_interval == 0 or step + 1 in phase_ends:
@@ -141,7 +142,13 @@ class ExpertLoad:
 def _initial(config: RunConfig) -> TensorSource:
     if config.train.init_from is None:
         return InitialWeights(config.model, config.moe, config.seed)
-    return Checkpoint(config.train.init_from)
+    found = Checkpoint(config.train.init_from)
+    if found.shapes != dict(shapes(config.model, config.moe)):
+        raise UserError(
+            f"train.init_from ({config.train.init_from}): its model is {found.config.model} with moe {found.config.moe}, which is not "
+            "the one of this run: name another checkpoint, or upcycle it first"
+        )
+    return found
 
 
 def _newest(config: RunConfig) -> Checkpoint | None:

@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from files import write_whole
 from megatron_jobs import config as configuration
 
 HERE = Path("examples/quickstart")
 RUN = Path("runs/quickstart")
+CLOCK = RUN / "seconds.json"
 MODELS = ("dense", "moe")
 
 
@@ -44,23 +46,31 @@ def stations() -> list[tuple[str, str, list[str]]]:
 
 
 def main() -> None:
-    clock = Path(RUN / "seconds.json")
-    seconds: dict[str, float] = json.loads(clock.read_text()) if clock.exists() else {}
     for station, module, arguments in stations():
         if station == "evaluation" and _is_newer(Path(arguments[4]), Path(arguments[0]) / "conversion.json"):
             continue
-        print(f"\n--- {station}: python -m {module} {' '.join(arguments)}", flush=True)
+        command = " ".join(["python -m", module, *arguments])
+        print(f"\n--- {station}: {command}", flush=True)
         began = time.monotonic()
         status = subprocess.run([sys.executable, "-m", module, *arguments]).returncode
-        # Interrupted and repeated calls add up: what a station has cost in all.
-        seconds[station] = round(seconds.get(station, 0.0) + time.monotonic() - began, 1)
-        RUN.mkdir(parents=True, exist_ok=True)
-        clock.write_text(json.dumps(seconds, indent=1))
+        _spend(station, command, time.monotonic() - began, done=status == 0)
         if status:
             sys.exit(f"quickstart: station {station} ended with status {status}; call ./quickstart.sh again to go on from there")
+    seconds: dict[str, float] = {}
+    for spent in _json(CLOCK).values():
+        seconds[spent["station"]] = round(seconds.get(spent["station"], 0.0) + spent["seconds"], 1)
     result = summary(seconds)
     (RUN / "summary.json").write_text(json.dumps(result, indent=1, ensure_ascii=False))
     show(result)
+
+
+def _spend(station: str, command: str, seconds: float, done: bool) -> None:
+    """Adds up what a command has cost until it was done; later calls only look and are not counted."""
+    clock = _json(CLOCK) if CLOCK.exists() else {}
+    before = clock.get(command, {"seconds": 0.0, "done": False})
+    if not before["done"]:
+        clock[command] = {"station": station, "seconds": before["seconds"] + seconds, "done": done}
+        write_whole(CLOCK, json.dumps(clock, indent=1).encode())
 
 
 def summary(seconds: dict[str, float]) -> dict[str, Any]:

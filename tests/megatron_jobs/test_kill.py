@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 import yaml
 
 from megatron_jobs.checkpoint import Checkpoint
 from tests.conftest import tiny
 from tests.megatron_jobs.test_train import losses, train_here
 from tests.ranks import FORKSERVER, run_ranks
+from user_input import UserError
 
 
 def rank_process(rank: int, port: int, config) -> None:
@@ -59,6 +61,15 @@ def test_killed_at_any_moment(prepared, tmp_path):
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     one, other = (Checkpoint(tmp_path / run / "checkpoints/latest") for run in ("whole", "parts"))
     assert one.ledger == other.ledger and one.files == other.files  # sizes and checksums of every rank's file
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    from megatron_jobs import parallel
+
+    with parallel.hold(tmp_path), pytest.raises(UserError, match="another process trains in this folder"), parallel.hold(tmp_path):
+        pass
+    with parallel.hold(tmp_path):
+        pass
 
 
 def newest_step(checkpoints: Path) -> int:

@@ -1,0 +1,41 @@
+"""The quickstart's driver over all its stations, with a twentieth of the training; and a second call, which finds all done."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_station_and_a_second_call(tmp_path):
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    for file in (tmp_path / "examples/quickstart").glob("*_phases.yaml"):
+        file.write_text(re.sub(r"tokens: ([\d_]+)", lambda found: f"tokens: {int(found[1].replace('_', '')) // 20}", file.read_text()))
+    first = call(tmp_path)
+    assert first.returncode == 0, first.stdout + first.stderr
+
+    result = tmp_path / "runs/quickstart"
+    for written in ("hf/dense/model.safetensors", "hf/moe/model.safetensors", "report.html"):
+        assert (result / written).stat().st_size > 10_000
+    summary = json.loads((result / "summary.json").read_text())
+    assert summary["step_0_loss"]["upcycled"] == summary["step_0_loss"]["dense"] or summary["upcycling_max_relative_error"] <= 1e-5
+    for model, phases in (("dense", {"web", "chat"}), ("moe", {"web", "chat"})):
+        facts = summary["models"][model]
+        assert facts["steps"] == len((result / model / "metrics.jsonl").read_text().splitlines())
+        assert set(facts["tokens_by_phase_and_source"]) == phases and set(facts["tokens_by_phase_and_source"]["chat"]) == {"chat"}
+        assert facts["tokens"] == sum(sum(sources.values()) for sources in facts["tokens_by_phase_and_source"].values())
+        assert facts["last_loss"] < facts["first_loss"] and facts["conversion_max_relative_error"] <= 1e-4
+        assert 0 <= facts["well_formed_before_chat_phase"] <= 1 and 0 <= facts["well_formed_after_chat_phase"] <= 1
+
+    weights = (result / "hf/moe/model.safetensors").stat().st_mtime
+    second = call(tmp_path)
+    assert second.returncode == 0 and second.stdout.count("is there already") == 5 and second.stdout.count("steps are done") == 2
+    assert (result / "hf/moe/model.safetensors").stat().st_mtime == weights
+
+
+def call(folder: Path) -> subprocess.CompletedProcess:
+    driver = [sys.executable, "examples/quickstart/run.py"]
+    return subprocess.run(driver, cwd=folder, capture_output=True, text=True, timeout=600)
