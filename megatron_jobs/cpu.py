@@ -27,12 +27,12 @@ def install() -> None:
 
 
 def _factories_on_cpu() -> None:
-    """Schedules, the gradient clip and the optimizer make small tensors with `device="cuda"` written out."""
+    """Schedules and the gradient clip make small tensors with `device="cuda"` written out."""
     # `with torch.device(…)` knows the factories by identity and looks them up once: it must find the originals, or
     # transformers builds the rotary frequencies of its models outside its meta device and leaves them without values.
     torch.utils._device._device_constructors()
-    for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like"):
-        setattr(torch, name, _cuda_means_cpu(getattr(torch, name)))
+    torch.tensor = _cuda_means_cpu(torch.tensor)
+    torch.zeros = _cuda_means_cpu(torch.zeros)
 
 
 def _cuda_means_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -48,7 +48,6 @@ def _cuda_means_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch
 def _current_device() -> None:
     """Buffers and pipeline messages are allocated on `torch.cuda.current_device()`."""
     torch.cuda.current_device = lambda: CPU
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
 
 
 def _streams() -> None:

@@ -36,11 +36,6 @@ def build(model: ModelConfig, moe: MoEConfig | None, parallel: ParallelConfig, d
         position_embedding_type="rope",
         rotary_base=int(model.rope_theta),
     )
-    for name, parameter in gpt.named_parameters():
-        if ".experts." in name:
-            # Experts are reduced over the expert-data-parallel group at every layout. megatron-core does so for EP > 1 only,
-            # which at TP > 1, EP 1 would leave out the tensor-parallel peers, each of which saw other tokens.
-            parameter.allreduce = False
     if gpt.post_process:
         gpt.output_layer.register_forward_hook(partial(_without_padding, model.vocab_size))
     return gpt.to(_device())

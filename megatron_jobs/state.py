@@ -35,6 +35,8 @@ class TrainingState:
         gpt.config.grad_scale_func = self.optimizer.scale_loss
         for inner in self._inner():
             for group in inner.param_groups:
+                # megatron-core leaves this to its scheduler, and until then decays the norms as well
+                group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
                 if isinstance(inner, torch.optim.AdamW):
                     group["fused"] = True  # one pass over the memory instead of a dozen
         with torch.no_grad():  # in bf16 the optimizer took its float32 weights from rounded ones

@@ -149,6 +149,8 @@ def test_a_damaged_checkpoint_is_passed_over(prepared, dense, tmp_path, damage):
             target.write_bytes(content)
         run_ranks(1, train_here, tiny(prepared, broken))
         assert losses(broken) == losses(run)
+        whole = (run / "checkpoints/step-00000010" / name).read_bytes()
+        assert target.read_bytes() == whole or name == "checkpoint.json"  # trained and saved again, not taken as it was
 
 
 def test_a_checkpoint_that_lacks_values_is_refused(dense, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,6 +47,49 @@ def alone(prepared, tmp_path_factory):
 def name(case: Any) -> str:
     world, parallel, moe = case
     return f"{'mixture' if moe else 'dense'}-{world}" + "".join(f"-{key}{size}" for key, size in parallel.items())
+
+
+def test_one_process_follows_transformers(prepared, tmp_path, alone):
+    """The same weights, batches and AdamW in a plain loop over a Llama of transformers: model, loss, decay, clipping and learning rate."""
+    expected = run_ranks(1, plain_loop, tiny(prepared, tmp_path))[0]
+    assert losses(alone[False]) == pytest.approx(expected, rel=1e-4)
+
+
+def plain_loop(config: RunConfig) -> list[float]:
+    import numpy as np
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from megatron_jobs import convert, data, phases
+    from megatron_jobs.order import DataOrder
+    from megatron_jobs.weights import InitialWeights
+
+    source = InitialWeights(config.model, None, config.seed)
+    binaries = data.open_sources(config)
+    order = DataOrder(config, data.facts(binaries))
+    config.run.mkdir(parents=True, exist_ok=True)
+    convert._write_companions(SimpleNamespace(config=config), config.run)
+    llama = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.run), dtype=torch.float32)
+    tensors = convert._tensors(SimpleNamespace(config=config, shapes=source.shapes, read=source.read))
+    llama.load_state_dict(dict(tensors))
+    matrices, norms = ([p for p in llama.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
+    groups = [dict(params=matrices, weight_decay=config.optimizer.weight_decay), dict(params=norms, weight_decay=0.0)]
+    adamw = torch.optim.AdamW(groups, betas=(config.optimizer.beta1, config.optimizer.beta2), eps=config.optimizer.epsilon)
+    result = []
+    for step in range(phases.num_steps(config.phases)):
+        phase = config.phases[phases.locate(config.phases, step)[0]]
+        where = order.samples(step, range(phase.global_batch_size))
+        rows = np.stack([binaries[name].tokens[at : at + phase.sequence_length + 1] for name, at in where])
+        tokens = torch.from_numpy(rows.astype(np.int64))
+        loss = torch.nn.functional.cross_entropy(llama(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
+        adamw.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(llama.parameters(), config.optimizer.clip_grad)
+        for group in adamw.param_groups:
+            group["lr"] = phases.learning_rate(config.phases, step)
+        adamw.step()
+        result.append(float(loss.detach()))
+    return result
 
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=name)
