@@ -1,7 +1,7 @@
 """Charts as inline SVG: lines over tokens with phases behind them, stacked bars, a heat map.
 
-Every function returns one `<svg>` string that stands alone inside an HTML page. Colours are CSS values (`var(--run-0)`), so that the page's
-style sheet decides what they look like in light and dark; the classes used here (`grid`, `axis`, `band`, `raw`, `line`, …) are styled in `page.py`.
+The chart functions return one `<svg>` string that stands alone inside an HTML page. Colours are CSS values (`var(--run-0)`), so that the
+page's style sheet decides what they look like in light and dark; the classes used here (`grid`, `axis`, `raw`, …) are styled in `page.py`.
 """
 
 import math
@@ -126,8 +126,8 @@ def line_chart(
     for number, (band, (label_x, row)) in enumerate(zip(bands, labels, strict=True)):
         start, end, label_y = x.at(band.start), x.at(band.end), 38 + 15 * row
         parts.append(
-            f'<rect class="band{number % 2}" x="{start:.1f}" y="{label_y - 11}" width="{end - start:.1f}" height="{y.start - label_y + 11:.1f}"/>'
-            f'<path class="boundary" d="M{start:.1f} {label_y - 11}V{y.start:.1f}"/>'
+            f'<rect class="band{number % 2}" x="{start:.1f}" y="{label_y - 11}" width="{end - start:.1f}"'
+            f' height="{y.start - label_y + 11:.1f}"/><path class="boundary" d="M{start:.1f} {label_y - 11}V{y.start:.1f}"/>'
             f'<text class="phase" x="{label_x:.1f}" y="{label_y}">{escape(band.label)}</text>'
         )
     for value, label in y.ticks(max(3, (height - top - 40) // 40)):
@@ -189,8 +189,9 @@ def heat_map(name: str, shares: Sequence[Sequence[float]], width: int = 560) -> 
             ratio = share * len(layer)
             colour, strength = ("var(--above)", min(ratio - 1, 1.0)) if ratio >= 1 else ("var(--below)", 1 - ratio)
             parts.append(
-                f'<rect class="cell" fill="{colour}" fill-opacity="{strength:.3f}" x="{x.at(expert):.1f}" y="{top}" width="{cell_width:.1f}"'
-                f' height="{cell_height}"><title>layer {number}, expert {expert}: {share:.2%} of tokens, {ratio:.2f} × uniform</title></rect>'
+                f'<rect class="cell" fill="{colour}" fill-opacity="{strength:.3f}" x="{x.at(expert):.1f}" y="{top}"'
+                f' width="{cell_width:.1f}" height="{cell_height}">'
+                f"<title>layer {number}, expert {expert}: {share:.2%} of tokens, {ratio:.2f} × uniform</title></rect>"
             )
             if cell_width >= 40:
                 parts.append(f'<text class="value" text-anchor="middle" x="{x.at(expert + 0.5):.1f}" y="{top + 15}">{share:.1%}</text>')

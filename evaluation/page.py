@@ -12,7 +12,8 @@ OTHER_RUN_COLOUR = "var(--other)"  # the other runs, behind the one that a panel
 _STYLE = """
 :root {
   color-scheme: light;
-  --page: #f6f5f2; --surface: #ffffff; --ink: #1f1e1c; --muted: #68655f; --grid: #e7e5e0; --axis: #a9a59d; --band: #f3f1ec; --other: #cbc7bf;
+  --page: #f6f5f2; --surface: #ffffff; --ink: #1f1e1c; --muted: #68655f;
+  --grid: #e7e5e0; --axis: #a9a59d; --band: #f3f1ec; --other: #cbc7bf;
   --run-0: #2a6fd6; --run-1: #d4521a; --run-2: #2c8a4b; --run-3: #a8399a; --run-4: #7a6a58; --run-5: #157f8c;
   --source-0: #1f9d90; --source-1: #e0a81c; --source-2: #8267d8; --source-3: #e0799a;
   --source-4: #8c9a34; --source-5: #9c6d48; --source-6: #70819a; --source-7: #78b8e0;
@@ -21,7 +22,8 @@ _STYLE = """
 @media screen and (prefers-color-scheme: dark) {
   :root {
     color-scheme: dark;
-    --page: #131312; --surface: #1c1c1a; --ink: #efede8; --muted: #a5a29a; --grid: #302f2c; --axis: #6b6862; --band: #252522; --other: #55524c;
+    --page: #131312; --surface: #1c1c1a; --ink: #efede8; --muted: #a5a29a;
+    --grid: #302f2c; --axis: #6b6862; --band: #252522; --other: #55524c;
     --run-0: #6aa3f5; --run-1: #f58450; --run-2: #5fc080; --run-3: #dc7bd0; --run-4: #b8a58f; --run-5: #4fbccb;
     --source-0: #35b8aa; --source-1: #d6a632; --source-2: #a08af0; --source-3: #e88fac;
     --source-4: #a9b64e; --source-5: #bf8d66; --source-6: #8fa0b8; --source-7: #6ba9d0;
@@ -29,14 +31,16 @@ _STYLE = """
   }
 }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 14px/1.5 system-ui, "Segoe UI", "Hiragino Sans", "Noto Sans CJK JP", sans-serif; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 14px/1.5 system-ui, "Segoe UI", "Hiragino Sans", "Noto Sans CJK JP", sans-serif; }
 main { max-width: 1200px; margin: 0 auto; padding: 28px 20px 40px; }
 h1 { font-size: 24px; line-height: 1.25; margin: 0 0 14px; }
 h2 { font-size: 17px; margin: 34px 0 4px; }
 h3 { font-size: 14px; margin: 18px 0 4px; }
 p { margin: 0 0 10px; max-width: 92ch; }
 .note, footer, caption { color: var(--muted); font-size: 13px; }
-.panel { background: var(--surface); border: 1px solid var(--grid); border-radius: 8px; padding: 14px 16px; margin: 0 0 14px; break-inside: avoid; overflow-x: auto; }
+.panel { background: var(--surface); border: 1px solid var(--grid); border-radius: 8px; padding: 14px 16px; margin: 0 0 14px;
+  break-inside: avoid; overflow-x: auto; }
 .columns { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); margin-bottom: 14px; }
 .columns.small { grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); }
 .columns .panel { margin: 0; }
@@ -73,8 +77,8 @@ svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap:
 svg .segment { stroke: var(--surface); stroke-width: 1; }
 svg .cell { stroke: var(--surface); stroke-width: 1; }
 svg .pointer { stroke: var(--muted); stroke-width: 1; fill: none; pointer-events: none; }
-#tip { position: fixed; pointer-events: none; background: var(--ink); color: var(--page); border-radius: 5px; padding: 4px 8px; font-size: 12px;
-  white-space: pre; font-variant-numeric: tabular-nums; }
+#tip { position: fixed; pointer-events: none; background: var(--ink); color: var(--page); border-radius: 5px; padding: 4px 8px;
+  font-size: 12px;  white-space: pre; font-variant-numeric: tabular-nums; }
 @media print {
   @page { margin: 14mm; }
   body { background: none; font-size: 11px; -webkit-print-color-adjust: exact; print-color-adjust: exact; }
@@ -127,7 +131,8 @@ for (const svg of document.querySelectorAll("svg.lines")) {
 def page(title: str, body: str) -> str:
     """A whole HTML document; `body` is HTML, `title` is text."""
     return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
         f'<body>\n<main>\n{body}\n</main>\n<div id="tip" hidden></div>\n<script>{_SCRIPT}</script>\n</body>\n</html>\n'
     )

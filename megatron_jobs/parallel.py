@@ -68,7 +68,8 @@ def prepare_device() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
     elif not _cpu_is_prepared:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size()))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world_size())))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
         cpu.install()
         _cpu_is_prepared = True
 
