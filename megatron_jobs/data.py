@@ -26,6 +26,5 @@ def open_sources(config: RunConfig) -> dict[str, TokenBinary]:
 
 
 def facts(binaries: dict[str, TokenBinary]) -> dict[str, Source]:
-    return {
-        name: Source(name, binary.manifest.num_tokens, binary.manifest.kind, binary.manifest.origin) for name, binary in binaries.items()
-    }
+    manifests = {name: binary.manifest for name, binary in binaries.items()}
+    return {name: Source(name, m.num_tokens, m.kind, m.origin, checksum=m.bin_sha256) for name, m in manifests.items()}

@@ -19,6 +19,7 @@ import numpy as np
 
 from megatron_jobs.config import RunConfig
 from megatron_jobs.phases import Share, Source, blocks_in, locate, num_steps, shares
+from user_input import UserError
 
 WINDOW = 1024  # samples
 ROUNDS = 6
@@ -59,7 +60,7 @@ class DataOrder:
     """Where in which source each sample of the run lies."""
 
     def __init__(self, config: RunConfig, sources: dict[str, Source]) -> None:
-        self.seed = config.seed
+        self.seed, self.sources = config.seed, sources
         self.phases = config.phases
         self.block_length = config.data.block_length
         self.num_blocks = {name: blocks_in(source.num_tokens, self.block_length) for name, source in sources.items()}
@@ -112,12 +113,24 @@ class DataOrder:
                             "tokens": samples[share.source] * phase.sequence_length,
                             "first_block": share.first_block,
                             "num_blocks": share.num_blocks,
+                            "checksum": self.sources[share.source].checksum,
                         }
                         for share in self.shares[index]
                     },
                 }
             )
         return {"tokens": sum(row["tokens"] for row in rows), "block_length": self.block_length, "phases": rows}
+
+    def check_continues(self, ledger: dict[str, Any]) -> None:
+        """Raises UserError when a source that has been consumed holds other tokens now: its order would be another one."""
+        for phase in ledger["phases"]:
+            for name, consumed in phase["sources"].items():
+                now = self.sources.get(name)
+                if phase["steps"] and (now is None or now.checksum != consumed["checksum"]):
+                    raise UserError(
+                        f"data.folder: source {name} is not the one that phase {phase['name']} has consumed {consumed['tokens']:,} "
+                        "tokens of: put that binary back, or start another run"
+                    )
 
     def _offset(self, phase: int, share: Share, ordinal: int) -> int:
         length = self.phases[phase].sequence_length

@@ -22,6 +22,7 @@ class Source:
     num_tokens: int
     kind: str
     origin: str
+    checksum: str  # of its tokens
 
 
 @dataclass(frozen=True)

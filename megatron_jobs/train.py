@@ -46,6 +46,7 @@ def train(config: RunConfig) -> None:
     start = _newest(config)
     state = TrainingState(config, start or _initial(config))
     if start:
+        order.check_continues(start.ledger)
         state.restore(start)
     first_step = start.step if start else 0
     log = Log(config, first_step) if dist.get_rank() == 0 else None

@@ -12,8 +12,7 @@ from megatron_jobs import config as configuration
 from megatron_jobs import phases
 from megatron_jobs.plan import num_parameters
 from tests.conftest import MOE, tiny
-from tokenization.train import TrainConfig
-from user_input import UserError, read_yaml
+from user_input import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,7 +128,7 @@ def mujina(*arguments: str) -> subprocess.CompletedProcess:
 def test_the_command_and_its_verbs():
     listing = mujina("--help")
     verbs = re.findall(r"^  (\w+) ", listing.stdout, re.MULTILINE)
-    assert verbs == ["tokenizer", "prepare", "plan", "train", "upcycle", "convert", "generate", "evaluate", "report"]
+    assert verbs == ["tokenizer", "prepare", "inspect", "plan", "train", "upcycle", "convert", "generate", "evaluate", "report"]
     for verb in verbs:
         shown = mujina(verb, "--help")
         assert shown.returncode == 0 and f"mujina {verb}" in shown.stdout and len(shown.stdout) > 200, verb
@@ -179,9 +178,3 @@ def test_slurm_scripts_start_the_training_command():
         assert "slurm/train.sh" in path.read_text()
     assert "-m megatron_jobs.train" in (ROOT / "slurm/train.sh").read_text()
     assert "megatron_jobs.train" in (ROOT / "megatron_jobs/launch.py").read_text()
-
-
-def test_the_reference_tokenizer_is_the_one_of_the_reference_models():
-    settings = read_yaml(ROOT / "megatron_jobs/configs/tokenizer_65k.yaml", TrainConfig)
-    model = yaml.safe_load((ROOT / "megatron_jobs/configs/tanuki_8b.yaml").read_text())
-    assert (settings.output, settings.vocab_size) == (model["tokenizer"], model["model"]["vocab_size"])

@@ -35,7 +35,7 @@ def phase(name, tokens, length=16, batch=4, sources=None, **more):
 
 
 def sources(**sizes):
-    return {name: Source(name, size, "web", "human") for name, size in sizes.items()}
+    return {name: Source(name, size, "web", "human", "") for name, size in sizes.items()}
 
 
 @given(size=st.integers(1, 3000), key=st.integers(0, 9))
@@ -128,11 +128,20 @@ def test_start_is_independent_of_the_corpus():
     """1.7 trillion tokens in 2,000 sources: the first batch is there at once."""
     names = {f"s{n}": 1.0 + n for n in range(2000)}
     config = run_config([phase("p", 1_700_000_000_000, 4096, 1024, names)], block_length=4096)
-    many = {name: Source(name, 2_000_000_000, "web", "human") for name in names}
+    many = {name: Source(name, 2_000_000_000, "web", "human", "") for name in names}
     began = time.process_time()
     order = DataOrder(config, many)
     assert len({order.sample(0, number) for number in range(1024)}) == 1024
     assert time.process_time() - began < 10  # seconds; hours with an index
+
+
+def test_a_source_that_was_consumed_must_stay_as_it_was():
+    config = run_config([phase("p", 64 * 4, sources={"a": 1.0}), phase("q", 64 * 4, sources={"b": 1.0})])
+    order = DataOrder(config, sources(a=1000, b=1000))
+    changed = sources(a=1000, b=1000) | {"b": Source("b", 1000, "web", "human", "another")}
+    DataOrder(config, changed).check_continues(order.ledger(4))  # b has not been touched
+    with pytest.raises(UserError, match="source b is not the one that phase q has consumed 64 tokens of"):
+        DataOrder(config, changed).check_continues(order.ledger(5))
 
 
 @pytest.mark.parametrize(
