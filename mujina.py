@@ -9,6 +9,7 @@ import sys
 VERBS = {
     "tokenizer": ("tokenization.train", "train a SentencePiece tokenizer with chat roles"),
     "prepare": ("data_prep.prepare", "turn documents into indexed token binaries"),
+    "inspect": ("data_prep.inspect", "show a token binary: facts, statistics, documents as text"),
     "plan": ("megatron_jobs.plan", "show parameters, phases, steps and the data that they need"),
     "train": ("megatron_jobs.launch", "train, or go on training, on this machine"),
     "upcycle": ("megatron_jobs.upcycle", "make a mixture of experts out of a dense checkpoint"),

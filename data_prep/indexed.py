@@ -113,20 +113,24 @@ class BinaryWriter:
 
 
 class TokenBinary:
-    """An opened binary. `tokens` is a 1-D memory map of all ids in order, each document ending in its end-of-document token."""
+    """An opened binary.
+
+    tokens    1-D memory map of all ids in order, each document ending in its end-of-document token
+    lengths   1-D memory map, the tokens of each document
+    """
 
     def __init__(self, prefix: Path, manifest: Manifest) -> None:
         self.prefix = prefix
         self.manifest = manifest
         documents, index = manifest.num_documents, path_of(prefix, "idx")
         self.tokens: np.ndarray = np.memmap(path_of(prefix, "bin"), dtype=manifest.dtype, mode="r")
-        self._lengths = np.memmap(index, dtype="<i4", mode="r", offset=HEADER.size, shape=(documents,))
+        self.lengths: np.ndarray = np.memmap(index, dtype="<i4", mode="r", offset=HEADER.size, shape=(documents,))
         self._offsets = np.memmap(index, dtype="<i8", mode="r", offset=HEADER.size + 4 * documents, shape=(documents,))
 
     def document(self, index: int) -> np.ndarray:
         """The ids of one document, without a copy."""
         start = int(self._offsets[index]) // self.tokens.itemsize
-        return self.tokens[start : start + int(self._lengths[index])]
+        return self.tokens[start : start + int(self.lengths[index])]
 
     def verify(self) -> None:
         """Reads everything and raises UserError unless both checksums are the manifest's. Seconds per gigabyte."""

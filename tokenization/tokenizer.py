@@ -72,6 +72,10 @@ class Tokenizer:
         """The text of ids. Chat pieces come out as they are spelled, control pieces (</s> and so on) as nothing."""
         return str(self._engine.decode([int(token) for token in ids]))
 
+    def piece(self, token: int) -> str:
+        """How the vocabulary spells one id."""
+        return str(self._engine.id_to_piece(token))
+
     def encode_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
         """Ids of a dialogue as `render_chat` writes it; contents that spell a chat piece stay text. Raises UserError on an unknown role."""
         ids: list[int] = []
