@@ -12,6 +12,7 @@ setup(
     entry_points={"console_scripts": ["mujina = mujina:main"]},
     install_requires=[
         "datasets",
+        "gigatoken==0.10.0",  # each version may split anew: tokenization/hf.py is tested against this one
         "megatron-core>=0.19,<0.20",
         "numpy",
         "nvidia-ml-py",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from files import read_rows
+from data_prep.blocks import Block, read_blocks, rows_of
 from user_input import UserError
 
 Kind = Literal["web", "code", "documents", "chat"]
@@ -53,7 +53,14 @@ def read_documents(path: str, source: str, kind: Kind, origin: Origin) -> Iterat
 
     Raises UserError, naming file and line, on anything that is not such a row.
     """
-    for number, row in _rows(path):
+    for block in read_blocks(path):
+        yield from documents_of(block, source, kind, origin)
+
+
+def documents_of(block: Block, source: str, kind: Kind, origin: Origin) -> Iterator[Document]:
+    """`read_documents` of one block of a file."""
+    path = block.path
+    for number, row in rows_of(block):
         where = f"{path} line {number}"
         for field, declared, known in (("kind", kind, get_args(Kind)), ("origin", origin, get_args(Origin))):
             if row.get(field) not in (None, declared):
@@ -79,23 +86,6 @@ def read_documents(path: str, source: str, kind: Kind, origin: Origin) -> Iterat
             language=str(row.get("language") or "unknown"),
             licence=str(row.get("licence") or "unknown"),
         )
-
-
-def _rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    if not path.startswith("datasets:") and not path.endswith(".parquet"):
-        yield from read_rows(path)
-        return
-    import datasets
-
-    try:
-        if path.startswith("datasets:"):
-            name, _, split = path.removeprefix("datasets:").partition(":")
-            rows = datasets.load_dataset(name, split=split or "train", streaming=True)
-        else:
-            rows = datasets.load_dataset("parquet", data_files=path, split="train", streaming=True)
-        yield from enumerate(rows, start=1)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{path}: cannot be read by the datasets library ({error}): check the name, the split and the file") from None
 
 
 def _check_messages(messages: Any, where: str) -> None:

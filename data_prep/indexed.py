@@ -68,11 +68,25 @@ class BinaryWriter:
 
     def add_document(self, ids: np.ndarray) -> None:
         """Appends one document: a 1-D array of token ids, its end-of-document token included."""
-        assert ids.ndim == 1 and ids.size > 0
+        self.add_documents(ids, np.array([ids.size]))
+
+    def add_documents(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Appends documents: the ids of all, one after the other, and how many each has (1-D arrays)."""
+        assert ids.ndim == 1 and lengths.size > 0 and lengths.min() > 0 and lengths.sum() == ids.size
         self._bin.write(ids.astype(self._dtype, copy=False).tobytes())
-        self._lengths.write(struct.pack("<i", ids.size))
-        self.num_documents += 1
+        self._lengths.write(lengths.astype("<i4", copy=False).tobytes())
+        self.num_documents += lengths.size
         self.num_tokens += ids.size
+
+    def add_binary(self, binary: "TokenBinary") -> None:
+        """Appends all documents of another binary of the same dtype, in a memory that does not depend on its size."""
+        assert binary.tokens.dtype == self._dtype
+        for start in range(0, binary.tokens.size, CHUNK):
+            self._bin.write(binary.tokens[start : start + CHUNK].tobytes())
+        for start in range(0, binary.lengths.size, CHUNK):
+            self._lengths.write(binary.lengths[start : start + CHUNK].tobytes())
+        self.num_documents += binary.manifest.num_documents
+        self.num_tokens += binary.manifest.num_tokens
 
     def finish(self, labels: Labels) -> Manifest:
         """Writes the index and the manifest, and renames. Until the last step an older binary of this name no longer exists."""

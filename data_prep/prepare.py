@@ -4,12 +4,17 @@
 
 A source whose tokenizer, input files and labels are unchanged is kept as it is; any other is built anew, under temporary names, and
 counts only when its manifest is written. So an interrupted run is simply started again.
+
+One process reads the files in blocks of lines, and one process for each core turns blocks into shards: binaries like any other, in
+<output>/.<source>.shards until the source is written. A shard that is whole is not built again, so a run that was killed goes on where
+it stopped. Shards are joined in the order of their blocks: the bytes do not depend on the number of processes.
 """
 
 import hashlib
 import json
+import os
+import shutil
 from collections import Counter
-from collections.abc import Iterator
 from itertools import batched
 from pathlib import Path
 from typing import Annotated
@@ -22,13 +27,15 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from data_prep.documents import Document, Kind, Origin, find_files, read_documents
-from data_prep.indexed import BinaryWriter, Labels, Manifest, open_binary, token_dtype
+from data_prep.blocks import Block, read_blocks
+from data_prep.documents import Document, Kind, Origin, documents_of, find_files
+from data_prep.indexed import BinaryWriter, Labels, Manifest, open_binary, path_of, token_dtype
+from data_prep.workers import Workers
 from files import sha256_of
 from tokenization.tokenizer import Tokenizer
 from user_input import Section, UserError, read_yaml, run
 
-BATCH = 256  # documents tokenized at once, over all cores
+BATCH = 256  # documents tokenized at once
 
 
 class SourceConfig(Section):
@@ -45,11 +52,15 @@ class SourceConfig(Section):
 
 
 class PrepareConfig(Section):
-    """The tokenizer's folder, the folder to write to, and the sources."""
+    """The tokenizer's folder, the folder to write to, and the sources.
+
+    processes   that tokenize, one for each core unless given; the result does not depend on it
+    """
 
     tokenizer: str
     output: str
     sources: list[SourceConfig] = Field(min_length=1)
+    processes: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), gt=0)
 
     @pydantic.model_validator(mode="after")
     def _names_differ(self) -> "PrepareConfig":
@@ -67,14 +78,18 @@ def prepare(config: PrepareConfig) -> list[Manifest]:
     tokenizer = Tokenizer.load(config.tokenizer)
     # Names are resolved for all sources first, so that a misspelled path is not found out after hours.
     files = {source.name: find_files(source.documents) for source in config.sources}
+    global _tokenizer
+    _tokenizer = tokenizer
     columns = SpinnerColumn(finished_text="✓"), TextColumn("{task.description:20} {task.fields[state]}"), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        return [_prepare_source(source, files[source.name], Path(config.output), tokenizer, progress) for source in config.sources]
+    with Workers(config.processes) as workers, Progress(*columns, console=Console(stderr=True)) as progress:
+        return [_prepare_source(source, files[source.name], Path(config.output), tokenizer, workers, progress) for source in config.sources]
 
 
-def _prepare_source(source: SourceConfig, files: list[str], output: Path, tokenizer: Tokenizer, progress: Progress) -> Manifest:
+def _prepare_source(
+    source: SourceConfig, files: list[str], output: Path, tokenizer: Tokenizer, workers: Workers, progress: Progress
+) -> Manifest:
     task = progress.add_task(source.name, total=None, state="checking the input files")
-    prefix = output / source.name
+    prefix, shards = output / source.name, output / f".{source.name}.shards"
     fingerprint = _fingerprint(source, files, tokenizer)
     manifest = _finished(prefix, fingerprint)
     done = "unchanged, kept"
@@ -82,43 +97,90 @@ def _prepare_source(source: SourceConfig, files: list[str], output: Path, tokeni
         done = "written"
         writer = BinaryWriter(prefix, token_dtype(tokenizer.vocab_size))
         languages, licences, num_characters = Counter[str](), Counter[str](), 0
-        for document, ids, characters in _tokenized(source, files, tokenizer):
-            writer.add_document(ids)
-            languages[document.language] += 1
-            licences[document.licence] += 1
-            num_characters += characters
-            if writer.num_documents % BATCH == 0:
-                progress.update(task, state=f"{writer.num_documents:,} documents, {writer.num_tokens:,} tokens")
+        blocks = enumerate(block for path in files for block in read_blocks(path))
+        for shard in workers.map(_build_shard, ((source, block, shards / f"{number:06}") for number, block in blocks)):
+            if shard is None:
+                continue
+            writer.add_binary(open_binary(shards / shard.name))
+            languages.update(shard.languages)
+            licences.update(shard.licences)
+            num_characters += shard.num_characters
+            progress.update(task, state=f"{writer.num_documents:,} documents, {writer.num_tokens:,} tokens")
         if writer.num_documents == 0:
             raise UserError(f"source {source.name}: holds no documents ({', '.join(files)}): leave it out, or give files that hold some")
         manifest = writer.finish(
-            Labels(
-                name=source.name,
-                kind=source.kind,
-                origin=source.origin,
-                languages=dict(sorted(languages.items())),
-                licences=dict(sorted(licences.items())),
-                num_characters=num_characters,
-                tokenizer_hash=tokenizer.hash,
-                vocab_size=tokenizer.vocab_size,
-                fingerprint=fingerprint,
-            )
+            _labels(source.name, source, languages, licences, num_characters, tokenizer=tokenizer, fingerprint=fingerprint)
         )
+    shutil.rmtree(shards, ignore_errors=True)  # also when a run was killed just before it came here
     progress.update(task, total=1, completed=1, state=f"{done}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens")
     return manifest
 
 
-def _tokenized(source: SourceConfig, files: list[str], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray, int]]:
-    """Yields (document, its ids with the end-of-document token, its characters)."""
-    documents = (document for path in files for document in read_documents(path, source.name, source.kind, source.origin))
-    for batch in batched(documents, BATCH):
-        texts = iter(tokenizer.encode_batch([document.text for document in batch if document.text is not None]))
-        for document in batch:
-            if document.messages is None:
-                ids, characters = next(texts), len(document.text or "")
-            else:
-                ids, characters = tokenizer.encode_chat(document.messages), sum(len(turn["content"]) for turn in document.messages)
-            yield document, np.array([*ids, tokenizer.eod_id], dtype=np.int32), characters
+_tokenizer: Tokenizer  # of this run: forked with the workers instead of being sent to each of them with every block
+
+
+def _build_shard(source: SourceConfig, block: Block, prefix: Path) -> Manifest | None:
+    """The binary of one block, built unless it is there. None when the block holds no documents."""
+    facts = [_tokenizer.hash, source.name, source.kind, source.origin, hashlib.sha256(block.lines).hexdigest()]
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    manifest = _finished(prefix, fingerprint)
+    if manifest is not None:
+        return manifest
+    # Under a name of our own first: a worker whose parent was killed may still be at this shard when the next run's comes to it.
+    own = prefix.with_name(f"{prefix.name}.{os.getpid()}")
+    writer = BinaryWriter(own, token_dtype(_tokenizer.vocab_size))
+    languages, licences, num_characters = Counter[str](), Counter[str](), 0
+    for documents in batched(documents_of(block, source.name, source.kind, source.origin), BATCH):
+        ids, characters = _tokenized(documents)
+        num_characters += characters
+        languages.update(document.language for document in documents)
+        licences.update(document.licence for document in documents)
+        writer.add_documents(np.concatenate(ids), np.array([document.size for document in ids]))
+    if writer.num_documents == 0:
+        return None
+    manifest = writer.finish(
+        _labels(prefix.name, source, languages, licences, num_characters, tokenizer=_tokenizer, fingerprint=fingerprint)
+    )
+    for kind in ("bin", "idx", "json"):  # the manifest last, as ever
+        os.replace(path_of(own, kind), path_of(prefix, kind))
+    return manifest
+
+
+def _tokenized(documents: tuple[Document, ...]) -> tuple[list[np.ndarray], int]:
+    """The ids of each document with its end-of-document token, and the characters of all."""
+    texts = iter(_tokenizer.encode_batch([document.text for document in documents if document.text is not None]))
+    ids, characters = [], 0
+    for document in documents:
+        if document.messages is None:
+            ids.append(next(texts))
+            characters += len(document.text or "")
+        else:
+            ids.append(np.array(_tokenizer.encode_chat(document.messages), dtype=np.int32))
+            characters += sum(len(turn["content"]) for turn in document.messages)
+    return [np.append(document, np.int32(_tokenizer.eod_id)) for document in ids], characters
+
+
+def _labels(
+    name: str,
+    source: SourceConfig,
+    languages: Counter[str],
+    licences: Counter[str],
+    num_characters: int,
+    *,
+    tokenizer: Tokenizer,
+    fingerprint: str,
+) -> Labels:
+    return Labels(
+        name=name,
+        kind=source.kind,
+        origin=source.origin,
+        languages=dict(sorted(languages.items())),
+        licences=dict(sorted(licences.items())),
+        num_characters=num_characters,
+        tokenizer_hash=tokenizer.hash,
+        vocab_size=tokenizer.vocab_size,
+        fingerprint=fingerprint,
+    )
 
 
 def _fingerprint(source: SourceConfig, files: list[str], tokenizer: Tokenizer) -> str:

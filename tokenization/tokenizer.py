@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from user_input import UserError
@@ -50,8 +51,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Opens `folder`/tokenizer.model. Raises UserError when it is missing or unfit."""
+        """Opens `folder`/tokenizer.model, or the BPE tokenizer.json of a folder without one. Raises UserError on a missing or unfit one."""
         model_file = Path(folder) / "tokenizer.model"
+        if not model_file.exists() and (Path(folder) / "tokenizer.json").exists():
+            from tokenization.hf import HfTokenizer
+
+            return HfTokenizer(Path(folder))
         if not model_file.exists():
             raise UserError(f"{model_file}: no such file: train a tokenizer into {folder} with python -m tokenization.train")
         return cls(model_file)
@@ -62,11 +67,14 @@ class Tokenizer:
             return list(self._engine.encode(text))
         return [token for part in self._safe_parts(text) for token in (self._engine.encode(part) if isinstance(part, str) else part)]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of every text, on all cores."""
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of every text as 1-D int32 arrays, on one core: who has more of them starts more processes."""
         plain = [text for text in texts if not self._guarded.search(text)]
-        encoded = iter(self._engine.encode(plain)) if plain else iter(())
-        return [self.encode(text) if self._guarded.search(text) else next(encoded) for text in texts]
+        encoded = iter(self._engine.encode_as_numpy(plain, num_threads=1)) if plain else iter(())
+        return [
+            np.array(self.encode(text), dtype=np.int32) if self._guarded.search(text) else next(encoded).astype(np.int32, copy=False)
+            for text in texts
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids. Chat pieces come out as they are spelled, control pieces (</s> and so on) as nothing."""

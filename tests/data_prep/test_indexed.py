@@ -3,6 +3,7 @@
 import json
 import os
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,27 @@ def test_an_unfinished_writer_leaves_no_binary_and_a_new_one_starts_over(tmp_pat
         open_binary(tmp_path / "a")
     write(tmp_path / "a")
     assert open_binary(tmp_path / "a").document(0).tolist() == DOCUMENTS[0]
+
+
+def test_joining_takes_the_same_memory_at_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexed, "CHUNK", 1 << 14)
+    peaks = []
+    for documents in (200_000, 1_600_000):
+        shard = BinaryWriter(tmp_path / "shard", token_dtype(300))
+        shard.add_documents(np.arange(2 * documents) % 300, np.full(documents, 2))
+        labels = Labels.model_validate(write(tmp_path / "any").model_dump(include=set(Labels.model_fields)))
+        shard.finish(labels)
+        writer = BinaryWriter(tmp_path / "joined", token_dtype(300))
+        tracemalloc.start()
+        writer.add_binary(open_binary(tmp_path / "shard"))
+        writer.add_binary(open_binary(tmp_path / "shard"))
+        manifest = writer.finish(labels)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        joined = open_binary(tmp_path / "joined")
+        assert manifest.num_documents == 2 * documents and joined.document(2 * documents - 1).tolist() == joined.tokens[-2:].tolist()
+        assert np.array_equal(joined.tokens[: 2 * documents], joined.tokens[2 * documents :])
+    assert peaks[1] < 1.2 * peaks[0] < 4e6, "bytes"
 
 
 def test_opening_does_not_read_the_corpus(tmp_path: Path) -> None:

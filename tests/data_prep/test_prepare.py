@@ -1,17 +1,27 @@
 """Sources become binaries once, again when something changed, and wholly or not at all."""
 
+import gzip
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import tokenizers
 import yaml
+from tokenizers import decoders, models, pre_tokenizers
 
+from data_prep import blocks
+from data_prep import prepare as prepare_module
+from data_prep.blocks import Block, read_blocks
+from data_prep.documents import Document, documents_of
 from data_prep.indexed import open_binary
 from data_prep.prepare import PrepareConfig, prepare
 from tokenization.tokenizer import Tokenizer
@@ -117,27 +127,98 @@ def command(tokenizer: Path, documents: str, output: Path, folder: Path) -> list
     return [sys.executable, "-m", "data_prep.prepare", str(folder / f"{output.name}.yaml")]
 
 
-def test_a_killed_preparation_counts_for_nothing_and_is_simply_run_again(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_killed_preparation_goes_on_where_it_stopped(tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"text": f"the cat sat on the mat number {n} " * 20} for n in range(8_000)]
     documents = write_rows(tmp_path / "web.jsonl", rows)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen(command(tokenizer_folder, documents, killed, tmp_path), cwd=ROOT, stderr=subprocess.DEVNULL)
-    partial = killed / ".web.bin.partial"
     deadline = time.monotonic() + 30
-    while not (partial.exists() and partial.stat().st_size > 100_000):
+    while not list(killed.glob(".web.shards/??????.json")):
         assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed midway"
         time.sleep(0.002)
+    workers = psutil.Process(process.pid).children()
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+    assert workers and not psutil.wait_procs(workers, timeout=20)[1], "a worker outlives its parent"
     assert not any(path.suffix in (".bin", ".idx", ".json") for path in killed.iterdir())
     with pytest.raises(UserError, match="not a whole binary"):
         open_binary(killed / "web")
-    for output in (killed, whole):
-        run = subprocess.run(command(tokenizer_folder, documents, output, tmp_path), cwd=ROOT, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        assert "8,000" in run.stdout
-    assert bytes_of(killed) == bytes_of(whole)
+    num_whole = len(list(killed.glob(".web.shards/??????.json")))
+    num_blocks = len(list(read_blocks(documents)))
+    assert 0 < num_whole < num_blocks
+    built = tmp_path / "built"
+
+    def recorded(block: Block, *labels: str) -> Iterator[Document]:
+        with open(built, "a") as stream:
+            stream.write("x")
+        return documents_of(block, *labels)
+
+    monkeypatch.setattr(prepare_module, "documents_of", recorded)
+    prepare(config(tokenizer_folder, killed, web={"documents": [documents]}))
+    assert built.stat().st_size == num_blocks - num_whole
+    prepare(config(tokenizer_folder, whole, web={"documents": [documents]}))
+    assert built.stat().st_size == 2 * num_blocks - num_whole
+    assert bytes_of(killed) == bytes_of(whole) and set(bytes_of(killed)) == {"web.bin", "web.idx", "web.json"}
     open_binary(killed / "web").verify()
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_processes(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "FIRST_BLOCK", 2_000)
+    draw = random.Random(1)
+    rows = [{"text": "".join(draw.choices("cat 猫", k=draw.randint(0, 300))), "language": draw.choice("ab")} for _ in range(500)]
+    documents = [write_rows(tmp_path / "a.jsonl", rows), str(tmp_path / "b.jsonl.gz")]
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(Path(documents[0]).read_bytes()))
+    assert len(list(read_blocks(documents[0]))) > 20
+    outputs = []
+    for processes in (1, 2, 5):
+        prepare(
+            config(tokenizer_folder, tmp_path / f"out{processes}", web={"documents": documents}).model_copy(update={"processes": processes})
+        )
+        outputs.append(bytes_of(tmp_path / f"out{processes}"))
+    assert outputs[0] == outputs[1] == outputs[2]
+    tokenizer, binary = Tokenizer.load(tokenizer_folder), open_binary(tmp_path / "out5/web")
+    # The plain way: every document by itself, in the order of the files.
+    expected = [[*tokenizer.encode(row["text"]), tokenizer.eod_id] for row in rows * 2]
+    assert [binary.document(number).tolist() for number in range(1_000)] == expected
+    assert binary.manifest.num_characters == 2 * sum(len(row["text"]) for row in rows)
+    assert sum(binary.manifest.languages.values()) == 1_000
+
+
+def test_a_hugging_face_tokenizer_prepares_as_well(tmp_path: Path) -> None:
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({piece: token for token, piece in enumerate(["</s>", *tokens])}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens(["</s>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    texts = ["the cat", "spells </s> itself", "", "猫"] * 100
+    documents = write_rows(tmp_path / "web.jsonl", [{"text": text} for text in texts])
+    prepare(config(tmp_path, tmp_path / "out", web={"documents": [documents]}))
+    binary = open_binary(tmp_path / "out/web", Tokenizer.load(tmp_path).hash)
+    for number, text in enumerate(texts):
+        assert binary.document(number).tolist() == [1 + tokens.index(piece) for piece in _byte_level(text)] + [0]
+
+
+def _byte_level(text: str) -> str:
+    return "".join(piece for piece, _ in pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text))
+
+
+def test_of_several_bad_rows_the_first_is_named(tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "FIRST_BLOCK", 1_000)
+    rows: list[dict[str, Any]] = [{"text": f"the cat {n}"} for n in range(400)]
+    rows[199] = rows[210] = {"body": "x"}
+    documents = write_rows(tmp_path / "web.jsonl", rows)
+    with pytest.raises(UserError, match="web.jsonl line 200: has neither"):
+        prepare(config(tokenizer_folder, tmp_path / "out", web={"documents": [documents]}))
+
+
+def test_a_worker_that_is_killed_is_reported(tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = write_rows(tmp_path / "web.jsonl", [{"text": "x"}])
+    monkeypatch.setattr(prepare_module, "documents_of", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match="a worker process ended with status -9.*`processes`"):
+        prepare(config(tokenizer_folder, tmp_path / "out", web={"documents": [documents]}))
 
 
 def test_the_command_explains_a_mistake(tokenizer_folder: Path, tmp_path: Path) -> None:

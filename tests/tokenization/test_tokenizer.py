@@ -36,7 +36,7 @@ def test_control_and_chat_ids_are_where_the_test_above_expects_them(tokenizer: T
 
 def test_batches_equal_single_texts(tokenizer: Tokenizer) -> None:
     texts = ["plain text", "<|end|> spelled", "", "a▁b", "猫である"]
-    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == [tokenizer.encode(text) for text in texts]
     assert tokenizer.encode_batch([]) == []
 
 

@@ -1,0 +1,90 @@
+"""Processes that share one stream of tasks; their results come back in the order of the tasks."""
+
+import multiprocessing
+import multiprocessing.connection
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any, Self
+
+from user_input import UserError
+
+AHEAD = 3  # tasks for each process that are given out or finished before the oldest result is taken: bounds the memory
+
+
+class Workers:
+    """`processes` forks of this process. Opened before threads start, because a fork copies only the one that calls it."""
+
+    def __init__(self, processes: int) -> None:
+        context = multiprocessing.get_context("fork")
+        self._processes: dict[Connection, Any] = {}
+        for _ in range(processes):
+            ours, theirs = context.Pipe()
+            # A worker that held a copy of our ends would not notice that we were killed, and would wait for ever.
+            process = context.Process(target=_serve, args=(theirs, [*self._processes, ours]), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes[ours] = process
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for connection, process in self._processes.items():
+            connection.close()
+            process.terminate()
+            process.join()
+
+    def map(self, work: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """Yields work(*task) for every task, in order. `work` is a module's function; its UserError is raised here, at its turn."""
+        numbered, ready, busy = enumerate(tasks), dict[int, Any](), dict[Connection, int]()
+        idle, taken, more = list(self._processes), 0, True
+        while True:
+            while more and idle and len(ready) + len(busy) < AHEAD * len(self._processes):
+                number, task = next(numbered, (None, None))
+                if number is None:
+                    more = False
+                    break
+                connection = idle.pop()
+                self._talk(connection, lambda connection=connection, task=task: connection.send((work, task)))
+                busy[connection] = number
+            if not busy:
+                return
+            for connection in multiprocessing.connection.wait(list(busy)):
+                ready[busy.pop(connection)] = self._talk(connection, connection.recv)
+                idle.append(connection)
+            while taken in ready:
+                result = ready.pop(taken)
+                if isinstance(result, UserError):
+                    raise result
+                taken += 1
+                yield result
+
+    def _talk(self, connection: Connection, say: Callable[[], Any]) -> Any:
+        try:
+            return say()
+        except (EOFError, ConnectionError):
+            process = self._processes[connection]
+            process.join()
+            raise UserError(
+                f"a worker process ended with status {process.exitcode}: see what it wrote above; -9 is a kill, most often for want of "
+                f"memory: set `processes` to fewer than {len(self._processes)} and start again"
+            ) from None
+
+
+def _serve(connection: Connection, others: list[Connection]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us all; the parent says what happened, and ends us
+    for other in others:
+        other.close()
+    while True:
+        try:
+            work, task = connection.recv()
+        except EOFError:
+            return
+        try:
+            result = work(*task)
+        except UserError as error:
+            result = error
+        except OSError as error:
+            result = UserError(f"a file cannot be read or written ({error}): look for space on the disk and for permissions")
+        connection.send(result)

@@ -1,0 +1,54 @@
+"""Blocks are a file's lines, all of them, once and whole."""
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from data_prep import blocks
+from data_prep.blocks import read_blocks, rows_of
+from user_input import UserError
+
+LINES = [b'{"text": "' + b"x" * (n * 37 % 211) + b'"}\n' for n in range(100)] + [
+    b"\n",
+    b'{"text": "' + b"long" * 2_000 + b'"}\n',
+    b'{"text": ""}',
+]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_blocks_are_the_lines_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(blocks, "FIRST_BLOCK", 300)
+    data = b"".join(LINES)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    found = list(read_blocks(str(tmp_path / name)))
+    assert len(found) > 10 and b"".join(block.lines for block in found) == data
+    assert all(block.lines.endswith(b"\n") for block in found[:-1])
+    numbers = [number for block in found for number, _ in rows_of(block)]
+    assert numbers == [*range(1, 101), 102, 103]
+
+
+def test_blocks_grow_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "FIRST_BLOCK", 100)
+    monkeypatch.setattr(blocks, "LAST_BLOCK", 400)
+    (tmp_path / "rows.jsonl").write_bytes(b"{}\n" * 4_000)
+    sizes = [len(block.lines) for block in read_blocks(str(tmp_path / "rows.jsonl"))]
+    assert max(sizes[:8]) <= 102 and 102 < max(sizes[8:16]) <= 202 and 202 < max(sizes[16:]) <= 402
+
+
+def test_an_empty_file_has_no_blocks(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    assert list(read_blocks(str(tmp_path / "empty.jsonl"))) == []
+
+
+def test_what_the_fast_parser_refuses_the_strict_one_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "one"}\n{"text": "two"}\n')
+    (block,) = read_blocks(str(tmp_path / "rows.jsonl"))
+
+    def refuse(_: bytes) -> None:
+        raise ValueError
+
+    monkeypatch.setattr(blocks.pydantic_core, "from_json", refuse)
+    assert list(rows_of(block)) == [(1, {"text": "one"}), (2, {"text": "two"})]
+    with pytest.raises(UserError, match="no such file"):
+        list(read_blocks(str(tmp_path / "none.jsonl")))

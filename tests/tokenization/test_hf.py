@@ -1,0 +1,143 @@
+"""Hugging Face BPE tokenizers give the reference's ids on every document, and no control ids."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from tokenization import hf
+from tokenization.tokenizer import CHAT_PIECES, Tokenizer
+from user_input import UserError
+
+CORPUS = sorted((Path(__file__).parents[2] / "examples/corpus").glob("*.jsonl.gz"))
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", *CHAT_PIECES]
+ADVERSARIAL = [
+    "</s>",
+    "a</s>b<s><unk>",
+    "<|user|>x<|end|>",
+    "<|user|",
+    "</s",
+    "",
+    " ",
+    "\x00\r\n\t",
+    "🦡" * 50,
+    "e\u0301 é",
+    "\u3000 ",
+    "9" * 400,
+]
+
+
+def texts() -> list[str]:
+    return [json.loads(line)["text"] for path in CORPUS for line in gzip.open(path)]
+
+
+@pytest.fixture(scope="module")
+def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bpe")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=2_000, show_progress=False, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    backend.train_from_iterator([text[:3_000] for text in texts()[::13]], trainer)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bpe(bpe_folder: Path) -> Tokenizer:
+    return Tokenizer.load(bpe_folder)
+
+
+def test_every_document_of_the_corpus_has_the_references_ids(bpe_folder: Path, bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf, "RENEW_AFTER", 1_000_000)  # so that the engine is renewed on the way
+    assert isinstance(bpe, hf.HfTokenizer) and bpe._fast is not None
+    reference = tokenizers.Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
+    reference.encode_special_tokens = True
+    documents = texts()
+    assert len(documents) > 1_000 and any("<s>" in text for text in documents)
+    documents += [*ADVERSARIAL, *(documents[0][:100] + text + documents[1][:100] for text in ADVERSARIAL)]
+    expected = [encoding.ids for encoding in reference.encode_batch_fast(documents, add_special_tokens=False)]
+    for start in range(0, len(documents), 100):
+        ours = bpe.encode_batch(documents[start : start + 100])
+        assert [ids.tolist() for ids in ours] == expected[start : start + 100]
+        assert all(not ids.size or ids.min() >= len(SPECIAL) for ids in ours)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.lists(st.one_of(st.sampled_from(SPECIAL + ADVERSARIAL), st.text()), max_size=6).map("".join))
+def test_any_text_survives_and_gives_no_control_ids(bpe: Tokenizer, text: str) -> None:
+    (ids,) = bpe.encode_batch([text])
+    assert ids.tolist() == bpe.encode(text) and bpe.decode(ids) == text
+    assert all(token >= len(SPECIAL) for token in ids)
+
+
+def test_a_model_that_builds_control_pieces_by_itself_is_held_back(tmp_path: Path) -> None:
+    """ignore_merges (Llama 3) takes a word that is a piece for that piece, special or not."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: token for token, piece in enumerate(["</s>", *alphabet])}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["</s>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.eod_id == 0
+    (ids,) = tokenizer.encode_batch(["</s>"])
+    assert 0 not in ids and tokenizer.decode(ids) == "</s>"
+
+
+def test_a_kind_that_gigatoken_does_not_know_goes_to_the_reference(bpe_folder: Path, bpe: Tokenizer, tmp_path: Path) -> None:
+    model = json.loads((bpe_folder / "tokenizer.json").read_text())
+    model["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(model))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    lower = Tokenizer.load(tmp_path)
+    assert lower.encode_batch(["The CAT </S>"])[0].tolist() == bpe.encode("the cat </s>")
+
+
+def test_the_fast_engine_is_renewed(bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(bpe, hf.HfTokenizer)
+    monkeypatch.setattr(hf, "RENEW_AFTER", 1_000)
+    monkeypatch.setattr(bpe, "_fast_characters", 0)
+    before = bpe._fast
+    bpe.encode_batch(["x" * 100])
+    assert bpe._fast is before
+    bpe.encode_batch(["x" * 1_000])
+    assert bpe._fast is not before
+
+
+def test_chat_and_the_folder_for_transformers(bpe: Tokenizer, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    messages = [{"role": "user", "content": "12 + 3 <|end|>"}, {"role": "assistant", "content": "15"}]
+    ids = bpe.encode_chat(messages)
+    assert bpe.decode(ids) == "<|user|>12 + 3 <|end|><|end|><|assistant|>15<|end|>"
+    assert ids.count(bpe.end_of_turn_id) == 2 and bpe.decode([bpe.eod_id]) == ""
+    bpe.save_hf(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.eos_token_id == bpe.eod_id and len(loaded) == bpe.vocab_size
+    assert loaded.encode("猫 cat", add_special_tokens=False) == bpe.encode("猫 cat")
+
+
+def test_what_is_no_bpe_tokenizer_is_explained(bpe_folder: Path, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    with pytest.raises(UserError, match="of the kind Unigram.*tokenizer.model"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="not a Hugging Face tokenizer"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((bpe_folder / "tokenizer.json").read_bytes())
+    with pytest.raises(UserError, match="names no eos_token"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    with pytest.raises(UserError, match="'<end>'.*is no piece"):
+        Tokenizer.load(tmp_path)
+    assert Tokenizer.load(bpe_folder).hash != Tokenizer.load(folder).hash
