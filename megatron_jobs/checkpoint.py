@@ -43,6 +43,8 @@ class Checkpoint:
             about = json.loads((folder / "checkpoint.json").read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: not a whole checkpoint ({error}): name a folder such as RUN/checkpoints/latest") from None
+        if about["format"] != FORMAT:
+            raise UserError(f"{folder}: is of format {about['format']}, this version reads {FORMAT}: use the version that saved it")
         self.step: int = about["step"]
         self.tokens: int = about["tokens"]
         self.config: RunConfig = configuration.from_dict(about["config"], str(folder / "checkpoint.json"))

@@ -9,13 +9,13 @@ run's data. The folder gets its name when that comparison holds.
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from files import whole_folder
 from user_input import UserError, run
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from megatron_jobs.checkpoint import Checkpoint
     from megatron_jobs.weights import Box
 
+RECORD = "conversion.json"  # where a folder comes from, and how well it agrees
 BOUND = 1e-4
 SHARD_BYTES = 4 * 2**30
 
@@ -62,19 +63,11 @@ def main(
     if _origin_of(output) == source.identity:
         print(f"{output}: is there already")
         return
-    temporary = output.with_name(f".{output.name}.incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        _write_weights(source, temporary)
-        _write_companions(source, temporary)
-        agreement = None if no_check else _check(source, temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    (temporary / "conversion.json").write_text(json.dumps({"origin": source.identity, "agreement": agreement}, indent=1))
-    shutil.rmtree(output, ignore_errors=True)
-    os.rename(temporary, output)
+    with whole_folder(output, RECORD) as partial:
+        _write_weights(source, partial)
+        _write_companions(source, partial)
+        agreement = None if no_check else _check(source, partial)
+        (partial / RECORD).write_text(json.dumps({"origin": source.identity, "agreement": agreement}, indent=1))
     print(f"{output}: step {source.step}, {source.tokens:,} tokens")
 
 
@@ -210,7 +203,7 @@ def _check(source: "Checkpoint", folder: Path) -> dict[str, Any]:
 
 def _origin_of(folder: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((folder / "conversion.json").read_text())["origin"]
+        return json.loads((folder / RECORD).read_text())["origin"]
     except (OSError, ValueError, KeyError):
         return None
 

@@ -1,12 +1,14 @@
 """The token binaries of a run, opened and checked against its configuration."""
 
+import numpy as np
+
 from data_prep.indexed import TokenBinary, open_binary
 from megatron_jobs.config import RunConfig
 from megatron_jobs.phases import Source
 from tokenization.tokenizer import Tokenizer
 from user_input import UserError
 
-__all__ = ["TokenBinary", "facts", "open_sources"]
+__all__ = ["TokenBinary", "facts", "open_sources", "read"]
 
 
 def open_sources(config: RunConfig) -> dict[str, TokenBinary]:
@@ -23,6 +25,11 @@ def open_sources(config: RunConfig) -> dict[str, TokenBinary]:
     used = {name for phase in config.phases for name in phase.sources}
     prefixes = {path.stem: path.with_suffix("") for path in sorted(config.data.folder.glob("*.json"))}
     return {name: open_binary(prefix, tokenizer.hash) for name, prefix in prefixes.items() if name in used}
+
+
+def read(binaries: dict[str, TokenBinary], where: list[tuple[str, int]], length: int) -> np.ndarray:
+    """The samples at (source, offset) of `DataOrder.samples`: int64 token ids, shape [samples, length + 1], the last one a label only."""
+    return np.stack([binaries[name].tokens[at : at + length + 1] for name, at in where]).astype(np.int64)
 
 
 def facts(binaries: dict[str, TokenBinary]) -> dict[str, Source]:

@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from megatron_jobs import data, layout, model
@@ -44,14 +43,13 @@ def samples(config: RunConfig) -> torch.Tensor:
     binaries = data.open_sources(config)
     first = config.phases[0]
     where = DataOrder(config, data.facts(binaries)).samples(0, range(min(NUM_SAMPLES, first.global_batch_size)))
-    rows = [binaries[name].tokens[at : at + first.sequence_length + 1] for name, at in where]
-    return torch.from_numpy(np.stack(rows).astype(np.int64))
+    return torch.from_numpy(data.read(binaries, where, first.sequence_length))
 
 
 def megatron_logits(model_config: ModelConfig, moe: MoEConfig | None, weights: TensorSource, tokens: torch.Tensor) -> torch.Tensor:
     """Logits of megatron-core's model in float32, shape [samples, sequence length, vocabulary]; within `parallel.alone()`."""
     gpt = model.build(model_config, moe, ParallelConfig(), torch.float32, tokens.shape[1])
-    layout.fill(layout.local_parameters([gpt], model_config, moe), weights)
+    layout.fill(layout.local_parameters(gpt, model_config, moe), weights)
     device = next(gpt.parameters()).device
     positions = torch.arange(tokens.shape[1], device=device).expand(tokens.shape[0], -1)
     with torch.no_grad():

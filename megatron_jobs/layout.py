@@ -52,9 +52,9 @@ class LocalParameter:
         return self.parameter.shape[1] if self.parameter.dim() == 2 else 1
 
 
-def local_parameters(chunks: Iterable[torch.nn.Module], model: ModelConfig, moe: MoEConfig | None) -> list[LocalParameter]:
-    """Every parameter of this rank, in the order of the modules. `chunks` are GPTModels, wrapped or not."""
-    return [found for chunk in chunks for found in _parameters_of(_unwrapped(chunk), model, moe)]
+def local_parameters(gpt: GPTModel, model: ModelConfig, moe: MoEConfig | None) -> list[LocalParameter]:
+    """Every parameter of this rank's part of the model, in the order of the modules."""
+    return list(_parameters_of(gpt, model, moe))
 
 
 def fill(parameters: Iterable[LocalParameter], source: TensorSource) -> None:
@@ -62,12 +62,6 @@ def fill(parameters: Iterable[LocalParameter], source: TensorSource) -> None:
     for local in parameters:
         with torch.no_grad():
             local.parameter.copy_(torch.cat([source.read(part.name, part.box) for part in local.parts]).view_as(local.parameter))
-
-
-def _unwrapped(chunk: torch.nn.Module) -> GPTModel:
-    while not isinstance(chunk, GPTModel):
-        chunk = chunk.module
-    return chunk
 
 
 # Parameter names of megatron-core's local layers and of Transformer Engine's, which fold a norm into the linear behind it.

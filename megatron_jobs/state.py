@@ -26,7 +26,7 @@ class TrainingState:
         """Builds the model with the values in `weights`, and an optimizer that has not made an update."""
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         gpt = model.build(config.model, config.moe, config.parallel, dtype, max(phase.sequence_length for phase in config.phases))
-        self.parameters = layout.local_parameters([gpt], config.model, config.moe)
+        self.parameters = layout.local_parameters(gpt, config.model, config.moe)
         layout.fill(self.parameters, weights)
         ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
         self.chunks = [DistributedDataParallel(gpt.config, ddp_config, gpt)]

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import typer
@@ -93,8 +92,8 @@ def _micro_batches(
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     for number in range(micro_batches):
         first = (number * ranks + rank) * size
-        rows = [binaries[name].tokens[at : at + length + 1] for name, at in order.samples(step, range(first, first + size))]
-        yield torch.from_numpy(np.stack(rows).astype(np.int64)).to(torch.cuda.current_device())
+        batch = data.read(binaries, order.samples(step, range(first, first + size)), length)
+        yield torch.from_numpy(batch).to(torch.cuda.current_device())
 
 
 def _forward(batches: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:

@@ -82,10 +82,10 @@ def convert_with_exchanged_rules(checkpoint: Path, output: Path) -> None:
 def test_an_interrupted_conversion_leaves_nothing_that_loads(dense, tmp_path):
     run_ranks(1, convert_and_die, dense, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
-    assert (tmp_path / ".hf.incomplete/model.safetensors").exists()  # it died behind the weights, before the tokenizer
+    assert (tmp_path / ".hf.partial/model.safetensors").exists()  # it died behind the weights, before the tokenizer
     run_ranks(1, convert.main, dense, tmp_path / "hf", True)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf", local_files_only=True)
-    assert not (tmp_path / ".hf.incomplete").exists()
+    assert not (tmp_path / ".hf.partial").exists()
 
 
 def convert_and_die(checkpoint: Path, output: Path) -> None:
@@ -164,3 +164,11 @@ def test_a_checkpoint_that_lacks_values_is_refused(dense, tmp_path):
     (tmp_path / "step-00000010/checkpoint.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match="of the .* values of master layers.1.down"):
         Checkpoint(tmp_path / "step-00000010").read("layers.1.down", Box(0, 32, 0, 64))
+
+
+def test_a_checkpoint_of_another_format_is_refused(dense, tmp_path):
+    shutil.copytree(dense.resolve(), tmp_path / "step-00000010")
+    description = tmp_path / "step-00000010/checkpoint.json"
+    description.write_text(json.dumps(json.loads(description.read_text()) | {"format": 99}))
+    with pytest.raises(UserError, match="is of format 99, this version reads 1"):
+        Checkpoint(tmp_path / "step-00000010")
