@@ -8,6 +8,8 @@ import sys
 
 VERBS = {
     "tokenizer": ("tokenization.train", "train a SentencePiece tokenizer with chat roles"),
+    "extend-vocabulary": ("tokenization.extend", "add pieces to a Hugging Face model's vocabulary"),
+    "compare-tokenizers": ("tokenization.compare", "characters per token of tokenizers, by language and kind of text"),
     "prepare": ("data_prep.prepare", "turn documents into indexed token binaries"),
     "inspect": ("data_prep.inspect", "show a token binary: facts, statistics, documents as text"),
     "plan": ("megatron_jobs.plan", "show parameters, phases, steps and the data that they need"),
@@ -25,7 +27,7 @@ def main() -> None:
     if verb in ("--help", "-h", "help"):
         print("usage: mujina VERB …        (mujina VERB --help explains a verb)\n")
         for name, (module, what) in VERBS.items():
-            print(f"  {name:<10} {what}  [python -m {module}]")
+            print(f"  {name:<18} {what}  [python -m {module}]")
     elif verb in VERBS:
         sys.argv = [f"mujina {verb}", *sys.argv[2:]]
         runpy.run_module(VERBS[verb][0], run_name="__main__")

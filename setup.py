@@ -6,9 +6,13 @@ setup(
     description="Continued pretraining on Megatron Core: raw text to a dense 8B and an upcycled 8x8B mixture of experts",
     license="Apache-2.0",
     python_requires=">=3.12",
-    packages=["tokenization", "data_prep", "data_prep.synthetic", "moe", "megatron_jobs", "evaluation"],
-    py_modules=["files", "mujina", "user_input"],
-    package_data={"tokenization": ["chat_template.jinja"], "megatron_jobs": ["configs/*.yaml"]},
+    packages=["tokenization", "data_prep", "data_prep.steps", "data_prep.synthetic", "moe", "megatron_jobs", "evaluation"],
+    py_modules=["files", "mujina", "page", "user_input"],
+    package_data={
+        "tokenization": ["chat_template.jinja"],
+        "data_prep": ["configs/*.yaml", "steps/*.ftz", "steps/words/*.txt"],
+        "megatron_jobs": ["configs/*.yaml"],
+    },
     entry_points={"console_scripts": ["mujina = mujina:main"]},
     install_requires=[
         "datasets",
@@ -16,6 +20,7 @@ setup(
         "megatron-core>=0.19,<0.20",
         "numpy",
         "nvidia-ml-py",
+        "protobuf",
         "psutil",
         "pydantic>=2",
         "pyyaml",
@@ -27,10 +32,23 @@ setup(
         "torch>=2.11",
         "transformers>=5",
         "typer",
+        "zstandard",
     ],
     extras_require={
+        # What `mujina prepare` and `presplit: mecab` need; a cluster that only trains can do without.
+        "data": [
+            "datatrove[io,processing]>=0.10.1,<0.11",  # its readers, filters and executors
+            "fastwarc",
+            "lxml_html_clean",  # without it trafilatura's lxml has no cleaner, and pip passes over datatrove's way to ask for it
+            "mecab-python3",
+            "rensa",  # MinHash in Rust
+            "resiliparse",
+            "unidic-lite",
+            "xxhash<4",  # as datatrove asks for, where pip would take datasets' word
+        ],
         # NVIDIA Apex is used where it is found and is built from source; the package called "apex" on PyPI is another project.
         "gpu": ["transformer-engine[core_cu13,pytorch]==2.20.2"],
+        "ray": ["ray"],
         "test": ["hypothesis", "pytest", "ruff"],
     },
 )

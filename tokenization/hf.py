@@ -10,12 +10,13 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gigatoken
 import numpy as np
 import tokenizers
 
-from tokenization.tokenizer import CHAT_PIECES, END_OF_TURN, ROLES, Tokenizer
+from tokenization.tokenizer import CHAT_PIECES, END_OF_TURN, ROLES, Tokenizer, render
 from user_input import UserError
 
 # Gigatoken remembers every word that it has met (13 bytes a character of words that never recur) until it is dropped: so it is opened
@@ -30,6 +31,7 @@ PROBE = [
     "",
 ]
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")  # what a chat template may name
 
 
 class HfTokenizer(Tokenizer):
@@ -50,7 +52,12 @@ class HfTokenizer(Tokenizer):
         self._reference.no_truncation()
         self._reference.no_padding()
         self._reference.encode_special_tokens = True
-        eos = self._eos_token()
+        config = self._read_config()
+        tokens = {name: token["content"] if isinstance(token, dict) else token for name, token in config.items() if name in SPECIAL}
+        self._special = {name: token for name, token in tokens.items() if isinstance(token, str)}
+        if "eos_token" not in self._special:
+            raise UserError(f"{folder / 'tokenizer_config.json'}: names no eos_token, which ends every document: add it")
+        self._template, eos = self._read_template(config), self._special["eos_token"]
         self.hash = hashlib.sha256(self._model + b"\0" + eos.encode()).hexdigest()
         vocabulary = self._reference.get_vocab(with_added_tokens=True)
         if eos not in vocabulary:
@@ -65,6 +72,12 @@ class HfTokenizer(Tokenizer):
         self._unseen_ids = self._control_ids - chat
         spelled = {piece.content for piece in added.values()} | {eos} | {piece for piece in CHAT_PIECES if piece in vocabulary}
         self._guarded = re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))))
+        controls = sorted((self._reference.id_to_token(token) for token in self._control_ids), key=len, reverse=True)
+        self._spelled = re.compile(f"(?=(?:{'|'.join(map(re.escape, controls))})).", re.DOTALL)  # the first character of each
+        # Some take the white space beside them with them.
+        white = {piece.content: (r"\s*" * piece.lstrip, r"\s*" * piece.rstrip) for piece in added.values()}
+        sides = [(white.get(piece, ("", "")), re.escape(piece)) for piece in controls]
+        self._controls = re.compile("|".join(f"{left}({piece}){right}" for (left, right), piece in sides))
         # Added tokens that are looked for after normalization can be spelled in ways that the pattern does not know.
         hidden = self._reference.normalizer is not None and any(piece.normalized for piece in added.values())
         self._fast = None if hidden else self._open_fast()
@@ -102,10 +115,34 @@ class HfTokenizer(Tokenizer):
         return str(self._reference.id_to_token(token))
 
     def encode_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
-        """As Tokenizer.encode_chat. Raises UserError when the vocabulary lacks the chat pieces."""
-        if len(self._role_ids) < len(ROLES) or self.end_of_turn_id == self.eod_id:
-            raise UserError(f"{self._folder}: the tokenizer lacks the pieces {', '.join(CHAT_PIECES)}, which chat sources need: add them")
-        return super().encode_chat(messages, add_generation_prompt)
+        """Ids of a dialogue as the folder's own chat template writes it, control tokens where the template has them and nowhere else.
+
+        Without a template as Tokenizer.encode_chat. Raises UserError when the vocabulary lacks the chat pieces for that, or when the
+        template refuses the dialogue.
+        """
+        if self._template is None:
+            if len(self._role_ids) < len(ROLES) or self.end_of_turn_id == self.eod_id:
+                needs = f"a chat template, and the pieces {', '.join(CHAT_PIECES)} to do without"
+                raise UserError(f"{self._folder}: the tokenizer lacks {needs}, which chat sources need: add chat_template.jinja")
+            return super().encode_chat(messages, add_generation_prompt)
+        # What a message spells like a control token goes through the template with a mark in it, which nobody wrote.
+        said = "".join(str(value) for message in messages for value in message.values())
+        mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in said)
+        hidden = [{key: self._spelled.sub(rf"\g<0>{mark}", value) for key, value in message.items()} for message in messages]
+        rendered = render(self._template, hidden, add_generation_prompt, **self._special)
+        ids: list[int] = []
+        start = 0
+        for match in self._controls.finditer(rendered):
+            ids += self.encode(rendered[start : match.start()].replace(mark, ""))
+            ids.append(self._reference.token_to_id(match[match.lastindex or 0]))
+            start = match.end()
+        return ids + self.encode(rendered[start:].replace(mark, ""))
+
+    def render_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> str:
+        """The dialogue as text, through the folder's chat template, or ours where it has none."""
+        if self._template is None:
+            return super().render_chat(messages, add_generation_prompt)
+        return render(self._template, messages, add_generation_prompt, **self._special)
 
     def save_hf(self, folder: str | Path) -> None:
         """Copies what transformers.AutoTokenizer needs into `folder`."""
@@ -114,16 +151,17 @@ class HfTokenizer(Tokenizer):
             if (self._folder / name).exists():
                 shutil.copyfile(self._folder / name, Path(folder) / name)
 
-    def _eos_token(self) -> str:
-        path = self._folder / "tokenizer_config.json"
+    def _read_config(self) -> dict[str, Any]:
         try:
-            token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+            return dict(json.loads((self._folder / "tokenizer_config.json").read_text(encoding="utf-8")))
         except (FileNotFoundError, ValueError):
-            token = None
-        name = token.get("content") if isinstance(token, dict) else token
-        if not isinstance(name, str):
-            raise UserError(f"{path}: names no eos_token, which ends every document: add it")
-        return name
+            return {}
+
+    def _read_template(self, config: dict[str, Any]) -> str | None:
+        if (self._folder / "chat_template.jinja").exists():
+            return (self._folder / "chat_template.jinja").read_text(encoding="utf-8")
+        template = config.get("chat_template")
+        return {item["name"]: item["template"] for item in template}.get("default") if isinstance(template, list) else template
 
     def _open_fast(self) -> gigatoken.Tokenizer | None:
         """Gigatoken, or None when it does not know this kind of BPE or splits it differently: then the reference does everything."""

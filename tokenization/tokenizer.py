@@ -95,13 +95,7 @@ class Tokenizer:
 
     def render_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> str:
         """The dialogue as text, through the chat template that the Hugging Face folder carries."""
-        # Hugging Face renders with this class and these settings, so what is tested here is what a server will do.
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise
-        template = environment.from_string(CHAT_TEMPLATE.read_text(encoding="utf-8"))
-        return template.render(messages=messages, add_generation_prompt=add_generation_prompt)
+        return render(CHAT_TEMPLATE.read_text(encoding="utf-8"), messages, add_generation_prompt)
 
     def save_hf(self, folder: str | Path) -> None:
         """Writes what transformers.AutoTokenizer needs into `folder`, without remote code; `tokenizer.model` goes with it.
@@ -155,6 +149,21 @@ class Tokenizer:
         if token == self._engine.unk_id() or token < 0:
             raise UserError(f"{self._model_file}: has no piece {piece}: train the tokenizer with python -m tokenization.train")
         return token
+
+
+def render(template: str, messages: Sequence[dict[str, str]], add_generation_prompt: bool, **special: str) -> str:
+    """A chat template's text for a dialogue; `special` are the tokens that it may name, such as bos_token. Raises UserError as it does."""
+    # Hugging Face renders with this class and these settings, so what is tested here is what a server will do. But for the date of
+    # today: the same dialogue is to give the same ids tomorrow, and templates have a date for engines that tell none.
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.globals["raise_exception"] = _raise
+    try:
+        return environment.from_string(template).render(messages=messages, add_generation_prompt=add_generation_prompt, **special)
+    except TemplateError as error:
+        raise UserError(f"the chat template cannot render this dialogue ({error}): see what messages it expects") from None
 
 
 def _raise(message: str) -> None:

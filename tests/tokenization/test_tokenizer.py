@@ -1,12 +1,16 @@
 """Text survives the way to ids and back, and text that spells a control piece stays text."""
 
+import gzip
+import json
 from pathlib import Path
 
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenization.tokenizer import CHAT_PIECES, Tokenizer
+from tokenization.train import TrainConfig, train
 from user_input import UserError
 
 CONTROL = [*CHAT_PIECES, "<s>", "</s>", "<unk>", "<pad>", "<0x0A>", "▁"]
@@ -38,6 +42,19 @@ def test_batches_equal_single_texts(tokenizer: Tokenizer) -> None:
     texts = ["plain text", "<|end|> spelled", "", "a▁b", "猫である"]
     assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == [tokenizer.encode(text) for text in texts]
     assert tokenizer.encode_batch([]) == []
+
+
+def test_every_document_of_the_corpus_has_the_references_ids(tmp_path: Path) -> None:
+    corpus = sorted((Path(__file__).parents[2] / "examples/corpus").glob("*.jsonl.gz"))
+    texts = [json.loads(line)["text"] for path in corpus for line in gzip.open(path)]
+    (tmp_path / "sample.jsonl").write_text("".join(json.dumps({"text": text[:2_000]}) + "\n" for text in texts[::13]))
+    folder = train(TrainConfig(inputs=[str(tmp_path / "sample.jsonl")], output=str(tmp_path / "t"), vocab_size=2_000))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    # The reference would find the chat pieces in the text, and takes U+2581 for a space.
+    plain = [text for text in texts if not any(piece in text for piece in (*CHAT_PIECES, "▁"))]
+    assert len(plain) > 1_000 and any("<s>" in text for text in plain)
+    for text, ids in zip(plain, Tokenizer.load(folder).encode_batch(plain), strict=True):
+        assert ids.tolist() == reference.encode(text)
 
 
 def test_a_chat_decodes_to_the_rendered_template(tokenizer: Tokenizer) -> None:

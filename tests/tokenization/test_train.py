@@ -1,14 +1,23 @@
 """Training is repeatable, is skipped when nothing changed, and leaves nothing half-written."""
 
+import gzip
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tokenization import train as train_module
+from tokenization.presplit import mecab
+from tokenization.tokenizer import Tokenizer
 from tokenization.train import TrainConfig, train
 from user_input import UserError
+
+CORPUS = Path(__file__).parents[2] / "examples/corpus"
+WORDS = mecab()
 
 
 def config(inputs: Path, output: Path, **values: object) -> TrainConfig:
@@ -66,6 +75,50 @@ def test_no_piece_crosses_the_presplit_delimiter(tmp_path: Path) -> None:
     split = pieces(train(config(tmp_path / "split.jsonl", tmp_path / "split", vocab_size=269, presplit_delimiter="||||")))
     assert "東京特許" in plain
     assert set(split[264:]) in ({*"東京特許", "東京"}, {*"東京特許", "特許"})
+
+
+def test_mecab_keeps_pieces_within_words(tmp_path: Path) -> None:
+    with gzip.open(CORPUS / "documents_ja.jsonl.gz", "rt", encoding="utf-8") as stream:
+        text = "".join(json.loads(line)["text"][:3_000] for line in list(stream)[:40])
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}))
+    split = train(config(tmp_path / "text.jsonl", tmp_path / "split", vocab_size=2_000, presplit="mecab"))
+    plain = train(config(tmp_path / "text.jsonl", tmp_path / "plain", vocab_size=2_000))
+    words = "\n".join(word.replace(" ", "▁") for line in text.splitlines() for word in WORDS(line))
+    crossing = {folder: [piece for piece in pieces(folder)[264:] if piece not in words] for folder in (plain, split)}
+    assert len(crossing[plain]) > 100 and crossing[split] == []
+    tokenizer = Tokenizer.load(split)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_words_are_sampled_by_lines(tmp_path: Path) -> None:
+    """A tenth of the lines is a tenth of the Japanese, not of its words."""
+    line = "東京都に住む人が京都に行く"
+    (tmp_path / "text.jsonl").write_text((json.dumps({"text": f"{line}\nthe English of it"}) + "\n") * 1_000)
+    lines = list(train_module._training_lines(config(tmp_path / "text.jsonl", tmp_path / "t", presplit="mecab", max_lines=200)))
+    words = WORDS(line)
+    assert set(lines) == {*words, "the English of it"}
+    assert 60 < lines.count("the English of it") < 140 and 60 < lines.count("東京") < 140
+    again = list(train_module._training_lines(config(tmp_path / "text.jsonl", tmp_path / "t", presplit="mecab", max_lines=200)))
+    assert lines == again
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(alphabet=st.one_of(st.sampled_from("今日は東京都に 　行く∥\t\n\r\x00aB1。"), st.characters(codec="utf-8"))))
+def test_the_words_of_mecab_are_the_text(text: str) -> None:
+    assert "".join(WORDS(text)) == text
+
+
+def test_a_space_stands_before_its_word() -> None:
+    assert WORDS("  今日は Apache 2を　見た ") == ["  今日", "は", " Apache", " 2", "を", "　", "見", "た", " "]
+    assert WORDS("no Japanese  here") == ["no Japanese  here"]
+
+
+def test_presplit_without_mecab_or_done_twice_is_explained(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="presplit and presplit_delimiter both cut"):
+        config(inputs, tmp_path / "t", presplit="mecab", presplit_delimiter="∥")
+    monkeypatch.setitem(sys.modules, "MeCab", None)
+    with pytest.raises(UserError, match="pip install mecab-python3"):
+        train(config(inputs, tmp_path / "t", presplit="mecab"))
 
 
 def test_long_documents_are_not_dropped(tmp_path: Path) -> None:
