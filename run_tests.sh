@@ -1,7 +1,23 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs the tests; arguments go to pytest.    ./run_tests.sh [tests/megatron_jobs/test_order.py …]
+# Sets up .venv and Slurm and runs the tests; arguments go to pytest.    ./run_tests.sh [tests/megatron_jobs/test_order.py …]
 set -euo pipefail
 cd "$(dirname "$0")"
 ./install.sh
+
+# The tests of jobs start a Slurm of their own (tests/slurm.py). Where it can be installed it must be there; elsewhere they are skipped.
+as_root=()
+if [[ $EUID != 0 ]]; then as_root=(sudo -n); fi
+if PATH=$PATH:/usr/sbin command -v slurmctld >/dev/null; then
+    export MUJINA_NEEDS_SLURM=1
+elif command -v apt-get >/dev/null && "${as_root[@]}" true 2>/dev/null; then
+    export MUJINA_NEEDS_SLURM=1
+    echo "run_tests.sh: installing Slurm for the tests (apt-get install slurm-wlm)"
+    "${as_root[@]}" apt-get -qq update || true # an old list of packages may do
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends slurm-wlm >/dev/null ||
+        echo "run_tests.sh: could not install Slurm: its tests will fail" >&2
+else
+    echo "run_tests.sh: no Slurm here and no right to install it (apt-get install slurm-wlm): its tests are skipped" >&2
+fi
+
 .venv/bin/ruff check .
 exec .venv/bin/python -m pytest "$@"

@@ -4,6 +4,8 @@ Every room may import this file; it imports no room and nothing heavy.
 """
 
 import difflib
+import errno
+import functools
 import sys
 import types
 import typing
@@ -32,7 +34,8 @@ T = TypeVar("T", bound=Section)
 def read_yaml(path: str | Path, model: type[T], overrides: list[str] | None = None) -> T:
     """Reads `path` into `model`, with `extends:` resolved and dotted `key=value` overrides on top.
 
-    `extends: other.yaml` (relative to the file) lays this file over another one, section by section.
+    `extends: other.yaml` (relative to the file; or a list of files, the later over the earlier) lays this file over another one, section
+    by section.
     Raises UserError when the file is missing, is not YAML, or does not fit the model.
     """
     values = _load(Path(path))
@@ -54,13 +57,18 @@ def parse(values: dict[str, Any], model: type[T], where: str) -> T:
 
 
 def run(main: Callable[..., None]) -> None:
-    """Runs `main` as a command line (typer reads its annotations); a UserError ends it with one line and status 2."""
+    """Runs `main` as a command line (typer reads its annotations); a UserError or a full disk ends it with one line and status 2."""
     try:
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         app.command()(main)
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {error}: make space on the disk (or raise the quota) and start again: what is whole stays", file=sys.stderr)
         sys.exit(2)
 
 
@@ -73,8 +81,9 @@ def _load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds no keys: a configuration is a YAML mapping")
-    parent = values.pop("extends", None)
-    return values if parent is None else _merge(_load(path.parent / parent), values)
+    parents = values.pop("extends", [])
+    layers = [_load(path.parent / parent) for parent in ([parents] if isinstance(parents, str) else parents)]
+    return functools.reduce(_merge, [*layers, values])
 
 
 def _merge(base: Any, top: Any) -> Any:
@@ -101,10 +110,13 @@ def _explain(problem: Any, model: type[pydantic.BaseModel]) -> str:
 
 def _section_at(model: type[pydantic.BaseModel], loc: tuple[Any, ...]) -> type[pydantic.BaseModel]:
     """The section that a pydantic error location points into (list positions and dict keys are passed over)."""
+    models = [model]
     for part in loc:
-        if part in model.model_fields:
-            model = next((m for m in _models_in(model.model_fields[part].annotation)), model)
-    return model
+        inside = [m for one in models if part in one.model_fields for m in _models_in(one.model_fields[part].annotation)]
+        # of several sections that may stand here, the location names the one whose tag (a field with one literal value) was given
+        tagged = [m for m in models if any(get_args(field.annotation) == (part,) for field in m.model_fields.values())]
+        models = inside or tagged or models
+    return models[0]
 
 
 def _models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:

@@ -38,8 +38,8 @@ def ours(documents: str, tokenizer: str, output: str, processes: int = 1) -> tup
     from data_prep.prepare import PrepareConfig, prepare
     from tokenization import hf  # noqa: F401  (loaded before the clock starts)
 
-    source = {"name": "all", "kind": "web", "documents": [documents]}
-    config = PrepareConfig.model_validate({"tokenizer": tokenizer, "output": output, "sources": [source], "processes": processes})
+    source = {"kind": "web", "documents": [documents]}
+    config = PrepareConfig.model_validate({"tokenizer": tokenizer, "output": output, "sources": {"all": source}, "processes": processes})
     return _timed(lambda: prepare(config))
 
 

@@ -4,7 +4,6 @@ Where a file is cut depends on its bytes alone, not on how many processes there 
 same again. What a row may be, and how a mistake in it is explained, is for `files.read_rows` to say.
 """
 
-import gzip
 import io
 import json
 from collections.abc import Iterator
@@ -13,14 +12,14 @@ from typing import Any
 
 import pydantic_core
 
-from files import read_rows
+from files import open_rows, read_rows
 from user_input import UserError
 
 # Small blocks first, so that a small source keeps all cores busy; large ones later, so that a large source has few of them.
 FIRST_BLOCK, LAST_BLOCK = 1 << 19, 1 << 25  # bytes
 BLOCKS_OF_A_SIZE = 8
 # Of a row that the `datasets` library gives, what a document is made of.
-FIELDS = ("text", "messages", "id", "source", "kind", "origin", "language", "licence")
+FIELDS = ("text", "messages", "id", "source", "kind", "origin", "language", "licence", "teacher")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,7 @@ class Block:
 
 
 def read_blocks(path: str) -> Iterator[Block]:
-    """Cuts a .jsonl, .jsonl.gz or .parquet file, or a `datasets:` name, into blocks. Raises UserError when it cannot be read."""
+    """Cuts a file of rows (.jsonl, .jsonl.gz, .jsonl.zst, .parquet) or a `datasets:` name into blocks. Raises UserError if unreadable."""
     from_library = path.startswith("datasets:") or path.endswith(".parquet")
     first_line = 1
     for lines in _cut(_library_lines(path)) if from_library else _cut_file(path):
@@ -59,11 +58,9 @@ def _strictly(path: str, wanted: int) -> dict[str, Any]:
 
 
 def _cut_file(path: str) -> Iterator[bytes]:
-    if not path.endswith((".jsonl", ".jsonl.gz")):
-        raise UserError(f"{path}: unknown kind of file: give .jsonl, .jsonl.gz or .parquet")
     rest, sizes = b"", _sizes()
     try:
-        with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as stream:
+        with open_rows(path) as stream:
             while data := stream.read(next(sizes)):
                 head, newline, tail = data.rpartition(b"\n")
                 if newline:
@@ -71,7 +68,7 @@ def _cut_file(path: str) -> Iterator[bytes]:
                     rest = tail
                 else:
                     rest += data  # a line longer than a block
-    except (OSError, EOFError):
+    except OSError:
         for _ in read_rows(path):  # names what is wrong, and after which line
             pass
         raise

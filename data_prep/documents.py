@@ -1,7 +1,7 @@
 """Documents: what a row of raw text is, and how files of rows are read.
 
-A row needs `text`, or `messages` ([{role, content}, ...]); `id`, `source`, `kind`, `origin`, `language` and `licence` are read
-when they are there, other keys are passed over.
+A row needs `text`, or `messages` ([{role, content}, ...]); `id`, `source`, `kind`, `origin`, `language`, `licence` and `teacher` are
+read when they are there, other keys are passed over.
 """
 
 import glob
@@ -11,10 +11,24 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from data_prep.blocks import Block, read_blocks, rows_of
-from user_input import UserError
+from user_input import Section, UserError
 
 Kind = Literal["web", "code", "documents", "chat"]
-Origin = Literal["human", "synthetic"]
+Origin = Literal["human", "synthetic", "rule"]
+
+
+class SourceFacts(Section):
+    """What phases may know of a source. `language`, `licence` and `teacher` hold for the rows that do not state their own.
+
+    kind      web, code, documents or chat
+    origin    who wrote it: human, synthetic (a model; `teacher` is its name), or rule (a program)
+    """
+
+    kind: Kind
+    origin: Origin = "human"
+    language: str = "unknown"
+    licence: str = "unknown"
+    teacher: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +43,7 @@ class Document:
     origin: Origin
     language: str
     licence: str
+    teacher: str | None
 
 
 def find_files(patterns: list[str]) -> list[str]:
@@ -45,24 +60,25 @@ def find_files(patterns: list[str]) -> list[str]:
     return found
 
 
-def read_documents(path: str, source: str, kind: Kind, origin: Origin) -> Iterator[Document]:
+def read_documents(path: str, source: str, facts: SourceFacts) -> Iterator[Document]:
     """Yields the documents of one file, in order.
 
-    path    a .jsonl, .jsonl.gz or .parquet file, or `datasets:NAME[:SPLIT]` for a name or folder that the `datasets` library knows
-    source, kind, origin   hold for every row; a row that states another kind or origin is an error, because phases rely on them
+    path    a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, or `datasets:NAME[:SPLIT]` for a name or folder that the `datasets`
+            library knows
+    facts   a row that states another kind or origin is an error, because phases rely on them
 
     Raises UserError, naming file and line, on anything that is not such a row.
     """
     for block in read_blocks(path):
-        yield from documents_of(block, source, kind, origin)
+        yield from documents_of(block, source, facts)
 
 
-def documents_of(block: Block, source: str, kind: Kind, origin: Origin) -> Iterator[Document]:
+def documents_of(block: Block, source: str, facts: SourceFacts) -> Iterator[Document]:
     """`read_documents` of one block of a file."""
     path = block.path
     for number, row in rows_of(block):
         where = f"{path} line {number}"
-        for field, declared, known in (("kind", kind, get_args(Kind)), ("origin", origin, get_args(Origin))):
+        for field, declared, known in (("kind", facts.kind, get_args(Kind)), ("origin", facts.origin, get_args(Origin))):
             if row.get(field) not in (None, declared):
                 raise UserError(
                     f"{where}: {field} is {row[field]!r}, but the source declares {declared!r}: put the row into a source of its own "
@@ -74,17 +90,18 @@ def documents_of(block: Block, source: str, kind: Kind, origin: Origin) -> Itera
             _check_messages(messages, where)
         elif not isinstance(text, str):
             raise UserError(f"{where}: has neither a string `text` nor `messages`: add one")
-        elif kind == "chat":
+        elif facts.kind == "chat":
             raise UserError(f"{where}: a source of kind chat needs `messages`, this row has only `text`: use kind documents or web")
         yield Document(
             id=str(row.get("id") or f"{Path(path).name}:{number}"),
             text=text,
             messages=messages,
             source=str(row.get("source") or source),
-            kind=kind,
-            origin=origin,
-            language=str(row.get("language") or "unknown"),
-            licence=str(row.get("licence") or "unknown"),
+            kind=facts.kind,
+            origin=facts.origin,
+            language=str(row.get("language") or facts.language),
+            licence=str(row.get("licence") or facts.licence),
+            teacher=row.get("teacher") or facts.teacher,
         )
 
 

@@ -26,13 +26,14 @@ CHUNK = 1 << 20  # index entries held in memory at once
 
 
 class Labels(Section):
-    """What the writer of a binary knows about it. `languages` and `licences` count documents."""
+    """What the writer of a binary knows about it. `languages`, `licences` and `teachers` count documents."""
 
     name: str
     kind: Kind
     origin: Origin
     languages: dict[str, int]
     licences: dict[str, int]
+    teachers: dict[str, int]
     num_characters: int
     tokenizer_hash: str
     vocab_size: int

@@ -35,6 +35,7 @@ def facts(binary: TokenBinary) -> list[tuple[str, str]]:
         ("kind, origin", f"{manifest.kind}, {manifest.origin}"),
         ("languages", _counts(manifest.languages)),
         ("licences", _counts(manifest.licences)),
+        ("teachers", _counts(manifest.teachers) or "none"),
         ("documents", f"{manifest.num_documents:,}"),
         ("tokens", f"{manifest.num_tokens:,}, an end-of-document token each document included"),
         ("tokens per document", f"mean {lengths.mean():,.1f}, median {np.median(lengths):,.1f}, max {lengths.max():,}"),

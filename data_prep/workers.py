@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from user_input import UserError
 
-AHEAD = 3  # tasks for each process that are given out or finished before the oldest result is taken: bounds the memory
+AHEAD = 3
 
 
 class Workers:
@@ -21,7 +21,8 @@ class Workers:
         for _ in range(processes):
             ours, theirs = context.Pipe()
             # A worker that held a copy of our ends would not notice that we were killed, and would wait for ever.
-            process = context.Process(target=_serve, args=(theirs, [*self._processes, ours]), daemon=True)
+            # No daemon, which might not have children: a step may give up a page only in a process of its own.
+            process = context.Process(target=_serve, args=(theirs, [*self._processes, ours]))
             process.start()
             theirs.close()
             self._processes[ours] = process
@@ -35,12 +36,15 @@ class Workers:
             process.terminate()
             process.join()
 
-    def map(self, work: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """Yields work(*task) for every task, in order. `work` is a module's function; its UserError is raised here, at its turn."""
+    def map(self, work: Callable[..., Any], tasks: Iterable[tuple[Any, ...]], ahead: float = AHEAD) -> Iterator[Any]:
+        """Yields work(*task) for every task, in order. `work` is a module's function; its UserError is raised here, at its turn.
+
+        ahead   tasks for each process that are given out or finished before the oldest result is taken: bounds the memory
+        """
         numbered, ready, busy = enumerate(tasks), dict[int, Any](), dict[Connection, int]()
         idle, taken, more = list(self._processes), 0, True
         while True:
-            while more and idle and len(ready) + len(busy) < AHEAD * len(self._processes):
+            while more and idle and len(ready) + len(busy) < ahead * len(self._processes):
                 number, task = next(numbered, (None, None))
                 if number is None:
                     more = False

@@ -25,8 +25,8 @@ import user_input
 from evaluation.arithmetic import Result, Sample
 from evaluation.charts import Band, Bar, Line, Points, heat_map, limits, line_chart, short, smooth, stacked_bars
 from evaluation.files import parse_object, read_text
-from evaluation.page import OTHER_RUN_COLOUR, RUN_COLOURS, SOURCE_COLOURS, legend, page, swatch
 from files import write_whole
+from page import OTHER_RUN_COLOUR, RUN_COLOURS, SOURCE_COLOURS, legend, page, swatch
 from user_input import Section, UserError, parse
 
 _SMOOTHED_SHARE = 1 / 40  # of a run's steps: the window of the smoothed lines, and "the end" of a run

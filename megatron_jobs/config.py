@@ -96,10 +96,13 @@ class LearningRate(Section):
 
 
 class Admit(Section):
-    """Which sources a phase lets in; an empty list lets in all."""
+    """Which sources a phase lets in; an empty list lets in all. A source may have several languages, licences, teachers: all count."""
 
     kinds: tuple[Kind, ...] = ()
     origins: tuple[Origin, ...] = ()
+    languages: tuple[str, ...] = ()
+    licences: tuple[str, ...] = ()
+    teachers: tuple[str, ...] = ()
 
 
 class Phase(Section):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data_prep.indexed import TokenBinary, open_binary
+from data_prep.indexed import Manifest, TokenBinary, open_binary
 from megatron_jobs.config import RunConfig
 from megatron_jobs.phases import Source
 from tokenization.tokenizer import Tokenizer
@@ -33,5 +33,9 @@ def read(binaries: dict[str, TokenBinary], where: list[tuple[str, int]], length:
 
 
 def facts(binaries: dict[str, TokenBinary]) -> dict[str, Source]:
-    manifests = {name: binary.manifest for name, binary in binaries.items()}
-    return {name: Source(name, m.num_tokens, m.kind, m.origin, checksum=m.bin_sha256) for name, m in manifests.items()}
+    return {name: _facts_of(name, binary.manifest) for name, binary in binaries.items()}
+
+
+def _facts_of(name: str, m: Manifest) -> Source:
+    labels = {"languages": tuple(m.languages), "licences": tuple(m.licences), "teachers": tuple(m.teachers)}
+    return Source(name, m.num_tokens, m.kind, m.origin, checksum=m.bin_sha256, **labels)

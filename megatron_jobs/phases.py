@@ -23,6 +23,9 @@ class Source:
     kind: str
     origin: str
     checksum: str  # of its tokens
+    languages: tuple[str, ...] = ()
+    licences: tuple[str, ...] = ()
+    teachers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,13 +136,17 @@ def blocks_in(num_tokens: int, block_length: int) -> int:
 def _admitted(phase: Phase, name: str, sources: dict[str, Source]) -> None:
     if name not in sources:
         raise UserError(f"phases.{phase.name}.sources.{name}: no such source in data.folder: {nearest(name, list(sources))}")
-    for what, value, allowed in (
-        ("kind", sources[name].kind, phase.admit.kinds),
-        ("origin", sources[name].origin, phase.admit.origins),
+    source, admit = sources[name], phase.admit
+    for what, values, allowed in (
+        ("kind", (source.kind,), admit.kinds),
+        ("origin", (source.origin,), admit.origins),
+        ("language", source.languages, admit.languages),
+        ("licence", source.licences, admit.licences),
+        ("teacher", source.teachers, admit.teachers),
     ):
-        if allowed and value not in allowed:
+        if allowed and not set(values) <= set(allowed):
             raise UserError(
-                f"phases.{phase.name} admits only sources of {what} {', '.join(allowed)}, and {name} is of {what} {value}: "
+                f"phases.{phase.name} admits only sources of {what} {', '.join(allowed)}, and {name} is of {what} {', '.join(values)}: "
                 f"take {name} out of this phase, or widen phases.{phase.name}.admit.{what}s"
             )
 

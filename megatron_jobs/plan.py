@@ -66,7 +66,7 @@ def _phase_table(config: RunConfig) -> Table:
             f"{phase.tokens_per_step:,}",
             f"{phase.num_steps:,}",
             f"{rate.start:g} → {rate.end:g} {rate.shape}" + (f", {rate.warmup_steps:,} warm-up" if rate.warmup_steps else ""),
-            ", ".join((*phase.admit.kinds, *phase.admit.origins)) or "all",
+            ", ".join(value for values in phase.admit.model_dump().values() for value in values) or "all",
         )
     table.add_section()
     steps = phases.num_steps(config.phases)

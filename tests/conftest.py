@@ -41,10 +41,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.write(json.dumps(row) + "\n")
     inputs = [str(folder / f"{name}.jsonl") for name in ("web", "code", "chat")]
     train(TrainConfig(inputs=inputs, output=str(folder / "tokenizer"), vocab_size=320, character_coverage=1.0))
-    sources: list[dict[str, Any]] = [
-        {"name": name, "documents": [path], "kind": name, "origin": "synthetic" if name == "chat" else "human"}
+    sources: dict[str, dict[str, Any]] = {
+        name: {"documents": [path], "kind": name, "origin": "synthetic" if name == "chat" else "human"}
         for name, path in zip(("web", "code", "chat"), inputs, strict=True)
-    ]
+    }
     prepare(PrepareConfig.model_validate({"tokenizer": str(folder / "tokenizer"), "output": str(folder / "data"), "sources": sources}))
     return folder
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.documents import Document, find_files, read_documents
+from data_prep.documents import Document, SourceFacts, find_files, read_documents
 from user_input import UserError
 
 
 def read(path: Path | str) -> list[Document]:
-    return list(read_documents(str(path), "mine", "web", "human"))
+    return list(read_documents(str(path), "mine", SourceFacts(kind="web")))
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
@@ -23,15 +23,15 @@ def test_rows_are_read_with_their_labels(tmp_path: Path, name: str) -> None:
     data = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     assert read(tmp_path / name) == [
-        Document("a", "一", None, "there", "web", "human", "ja", "MIT"),
-        Document(f"{name}:3", "two", None, "mine", "web", "human", "unknown", "unknown"),
+        Document("a", "一", None, "there", "web", "human", "ja", "MIT", None),
+        Document(f"{name}:3", "two", None, "mine", "web", "human", "unknown", "unknown", None),
     ]
 
 
 def test_dialogues_are_read(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}))
-    (document,) = read_documents(str(tmp_path / "chat.jsonl"), "mine", "chat", "synthetic")
+    (document,) = read_documents(str(tmp_path / "chat.jsonl"), "mine", SourceFacts(kind="chat", origin="synthetic"))
     assert (document.messages, document.text, document.kind, document.origin) == (messages, None, "chat", "synthetic")
 
 
@@ -59,7 +59,7 @@ def test_a_bad_row_is_named(tmp_path: Path, line: bytes, message: str) -> None:
 def test_a_chat_source_refuses_plain_text(tmp_path: Path) -> None:
     (tmp_path / "chat.jsonl").write_text('{"text": "not a dialogue"}')
     with pytest.raises(UserError, match="chat.jsonl line 1.*needs `messages`"):
-        list(read_documents(str(tmp_path / "chat.jsonl"), "mine", "chat", "synthetic"))
+        list(read_documents(str(tmp_path / "chat.jsonl"), "mine", SourceFacts(kind="chat", origin="synthetic")))
 
 
 def test_a_broken_gzip_file_is_named(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_broken_gzip_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cut.jsonl.gz after line \d+: cannot be read further"):
         read(tmp_path / "cut.jsonl.gz")
     (tmp_path / "no.jsonl.gz").write_bytes(b'{"text": "plain"}')
-    with pytest.raises(UserError, match="no.jsonl.gz after line 0.*gzip"):
+    with pytest.raises(UserError, match="no.jsonl.gz after line 0.*not gz"):
         read(tmp_path / "no.jsonl.gz")
 
 

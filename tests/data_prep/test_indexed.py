@@ -21,7 +21,7 @@ def write(prefix: Path, documents: list[list[int]] = DOCUMENTS, vocab_size: int 
     for ids in documents:
         writer.add_document(np.array(ids))
     labels = Labels(
-        name=prefix.name, kind="web", origin="human", languages={"en": len(documents)}, licences={"MIT": len(documents)},
+        name=prefix.name, kind="web", origin="human", languages={"en": len(documents)}, licences={"MIT": len(documents)}, teachers={},
         num_characters=10, tokenizer_hash=tokenizer_hash, vocab_size=vocab_size, fingerprint="f",
     )  # fmt: skip
     return writer.finish(labels)

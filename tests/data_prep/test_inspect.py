@@ -21,8 +21,8 @@ def prefix(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("inspected")
     rows = [{"text": text, "language": "ja" if "猫" in text else "en"} for text in TEXTS]
     (folder / "web.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = {"name": "web", "kind": "web", "documents": [str(folder / "web.jsonl")]}
-    prepare(PrepareConfig.model_validate({"tokenizer": str(tokenizer_folder), "output": str(folder / "out"), "sources": [source]}))
+    source = {"kind": "web", "documents": [str(folder / "web.jsonl")]}
+    prepare(PrepareConfig.model_validate({"tokenizer": str(tokenizer_folder), "output": str(folder / "out"), "sources": {"web": source}}))
     return folder / "out/web"
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import yaml
 from tokenizers import decoders, models, pre_tokenizers
 
 from data_prep import blocks
-from data_prep import prepare as prepare_module
+from data_prep import tokenize as tokenize_module
 from data_prep.blocks import Block, read_blocks
 from data_prep.documents import Document, documents_of
 from data_prep.indexed import open_binary
@@ -37,7 +38,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def config(tokenizer: Path, output: Path, **sources: dict[str, Any]) -> PrepareConfig:
-    described = [{"name": name, "kind": "web"} | values for name, values in sources.items()]
+    described = {name: {"kind": "web"} | values for name, values in sources.items()}
     return PrepareConfig.model_validate({"tokenizer": str(tokenizer), "output": str(output), "sources": described})
 
 
@@ -122,7 +123,7 @@ def test_a_bad_row_leaves_no_binary(tokenizer_folder: Path, tmp_path: Path) -> N
 
 
 def command(tokenizer: Path, documents: str, output: Path, folder: Path) -> list[str]:
-    values = {"tokenizer": str(tokenizer), "output": str(output), "sources": [{"name": "web", "documents": [documents], "kind": "web"}]}
+    values = {"tokenizer": str(tokenizer), "output": str(output), "sources": {"web": {"documents": [documents], "kind": "web"}}}
     (folder / f"{output.name}.yaml").write_text(yaml.safe_dump(values))
     return [sys.executable, "-m", "data_prep.prepare", str(folder / f"{output.name}.yaml")]
 
@@ -153,7 +154,7 @@ def test_a_killed_preparation_goes_on_where_it_stopped(tokenizer_folder: Path, t
             stream.write("x")
         return documents_of(block, *labels)
 
-    monkeypatch.setattr(prepare_module, "documents_of", recorded)
+    monkeypatch.setattr(tokenize_module, "documents_of", recorded)
     prepare(config(tokenizer_folder, killed, web={"documents": [documents]}))
     assert built.stat().st_size == num_blocks - num_whole
     prepare(config(tokenizer_folder, whole, web={"documents": [documents]}))
@@ -216,7 +217,7 @@ def test_of_several_bad_rows_the_first_is_named(tokenizer_folder: Path, tmp_path
 
 def test_a_worker_that_is_killed_is_reported(tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = write_rows(tmp_path / "web.jsonl", [{"text": "x"}])
-    monkeypatch.setattr(prepare_module, "documents_of", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(tokenize_module, "documents_of", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match="a worker process ended with status -9.*`processes`"):
         prepare(config(tokenizer_folder, tmp_path / "out", web={"documents": [documents]}))
 
@@ -227,7 +228,17 @@ def test_the_command_explains_a_mistake(tokenizer_folder: Path, tmp_path: Path) 
     run = subprocess.run([*line, "tokeniser=elsewhere"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2
     assert "did you mean tokenizer?" in run.stderr
-    source = {"documents": [documents]}
-    described = [{"name": "web", "kind": "web"} | source] * 2
-    with pytest.raises(ValueError, match="'web' occurs twice"):
-        PrepareConfig.model_validate({"tokenizer": "t", "output": "o", "sources": described})
+
+
+def test_a_disk_that_is_full_when_shards_are_joined_is_explained(tokenizer_folder: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"the cat sat on the mat number {n} " * 20} for n in range(3_000)]
+    line = command(tokenizer_folder, write_rows(tmp_path / "web.jsonl", rows), tmp_path / "out", tmp_path)
+    little = 1_300_000  # bytes: more than any shard, less than all
+    full = subprocess.run(
+        line, cwd=ROOT, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (little, little))
+    )
+    assert full.returncode == 2 and "make space on the disk" in full.stderr and "Traceback" not in full.stderr, full.stderr
+    with pytest.raises(UserError, match="not a whole binary"):
+        open_binary(tmp_path / "out/web")
+    assert subprocess.run(line, cwd=ROOT, capture_output=True).returncode == 0
+    open_binary(tmp_path / "out/web").verify()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.documents import read_documents
+from data_prep.documents import SourceFacts, read_documents
 from data_prep.synthetic.rules import NAMES, THINGS, generate
 from user_input import UserError
 
@@ -92,7 +92,7 @@ def test_the_command_writes_the_same_bytes_for_a_seed(tmp_path: Path) -> None:
     assert written[0] == written[1]
     assert written[0] != written[2]
     assert len(gzip.decompress(written[0][0]).splitlines()) == 300
-    documents = list(read_documents(str(tmp_path / "a/chat.jsonl.gz"), "chat", "chat", "synthetic"))
+    documents = list(read_documents(str(tmp_path / "a/chat.jsonl.gz"), "chat", SourceFacts(kind="chat", origin="synthetic")))
     assert len(documents) == 300 and {document.source for document in documents} == {"rules"}
 
 

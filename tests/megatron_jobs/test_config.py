@@ -78,6 +78,10 @@ def test_overrides_and_extends(file, tmp_path):
     (tmp_path / "top.yaml").write_text("extends: run.yaml\nmodel: {num_layers: 8}\n")
     settings = configuration.load(tmp_path / "top.yaml", ["optimizer.clip_grad=0.8", "seed=7"])
     assert (settings.model.num_layers, settings.model.hidden_size, settings.optimizer.clip_grad, settings.seed) == (8, 32, 0.8, 7)
+    (tmp_path / "two.yaml").write_text("extends: [run.yaml, more.yaml]\nseed: 1\n")
+    (tmp_path / "more.yaml").write_text("model: {num_layers: 4}\nseed: 3\n")
+    settings = configuration.load(tmp_path / "two.yaml")
+    assert (settings.model.num_layers, settings.model.hidden_size, settings.seed) == (4, 32, 1)
     with pytest.raises(UserError, match="unknown key optimizer.clip_gard: did you mean clip_grad"):
         configuration.load(base, ["optimizer.clip_gard=1"])
     with pytest.raises(UserError, match="no such file"):

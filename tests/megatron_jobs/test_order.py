@@ -164,6 +164,19 @@ def test_impossible_phases_are_refused(phases, message):
     assert message in str(error.value)
 
 
+def test_a_phase_admits_a_source_only_when_all_its_licences_are_admitted():
+    mixed = {"a": Source("a", 1000, "web", "human", "sum", languages=("ja",), licences=("MIT", "GPL-2.0"), teachers=("large",))}
+
+    def order(**admit):
+        DataOrder(run_config([phase("p", 64, sources={"a": 1.0}, admit=admit)]), mixed)
+
+    order(languages=["ja", "en"], licences=["GPL-2.0", "MIT"], teachers=["large"])
+    with pytest.raises(UserError, match="licence MIT, and a is of licence MIT, GPL-2.0"):
+        order(licences=["MIT"])
+    with pytest.raises(UserError, match="teacher small, and a is of teacher large"):
+        order(teachers=["small"])
+
+
 def test_the_order_is_pinned():
     """The order of existing runs must never change: their checkpoints hold no copy of it."""
     order = DataOrder(run_config([phase("p", 64 * 5, sources={"a": 0.5, "b": 0.5})], seed=7), sources(a=1000, b=1000))

@@ -1,6 +1,6 @@
 """The HTML page around a report: its style sheet, and the script that reads values off the line charts under the pointer.
 
-The page loads nothing: style, script and charts are inside it.
+The page loads nothing: style, script and charts are inside it. Every room may import this file; it imports no room.
 """
 
 from html import escape
@@ -17,7 +17,7 @@ _STYLE = """
   --run-0: #2a6fd6; --run-1: #d4521a; --run-2: #2c8a4b; --run-3: #a8399a; --run-4: #7a6a58; --run-5: #157f8c;
   --source-0: #1f9d90; --source-1: #e0a81c; --source-2: #8267d8; --source-3: #e0799a;
   --source-4: #8c9a34; --source-5: #9c6d48; --source-6: #70819a; --source-7: #78b8e0;
-  --above: #d98a3d; --below: #6f9bd1;
+  --above: #d98a3d; --below: #6f9bd1; --kept: #9fb3c4;
 }
 @media screen and (prefers-color-scheme: dark) {
   :root {
@@ -27,7 +27,7 @@ _STYLE = """
     --run-0: #6aa3f5; --run-1: #f58450; --run-2: #5fc080; --run-3: #dc7bd0; --run-4: #b8a58f; --run-5: #4fbccb;
     --source-0: #35b8aa; --source-1: #d6a632; --source-2: #a08af0; --source-3: #e88fac;
     --source-4: #a9b64e; --source-5: #bf8d66; --source-6: #8fa0b8; --source-7: #6ba9d0;
-    --above: #c4762b; --below: #4a7ec0;
+    --above: #c4762b; --below: #4a7ec0; --kept: #56697a;
   }
 }
 * { box-sizing: border-box; }
@@ -59,8 +59,25 @@ tr.total > * { border-top: 1px solid var(--axis); font-weight: 600; color: var(-
 .samples td { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 8em; }
 .verdict { white-space: nowrap; display: block; color: var(--muted); font-size: 12px; }
 .correct .verdict { color: var(--run-2); }
+table.bars { width: 100%; }
+table.bars tbody tr:last-child > *, table.facts tr:last-child > * { border-bottom: none; }
+table.bars td, table.bars th { padding-bottom: 8px; }
+table.bars .number:last-child { padding-right: 0; }
+tbody th[scope=row] { color: var(--ink); font-weight: 600; min-width: 9em; max-width: 22em; overflow-wrap: break-word; }
+td.wide { width: 60%; min-width: 260px; }
+.bar { display: flex; height: 14px; margin-top: 4px; background: var(--band); border-radius: 3px; overflow: hidden; }
+.bar span { flex: none; min-width: 2px; box-shadow: inset -1px 0 var(--surface); }
+.bar.thin { height: 4px; margin: 3px 0 5px; }
+.bar.thin span { opacity: .6; }
+.wide .legend { margin: 0; font-size: 12px; color: var(--muted); }
+.facts td { overflow-wrap: anywhere; }
+.sample .text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; }
+.problems li { overflow-wrap: anywhere; }
+details { margin: 0 0 8px; }
+summary + * { margin-top: 8px; }
 pre { overflow-x: auto; margin: 8px 0 0; font-size: 12px; line-height: 1.45; }
 summary { cursor: pointer; }
+a { color: inherit; text-decoration-color: var(--axis); text-underline-offset: 3px; }
 code { overflow-wrap: anywhere; }
 footer { margin-top: 34px; border-top: 1px solid var(--grid); padding-top: 10px; }
 svg { display: block; width: 100%; height: auto; }

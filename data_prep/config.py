@@ -1,0 +1,90 @@
+"""The configuration of a preparation: which sources there are, which steps their documents go through, and where that runs."""
+
+import os
+from typing import Annotated, Literal
+
+import pydantic
+from pydantic import Field
+
+from data_prep.documents import SourceFacts
+from data_prep.steps.chat import Dialogue
+from data_prep.steps.code import CodeQuality
+from data_prep.steps.decontaminate import Decontaminate
+from data_prep.steps.duplicates import ExactDuplicates, RepeatedLines
+from data_prep.steps.english import EnglishQuality
+from data_prep.steps.extract import Extract
+from data_prep.steps.japanese import JapaneseQuality
+from data_prep.steps.language import Language
+from data_prep.steps.near_duplicates import NearDuplicates
+from data_prep.steps.normalise import Normalise
+from data_prep.steps.pii import Pii
+from data_prep.steps.url import Url
+from user_input import Section
+
+AnyStep = Annotated[
+    Extract
+    | Url
+    | Language
+    | Normalise
+    | JapaneseQuality
+    | EnglishQuality
+    | CodeQuality
+    | Dialogue
+    | Pii
+    | Decontaminate
+    | ExactDuplicates
+    | RepeatedLines
+    | NearDuplicates,
+    Field(discriminator="step"),
+]
+Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+
+
+class SourceConfig(SourceFacts):
+    """One source: the files it comes from, what phases may know of it, and the steps that its documents go through.
+
+    documents   paths, patterns or folders of .jsonl[.gz|.zst], .parquet, .warc[.gz], .wet[.gz], .html, .txt files, or
+                `datasets:NAME[:SPLIT]`, in order
+    steps       none: the documents are tokenized as they are
+    damaged     what a damaged file or row does: stop the run, or be passed over and reported
+    tasks       that share the files, for steps; more than files make no sense. One for each gigabyte, and at least 16, unless given
+    """
+
+    documents: list[str] = Field(min_length=1)
+    steps: list[AnyStep] = []
+    damaged: Literal["stop", "skip"] = "stop"
+    tasks: int | None = Field(default=None, gt=0)
+
+
+class SlurmConfig(Section):
+    """What a site's Slurm asks for. `tokenizer_cpus` cores of one node tokenize a source; every other task has one core."""
+
+    partition: str
+    qos: str | None = None
+    time: str = "24:00:00"
+    memory_gb: int = Field(default=4, gt=0)
+    tokenizer_cpus: int = Field(default=16, gt=0)
+    max_array_size: int = Field(default=1001, gt=0)
+    sbatch: dict[str, str] = {}
+
+
+class PrepareConfig(Section):
+    """Sources by name, the folder to write to, the tokenizer's folder (none: documents are prepared and not tokenized), and where to run.
+
+    processes   on this machine, one for each core unless given; no result depends on it
+    """
+
+    sources: dict[Name, SourceConfig] = Field(min_length=1)
+    output: str
+    tokenizer: str | None = None
+    processes: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), gt=0)
+    executor: Literal["local", "slurm", "ray"] = "local"
+    slurm: SlurmConfig | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _whole(self) -> "PrepareConfig":
+        if self.executor == "slurm" and self.slurm is None:
+            raise ValueError("executor slurm needs a section slurm: write at least slurm: {partition: NAME}")
+        if self.tokenizer is None and not all(source.steps for source in self.sources.values()):
+            raise ValueError("tokenizer is missing, and a source without steps has nothing else to be done: add it")
+        return self

@@ -1,0 +1,252 @@
+"""A source's documents through its steps, as datatrove pipelines: ranks that share the input files, a completion marker for each.
+
+    <output>/<source>/documents/     what is left, RANK.jsonl.zst, there only when all ranks have ended
+    <output>/<source>/removed/STEP/  what each step dropped, RANK.jsonl.zst, with `reason`
+    <output>/<source>/problems/      damaged files and rows that were passed over, RANK.txt
+    <output>/<source>/stages/        datatrove's completion markers, statistics and logs
+    <output>/<source>/report.html
+
+A step that must see the whole source (`CorpusStep`) cuts the pipeline: one stage ends with its marks, the next begins with its judgement.
+A run that was killed goes on with the ranks that have no marker. What a rank writes depends on its files and steps alone.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.writers import JsonlWriter
+
+from data_prep.config import SourceConfig
+from data_prep.documents import SourceFacts
+from data_prep.report import SourceReport, StepCounts
+from data_prep.steps.read import find_inputs, read
+from data_prep.steps.step import CorpusStep, Judge, Step
+from files import read_rows, write_whole
+from user_input import UserError
+
+GIGABYTE = 1 << 30
+FEWEST_TASKS = 16
+ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Tasks that may run side by side: `pipeline` is run for each of `tasks` ranks."""
+
+    name: str
+    tasks: int
+    pipeline: list[PipelineStep | Callable[..., Any]]
+
+
+def is_needed(source: SourceConfig) -> bool:
+    """Whether documents must be read, cleaned and written before they can be tokenized."""
+    of_rows = all(path.startswith("datasets:") or path.endswith(ROWS) for path in source.documents)
+    return bool(source.steps) or source.damaged == "skip" or not of_rows
+
+
+def stages(name: str, source: SourceConfig, folder: Path) -> list[Stage]:
+    """What is to be run for a source, in order; `folder` is the source's own.
+
+    Raises UserError when the folder holds the documents of other steps or other input files.
+    """
+    files = find_inputs(source.documents)
+    num_bytes = sum(os.path.getsize(path) for path in files if not path.startswith("datasets:"))
+    tasks = source.tasks or min(len(files), max(FEWEST_TASKS, math.ceil(num_bytes / GIGABYTE)))
+    _check_continues(source, files, tasks, folder)
+    facts = source.model_dump(include=set(SourceFacts.model_fields), exclude_none=True)
+    pipeline: list[Any] = [Read(files, facts | {"source": name}, source.damaged, folder / "problems")]
+    result: list[Stage] = []
+    for label, step in _labelled(source):
+        removed = folder / "removed" / label
+        if isinstance(step, CorpusStep):
+            work = folder / "work" / label
+            result.append(Stage(f"{label}-mark", tasks, [*pipeline, Mark(step, work), Rows(work / "documents")]))
+            for number, (parts, find) in enumerate(step.find(work, tasks), start=1):
+                result.append(Stage(f"{label}-find-{number}", parts, [Task(find)]))
+            pipeline = [ReadBack(work / "documents"), Apply(label, partial(step.judge, work), removed)]
+        else:
+            pipeline.append(Apply(label, partial(_start, step), removed))
+    result.append(Stage("documents", tasks, [*pipeline, Rows(folder / ".documents")]))
+    return result
+
+
+def finish(folder: Path) -> list[str]:
+    """Gives the documents of a source their name and removes what was kept between its stages, which have all ended; the files' paths."""
+    if (folder / ".documents").exists():
+        os.replace(folder / ".documents", folder / "documents")
+    shutil.rmtree(folder / "work", ignore_errors=True)
+    return _documents(folder)
+
+
+def _documents(folder: Path) -> list[str]:
+    return [str(path) for path in sorted((folder / "documents").glob("*.jsonl.zst"))]
+
+
+def report(name: str, source: SourceConfig, folder: Path) -> SourceReport:
+    """What each step did, from the statistics that the ranks left."""
+    counts = {label: Counter[str]() for label, _ in _labelled(source)}
+    seconds: dict[str, float] = dict.fromkeys(counts, 0.0)
+    for path in sorted((folder / "stages").glob("*/stats/*.json")):
+        for entry in json.loads(path.read_bytes()):
+            label = entry["name"].removeprefix(f"{Apply.type}: ")
+            if label in counts:
+                seconds[label] += _total(entry["time_stats"])
+                counts[label].update({key: _total(value) for key, value in entry["stats"].items()})
+    steps = [
+        StepCounts(
+            name=label,
+            documents_in=count["documents_in"],
+            characters_in=count["characters_in"],
+            documents_out=count["documents_out"],
+            characters_out=count["characters_out"],
+            seconds=seconds[label],
+            reasons={key.removeprefix("dropped_"): number for key, number in count.items() if key.startswith("dropped_")},
+        )
+        for label, count in counts.items()
+    ]
+    facts = [("kind, origin", f"{source.kind}, {source.origin}"), ("language", source.language), ("licence", source.licence)]
+    return SourceReport(
+        source=name,
+        facts=[*facts, ("teacher", source.teacher or "none"), ("documents", ", ".join(source.documents))],
+        steps=steps,
+        kept=[Path(path) for path in _documents(folder)],
+        removed={label: sorted((folder / "removed" / label).glob("*.jsonl.zst")) for label in counts},
+        problems=[line for path in sorted((folder / "problems").glob("*.txt")) for line in path.read_text().splitlines()],
+    )
+
+
+class Read(PipelineStep):
+    """Reads a rank's share of the files."""
+
+    type, name = "READER", "read"
+
+    def __init__(self, files: list[str], facts: dict[str, Any], damaged: str, problems: Path) -> None:
+        super().__init__()
+        self.files, self.facts, self.damaged, self.problems = files, facts, damaged, problems
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        self.problems.mkdir(parents=True, exist_ok=True)
+        with open(self.problems / f"{rank:05}.txt", "w", encoding="utf-8") as problems:
+            for path in self.files[rank::world_size]:
+                for document in read(path, self.facts, self.damaged, lambda problem: print(problem, file=problems, flush=True)):
+                    self.stat_update("documents")
+                    yield document
+
+
+class ReadBack(PipelineStep):
+    """Reads what this rank wrote at the end of the stage before."""
+
+    type, name = "READER", "read back"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        path = self.folder / f"{rank:05}.jsonl.zst"
+        for _, row in read_rows(path) if path.exists() else ():  # no file: no document came so far
+            text = row.pop("text", None)
+            if text is None:
+                text = "\n".join(turn["content"] for turn in row["messages"])
+            yield Document(text=text, id=row.pop("id"), metadata=row)
+
+
+class Mark(PipelineStep):
+    """Lets a corpus step mark the documents of a rank on their way."""
+
+    type, name = "MARK", "mark"
+
+    def __init__(self, step: CorpusStep, folder: Path) -> None:
+        super().__init__()
+        self.step, self.folder = step, folder
+
+    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.step.mark(data, self.folder, rank)
+
+
+class Task:
+    """Work on the marks of all ranks, not on documents."""
+
+    def __init__(self, work: Callable[[int], None]) -> None:
+        self.work = work
+
+    def __call__(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
+        self.work(rank)
+
+
+class Rows(JsonlWriter):
+    """Writes a rank's documents as <folder>/RANK.jsonl.zst."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder), compression="zstd")
+
+    def _default_adapter(self, document: Document) -> dict[str, Any]:
+        text = {} if "messages" in document.metadata else {"text": document.text}
+        return {"id": document.id, **text, **document.metadata}
+
+
+class Apply(PipelineStep):
+    """One step over the documents of a rank; what it drops is written to `removed`, with the reason."""
+
+    type = "STEP"
+
+    def __init__(self, label: str, start: Callable[[int], Judge], removed: Path) -> None:
+        self.name = label
+        super().__init__()
+        self.start, self.removed = start, Rows(removed)
+
+    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        judge = self.start(rank)
+        with self.removed as removed:
+            for document in data:
+                self.stat_update("documents_in")
+                self.stat_update("characters_in", value=len(document.text))
+                with self.track_time():
+                    reason = judge(document) or (None if document.text.strip() else "empty")
+                if reason is None:
+                    self.stat_update("documents_out")
+                    self.stat_update("characters_out", value=len(document.text))
+                    yield document
+                else:
+                    self.stat_update(f"dropped_{reason.partition(':')[0]}")
+                    document.metadata["reason"] = reason
+                    removed.write(document, rank)
+
+
+def _total(statistic: Any) -> Any:
+    """datatrove writes a number, or a distribution with its total."""
+    return statistic["total"] if isinstance(statistic, dict) else statistic
+
+
+def _labelled(source: SourceConfig) -> list[tuple[str, Any]]:
+    return [(f"{number:02}-{step.step}", step) for number, step in enumerate(source.steps, start=1)]
+
+
+def _start(step: Step, _: int) -> Judge:
+    return step.start()
+
+
+def _check_continues(source: SourceConfig, files: list[str], tasks: int, folder: Path) -> None:
+    """Completion markers say that a rank has ended, not with which steps: those stand in pipeline.json."""
+    inputs = [(path, 0 if path.startswith("datasets:") else os.path.getsize(path)) for path in files]
+    described = source.model_dump(mode="json", exclude={"documents", "damaged", "tasks"})
+    fingerprint = hashlib.sha256(json.dumps([described, inputs, tasks]).encode()).hexdigest()
+    state = folder / "pipeline.json"
+    if not state.exists():
+        write_whole(state, json.dumps({"fingerprint": fingerprint, "source": described}, ensure_ascii=False, indent=2).encode())
+    elif json.loads(state.read_bytes())["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{folder}: holds documents of other steps or other input files than this configuration's: "
+            f"choose another output, or remove this folder to start afresh"
+        )

@@ -1,0 +1,1 @@
+"""Steps between raw text and documents worth training on: each module is a family, `step.py` says what a step is."""

@@ -1,0 +1,113 @@
+"""The first of equal documents stays, and what a site puts on all of its pages goes."""
+
+import random
+from collections import Counter, deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datatrove.data import Document
+
+from data_prep.steps import records
+from data_prep.steps.duplicates import ExactDuplicates, RepeatedLines
+from data_prep.steps.step import CorpusStep
+
+
+def text_document(text: str, **metadata: Any) -> Document:
+    return Document(text=text, id="", metadata=metadata)
+
+
+def judged(step: CorpusStep, documents: list[Document], folder: Path, num_ranks: int) -> list[str | None]:
+    """Why each document is dropped, or None; ranks take consecutive documents. Rewrites them."""
+    folder.mkdir()
+    for number, document in enumerate(documents):
+        document.id = f"文書{number}"
+    shares = [[documents[n] for n in share] for share in np.array_split(range(len(documents)), num_ranks)]
+    for rank, share in enumerate(shares):
+        assert list(step.mark(iter(share), folder, rank)) == share
+    for num_tasks, work in step.find(folder, num_ranks):
+        for task in [*reversed(range(num_tasks)), 0]:
+            work(task)
+    judges = [step.judge(folder, rank) for rank in range(num_ranks)]
+    return [judge(document) for judge, share in zip(judges, shares, strict=True) for document in share]
+
+
+@pytest.fixture(params=["whole", "small"])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything at once, and in more runs and slices than there are ranks."""
+    if request.param == "small":
+        monkeypatch.setattr(records, "RUN", 7)
+        monkeypatch.setattr(records, "SLICE", 5)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 5, 40])
+def test_the_first_of_equal_texts_stays(tmp_path: Path, pieces: None, num_ranks: int) -> None:
+    dice = random.Random(num_ranks)
+    words = [dice.choice(["猫 と\n犬", "猫　と 犬 ", "猫と犬", "cat", "Cat", ""] + [str(n) for n in range(20)]) for _ in range(39)]
+    first: dict[str, int] = {}
+    expected = []
+    for number, word in enumerate(words):
+        original = first.setdefault(" ".join(word.split()), number)
+        expected.append(None if original == number else f"exact_duplicate: of 文書{original}")
+    assert judged(ExactDuplicates(), [text_document(word) for word in words], tmp_path / "x", num_ranks) == expected
+
+
+def test_dialogues_are_equal_in_all_turns(tmp_path: Path) -> None:
+    def dialogue(*contents: str) -> Document:
+        return text_document("\n".join(contents), messages=[{"role": "user", "content": content} for content in contents])
+
+    documents = [dialogue("a", "b"), dialogue("a b"), dialogue("a", "b"), text_document("a b")]
+    assert judged(ExactDuplicates(), documents, tmp_path / "x", 2) == [None, None, "exact_duplicate: of 文書0", "exact_duplicate: of 文書1"]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_repeated_lines_stay_in_their_first_document(tmp_path: Path, pieces: None, num_ranks: int) -> None:
+    dice = random.Random(0)
+    lines = ["", "短い", *(f"ページの上と下に並ぶ{n}番目の行" for n in range(12))]
+    texts = ["\n".join(["この文書だけにある長い行" * 5 + str(n), *dice.choices(lines, k=8)]) for n in range(60)]
+    texts = [text.replace("3番目の行", " 3番目の行　") for text in texts]
+
+    counts = Counter(line for text in texts for line in {" ".join(line.split()) for line in text.split("\n")})
+    seen: set[str] = set()
+    expected = []
+    for text in texts:
+        kept = []
+        for line in text.split("\n"):
+            plain = " ".join(line.split())
+            if len(plain) < 10 or counts[plain] <= 25 or plain not in seen:
+                kept.append(line)
+        seen |= {" ".join(line.split()) for line in text.split("\n")}
+        expected.append("\n".join(kept) if len(kept) == len(text.split("\n")) else "\n".join(kept).strip("\n"))
+    assert 3 < sum(counts[line] > 25 for line in lines[2:]) < 12 and expected != texts
+    documents = [text_document(text) for text in texts]
+    assert set(judged(RepeatedLines(max_documents=25), documents, tmp_path / "x", num_ranks)) == {None}
+    assert [document.text for document in documents] == expected
+
+
+def test_a_page_of_repeated_lines_only_is_dropped_and_a_dialogue_is_left_alone(tmp_path: Path) -> None:
+    banner = "当サイトではクッキーを使用しています"
+    system = [{"role": "system", "content": banner}]
+    documents = [text_document(f"{banner}\n{n}") for n in range(4)] + [text_document(banner, messages=system) for _ in range(4)]
+    reasons = judged(RepeatedLines(max_documents=3), documents, tmp_path / "x", 2)
+    assert reasons == [None, *["only_repeated_lines: 0.05"] * 3, *[None] * 4]
+    assert documents[-1].metadata["messages"] == system
+
+
+def test_paragraphs_repeat_as_a_whole(tmp_path: Path) -> None:
+    notice = "免責事項その一は長い\n免責事項その二も長い"
+    documents = [text_document(f"{notice}\n \n本文{n}である。\n免責事項その一は長い\n\n\n{n}番目の文書の結び") for n in range(3)]
+    reasons = judged(RepeatedLines(unit="paragraph", max_documents=2), documents, tmp_path / "x", 1)
+    assert reasons == [None] * 3 and notice in documents[0].text
+    assert documents[2].text == "本文2である。\n免責事項その一は長い\n\n2番目の文書の結び"
+
+
+def test_an_interrupted_rank_leaves_no_marks(tmp_path: Path) -> None:
+    def broken():
+        yield text_document("a")
+        raise OSError("disk")
+
+    for step in ExactDuplicates(), RepeatedLines():
+        with pytest.raises(OSError):
+            deque(step.mark(broken(), tmp_path, 0), 0)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".partial"}

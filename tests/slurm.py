@@ -1,0 +1,153 @@
+"""A real Slurm on this machine: one slurmctld and four slurmd, each of which takes itself for a node with 16 cores and 8 GPUs.
+
+A test module that says `pytest_plugins = ["tests.slurm"]` has the fixture `slurm`; all modules of a session share one cluster. Needs
+Debian's slurm-wlm (run_tests.sh installs it) and a kernel that gives namespaces, to root or to users; no munge, no systemd. A node is a
+namespace of its own for names and processes: `hostname` says node1 to node4, these names resolve on the nodes, and killing the namespace
+is a power failure. The GPUs exist for the scheduler only: it counts them and sets CUDA_VISIBLE_DEVICES.
+"""
+
+import getpass
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+NODES = [f"node{number}" for number in range(1, 5)]
+PATH = f"{os.environ['PATH']}:/usr/sbin"  # which Debian leaves out of a user's PATH
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
+
+SLURM_CONF = """\
+ClusterName=tests
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={control_port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/none
+CredType=cred/none
+AuthInfo=cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+MailProg=/bin/true
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+SlurmdParameters=config_overrides
+GresTypes=gpu
+JobRequeue=1
+KillWait=3
+MinJobAge=600
+SlurmdTimeout=10
+SchedulerParameters=bf_interval=2,batch_sched_delay=0,sched_min_interval=0
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefMemPerCPU=10
+"""
+NODE = "NodeName={name} NodeHostname=localhost NodeAddr={address} Port={port} CPUs=16 RealMemory=100000 Gres=gpu:h100:8"
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment variables with which sbatch, squeue and scontrol reach the cluster."""
+    if shutil.which("slurmctld", path=PATH) is None:
+        # A suite that skips where it was meant to have Slurm would hide that it was not installed.
+        give_up = pytest.fail if os.environ.get("MUJINA_NEEDS_SLURM") else pytest.skip
+        give_up("Slurm is not installed: apt-get install slurm-wlm")
+    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as environment:
+        yield environment
+
+
+@contextmanager
+def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
+    """Runs a cluster whose files are in `folder` (a short path: it holds Unix sockets); yields the variables of its clients."""
+    control_port, *ports = _free_ports(1 + len(NODES))
+    addresses = [f"127.0.0.{11 + number}" for number in range(len(NODES))]
+    nodes = "\n".join(
+        NODE.format(name=name, address=address, port=port) for name, address, port in zip(NODES, addresses, ports, strict=True)
+    )
+    conf = folder / "slurm.conf"
+    conf.write_text(SLURM_CONF.format(folder=folder, user=getpass.getuser(), control_port=control_port, nodes=nodes))
+    (folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} Name=gpu Type=h100 File={folder}/nvidia[0-7]\n")
+    for number in range(8):
+        (folder / f"nvidia{number}").symlink_to("/dev/null")  # any character device will do
+    hosts = "\n".join(f"{address} {name}" for name, address in zip(NODES, addresses, strict=True))
+    (folder / "hosts").write_text(f"{Path('/etc/hosts').read_text()}\n{hosts}\n")
+    (folder / "state").mkdir()
+
+    environment = {"SLURM_CONF": str(conf)}
+    with ExitStack() as stack:
+        commands = {"slurmctld": ["slurmctld", "-D"]} | {name: _node(name, folder) for name in NODES}
+        processes = [stack.enter_context(_process(folder, environment, name, command)) for name, command in commands.items()]
+
+        def is_up() -> bool:
+            logs = "".join(path.read_text() for path in sorted(folder.glob("*.log")))
+            assert all(process.poll() is None for process in processes), f"Slurm does not start here:\n{logs}"
+            return _output(environment, "sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(NODES)
+
+        wait_for(is_up, 60, f"{folder}/*.log")
+        yield environment
+
+
+def wait_for_job(environment: dict[str, str], job: str, timeout: float = 60) -> list[str]:
+    """Waits for a job to end; returns its state, or those of all tasks of an array (COMPLETED, FAILED, …), in order."""
+
+    def states() -> list[str]:
+        return _output(environment, "squeue", "-h", "-r", "-t", "all", "-S", "i", "-j", job, "-o", "%T").split()
+
+    wait_for(lambda: bool(states()) and ENDED.issuperset(states()), timeout, f"squeue -j {job}")
+    return states()
+
+
+def wait_for(condition: Callable[[], bool], timeout: float, explanation: str) -> None:
+    """Waits until `condition()`; an AssertionError after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not so after {timeout} seconds, see {explanation}"
+        time.sleep(0.1)
+
+
+def _node(name: str, folder: Path) -> list[str]:
+    """The command of a slurmd in a namespace of its own. Without root it is root in there for as long as the mounting takes."""
+    is_root = os.getuid() == 0
+    become_root = [] if is_root else ["--map-root-user"]
+    become_user = "" if is_root else f"unshare --map-user={os.getuid()} --map-group={os.getgid()}"
+    start = f"mount --bind {folder}/hosts /etc/hosts && hostname {name} && {{ {become_user} slurmd -D -N {name} & wait; }}"
+    return ["unshare", *become_root, "--mount", "--uts", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "sh", "-c", start]
+
+
+@contextmanager
+def _process(folder: Path, environment: dict[str, str], name: str, command: list[str]) -> Iterator[subprocess.Popen]:
+    """Runs a command, its output in <name>.log, which ends with the block, or with this process, however it ends."""
+    with (folder / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", *command],
+            env=os.environ | environment | {"PATH": PATH},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # an interrupt at the keyboard is the tests' to handle
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _output(environment: dict[str, str], *command: str) -> str:
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True).stdout
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("", 0))
+        return [one.getsockname()[1] for one in sockets]
