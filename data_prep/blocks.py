@@ -17,7 +17,7 @@ from user_input import UserError
 
 # Small blocks first, so that a small source keeps all cores busy; large ones later, so that a large source has few of them.
 FIRST_BLOCK, LAST_BLOCK = 1 << 19, 1 << 25  # bytes
-BLOCKS_OF_A_SIZE = 8
+BLOCKS_OF_A_SIZE = 32
 # Of a row that the `datasets` library gives, what a document is made of.
 FIELDS = ("text", "messages", "id", "source", "kind", "origin", "language", "licence", "teacher")
 

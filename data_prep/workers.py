@@ -42,27 +42,25 @@ class Workers:
         ahead   tasks for each process that are given out or finished before the oldest result is taken: bounds the memory
         """
         numbered, ready, busy = enumerate(tasks), dict[int, Any](), dict[Connection, int]()
-        idle, taken, more = list(self._processes), 0, True
+        idle, taken, upcoming = list(self._processes), 0, next(numbered, None)
         while True:
-            while more and idle and len(ready) + len(busy) < ahead * len(self._processes):
-                number, task = next(numbered, (None, None))
-                if number is None:
-                    more = False
-                    break
-                connection = idle.pop()
+            # Tasks first, then results: what the caller does with a result must not keep a process waiting.
+            while upcoming is not None and idle and len(ready) + len(busy) < ahead * len(self._processes):
+                (number, task), connection = upcoming, idle.pop()
                 self._talk(connection, lambda connection=connection, task=task: connection.send((work, task)))
                 busy[connection] = number
-            if not busy:
-                return
-            for connection in multiprocessing.connection.wait(list(busy)):
-                ready[busy.pop(connection)] = self._talk(connection, connection.recv)
-                idle.append(connection)
+                upcoming = next(numbered, None)
             while taken in ready:
                 result = ready.pop(taken)
                 if isinstance(result, UserError):
                     raise result
                 taken += 1
                 yield result
+            if not busy and upcoming is None:
+                return
+            for connection in multiprocessing.connection.wait(list(busy)):
+                ready[busy.pop(connection)] = self._talk(connection, connection.recv)
+                idle.append(connection)
 
     def _talk(self, connection: Connection, say: Callable[[], Any]) -> Any:
         try:
