@@ -10,7 +10,6 @@ it stopped. Shards are joined in the order of their blocks: the bytes do not dep
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -23,7 +22,7 @@ import numpy as np
 
 from data_prep.blocks import Block, read_blocks
 from data_prep.documents import Document, SourceFacts, documents_of
-from data_prep.indexed import BinaryWriter, Labels, Manifest, open_binary, path_of, token_dtype
+from data_prep.indexed import BinaryWriter, Labels, Manifest, open_binary, token_dtype
 from data_prep.workers import Workers
 from files import sha256_of
 from tokenization.tokenizer import Tokenizer
@@ -110,19 +109,14 @@ def _build_shard(source: str, facts: SourceFacts, block: Block, prefix: Path) ->
     manifest = _finished(prefix, fingerprint)
     if manifest is not None:
         return manifest
-    # Under a name of our own first: a worker whose parent was killed may still be at this shard when the next run's comes to it.
-    own = prefix.with_name(f"{prefix.name}.{os.getpid()}")
-    writer, tally = BinaryWriter(own, token_dtype(_tokenizer.vocab_size)), _Tally()
+    writer, tally = BinaryWriter(prefix, token_dtype(_tokenizer.vocab_size)), _Tally()
     for documents in batched(documents_of(block, source, facts), BATCH):
         ids, num_characters = _tokenized(documents)
         tally.add(documents, num_characters)
         writer.add_documents(np.concatenate(ids), np.array([document.size for document in ids]))
     if writer.num_documents == 0:
         return None
-    manifest = writer.finish(tally.labels(prefix.name, facts, fingerprint))
-    for kind in ("bin", "idx", "json"):  # the manifest last, as ever
-        os.replace(path_of(own, kind), path_of(prefix, kind))
-    return manifest
+    return writer.finish(tally.labels(prefix.name, facts, fingerprint))
 
 
 def _tokenized(documents: tuple[Document, ...]) -> tuple[list[np.ndarray], int]:

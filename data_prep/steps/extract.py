@@ -4,9 +4,7 @@ What the reader did not mark as HTML passes unchanged. Engines: resiliparse (Rus
 order of magnitude slower (benchmarks/extraction.py) and leaves out more.
 """
 
-import ctypes
 import re
-import signal
 from functools import cache
 from typing import Literal
 
@@ -15,6 +13,7 @@ from datatrove.pipeline.extractors.base import ExtractorSandbox
 from pydantic import Field
 
 from data_prep.steps.step import Judge, Step
+from data_prep.workers import end_with_parent
 
 # Source lines are wrapped in HTML. Japanese and Chinese have no spaces between words: a wrap between two full-width characters is
 # nothing, also where an element of the line ends before it or starts after it.
@@ -30,7 +29,6 @@ BLANK_LINES = re.compile(r"\n{3,}")
 
 # Either engine's time grows with the square of the depth of nesting: 8 s for so many elements, one in the other.
 MANY_TAGS = 20_000
-PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 class Extract(Step):
@@ -57,7 +55,7 @@ class Extract(Step):
                 raise
 
         def apart(html: str) -> str | BaseException:
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # its parent may be killed
+            end_with_parent()
             return guarded(html)
 
         def judge(document: Document) -> str | None:

@@ -111,7 +111,6 @@ def test_a_killed_run_goes_on_at_the_ranks_that_did_not_finish(tmp_path: Path, s
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    time.sleep(0.3)  # the workers notice that they are alone when their rank has ended
     before = {path.name: path.stat().st_mtime_ns for path in markers.iterdir()}
     assert 0 < len(before) < 12
     assert not (killed / "code/documents").exists()
@@ -152,6 +151,14 @@ def test_damaged_input_stops_the_run_or_is_reported(tmp_path: Path) -> None:
     assert "1.jsonl.gz" in problems and "2.jsonl.gz" in problems
     assert "2.jsonl.gz" in (tmp_path / "skipped/code/report.html").read_text()
     assert any(row["id"] == "0:2" for row in rows_of(tmp_path / "skipped/code/documents"))
+
+
+def test_damaged_rows_are_passed_over_without_steps_too(tokenizer_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "web.jsonl").write_bytes(b'{"text": "the cat"}\n{"text": "\xff"}\n{"text": "sat"}\n')
+    source = {"kind": "web", "damaged": "skip", "steps": []}
+    (manifest,) = prepare(config(str(tmp_path / "web.jsonl"), tmp_path / "out", source=source, tokenizer=str(tokenizer_folder)))
+    assert manifest.num_documents == 2
+    assert "line 2: byte 0xff" in (tmp_path / "out/code/problems/00000.txt").read_text()
 
 
 def test_a_source_with_steps_is_tokenized(tokenizer_folder: Path, tmp_path: Path) -> None:

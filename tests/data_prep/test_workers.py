@@ -1,0 +1,53 @@
+"""Workers give results in order and do not outlive the process that gave them work."""
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_prep.workers import Workers
+from user_input import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def late(number: int) -> int:
+    time.sleep(random.random() / 100)
+    if number == 70:
+        raise UserError("seventy")
+    return number
+
+
+def test_results_come_in_order_and_a_mistake_at_its_turn() -> None:
+    given, taken = [], []
+    with Workers(3) as workers, pytest.raises(UserError, match="seventy"):
+        for result in workers.map(late, ((given.append(n) or n,) for n in range(100))):
+            taken.append(result)
+            assert len(given) - len(taken) <= 3 * 3 + 1, "more is read ahead than the memory is meant for"
+    assert taken == list(range(70))
+
+
+KILLED = """
+import time
+from data_prep.workers import Workers
+with Workers(1) as workers:
+    print("ready", flush=True)
+    list(workers.map(time.sleep, [(60,)]))
+"""
+
+
+def test_a_worker_in_the_middle_of_a_task_ends_when_its_parent_is_killed() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", KILLED], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
+    (worker,) = psutil.Process(parent.pid).children()
+    time.sleep(0.2)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:  # which only waits for init
+        assert time.monotonic() < deadline, "it goes on writing what the next run will write"
+        time.sleep(0.01)
