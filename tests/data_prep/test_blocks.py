@@ -31,9 +31,10 @@ def test_blocks_are_the_lines_of_the_file(tmp_path: Path, monkeypatch: pytest.Mo
 def test_blocks_grow_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "FIRST_BLOCK", 100)
     monkeypatch.setattr(blocks, "LAST_BLOCK", 400)
-    (tmp_path / "rows.jsonl").write_bytes(b"{}\n" * 4_000)
+    (tmp_path / "rows.jsonl").write_bytes(b"{}\n" * 9_000)
     sizes = [len(block.lines) for block in read_blocks(str(tmp_path / "rows.jsonl"))]
-    assert max(sizes[:8]) <= 102 and 102 < max(sizes[8:16]) <= 202 and 202 < max(sizes[16:]) <= 402
+    small, middle, large = sizes[: blocks.BLOCKS_OF_A_SIZE], sizes[blocks.BLOCKS_OF_A_SIZE :][: blocks.BLOCKS_OF_A_SIZE], sizes[-9:]
+    assert max(small) <= 102 < max(middle) <= 202 < max(large) <= 402
 
 
 def test_an_empty_file_has_no_blocks(tmp_path: Path) -> None:

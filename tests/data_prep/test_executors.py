@@ -24,30 +24,30 @@ def command(folder: Path, environment: dict[str, str], **more: object) -> subpro
 
 
 def test_slurm(slurm: dict[str, str], tmp_path: Path, tokenizer_folder: Path) -> None:
-    documents = write_files(tmp_path / "in", files=5, rows=40)
+    documents = write_files(tmp_path / "in", files=3, rows=40)
     prepare(config(documents, tmp_path / "expected", tokenizer=str(tokenizer_folder)))
     more = {"executor": "slurm", "slurm": SLURM, "tokenizer": str(tokenizer_folder)}
     last_job = tmp_path / "out/code/stages/last_slurm_job"
 
     # A file that goes away between check and read fails its rank; what waits for it is cancelled, and nothing counts as done.
-    hidden = tmp_path / "in/3.jsonl.gz"
+    hidden = tmp_path / "in/1.jsonl.gz"
     content, stat = hidden.read_bytes(), hidden.stat()
     hidden.chmod(0o000) if os.geteuid() else hidden.write_bytes(b"\0" * len(content))
     submitted = command(tmp_path, slurm, **more)
     assert submitted.returncode == 0, submitted.stderr
     assert "stages in the queue" in submitted.stdout
-    twice = command(tmp_path, slurm, **more)
-    assert twice.returncode == 2 and "is still in the queue" in twice.stderr
-    assert wait_for_job(slurm, last_job.read_text()) == ["CANCELLED"]
+    assert wait_for_job(slurm, last_job.read_text(), timeout=300) == ["CANCELLED"]
     assert not (tmp_path / "out/code/documents").exists() and not (tmp_path / "out/code.json").exists()
     markers = tmp_path / "out/code/stages/02-exact_duplicates-mark/completions"
     before = {path.name: path.stat().st_mtime_ns for path in markers.iterdir()}
-    assert before and "00003" not in before
+    assert before and "00001" not in before
 
     hidden.write_bytes(content)
     hidden.chmod(stat.st_mode)
     assert command(tmp_path, slurm, **more).returncode == 0
-    assert wait_for_job(slurm, last_job.read_text()) == ["COMPLETED"]
+    twice = command(tmp_path, slurm, **more)
+    assert twice.returncode == 2 and "is still in the queue" in twice.stderr
+    assert wait_for_job(slurm, last_job.read_text(), timeout=300) == ["COMPLETED"]
     assert before == {name: (markers / name).stat().st_mtime_ns for name in before}, "a rank that had ended was run again"
     ours = bytes_of(tmp_path / "out")
     assert ours == bytes_of(tmp_path / "expected")
