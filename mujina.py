@@ -10,7 +10,7 @@ VERBS = {
     "tokenizer": ("tokenization.train", "train a SentencePiece tokenizer with chat roles"),
     "extend-vocabulary": ("tokenization.extend", "add pieces to a Hugging Face model's vocabulary"),
     "compare-tokenizers": ("tokenization.compare", "characters per token of tokenizers, by language and kind of text"),
-    "prepare": ("data_prep.prepare", "turn documents into indexed token binaries"),
+    "prepare": ("data_prep.prepare", "take raw text through steps to documents, and to indexed token binaries"),
     "inspect": ("data_prep.inspect", "show a token binary: facts, statistics, documents as text"),
     "plan": ("megatron_jobs.plan", "show parameters, phases, steps and the data that they need"),
     "train": ("megatron_jobs.launch", "train, or go on training, on this machine"),

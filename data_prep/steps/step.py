@@ -4,6 +4,7 @@ A `Step` judges (and may rewrite) one document after the other. A `CorpusStep` m
 documents pass it twice: each rank marks its documents, a few tasks compare the marks, and then each rank judges its documents.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -16,29 +17,29 @@ from user_input import Section
 Judge = Callable[[Document], str | None]
 
 
-class Step(Section):
+class Step(Section, ABC):
     """One step over single documents. Subclasses have a field `step: Literal[...]`, their name in a configuration."""
 
+    @abstractmethod
     def start(self) -> Judge:
         """Loads what the step needs, once a process, and returns its judge."""
-        raise NotImplementedError
 
 
-class CorpusStep(Section):
+class CorpusStep(Section, ABC):
     """One step over the whole source. `folder` is its own, on a file system that all ranks share; memory does not grow with the source."""
 
+    @abstractmethod
     def mark(self, documents: Iterable[Document], folder: Path, rank: int) -> Iterator[Document]:
         """Passes the documents of a rank on as they are and writes its marks (<name>.partial first, renamed when whole)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def find(self, folder: Path, num_ranks: int) -> list[tuple[int, Callable[[int], None]]]:
         """The stages between marking and judging: (number of tasks, work of one task, which can be pickled). A stage starts when all
         tasks of the one before have ended; a task may be run again and then gives the same files."""
-        raise NotImplementedError
 
+    @abstractmethod
     def judge(self, folder: Path, rank: int) -> Judge:
         """The judge of a rank's documents, called with all of them in the order in which they were marked."""
-        raise NotImplementedError
 
 
 def texts_of(document: Document) -> list[str]:
