@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,11 @@ import zstandard
 
 from user_input import UserError
 
-PIECE = 1 << 10  # compressed bytes at a time: zstd makes up to 32,000 times as much of them
+# How compressed files are unpacked, and how many bytes at a time: zstd makes up to 32,000 times as much of them, gzip 1,000 times.
+FORMATS: dict[str, tuple[Callable[[], Any], int]] = {
+    ".gz": (lambda: zlib.decompressobj(wbits=31), 1 << 13),
+    ".zst": (lambda: zstandard.ZstdDecompressor().decompressobj(), 1 << 8),
+}
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -134,14 +138,14 @@ class Stream(io.RawIOBase):
 
 
 def _content(path: str | Path) -> Iterator[bytes]:
-    new = {".gz": lambda: zlib.decompressobj(wbits=31), ".zst": lambda: zstandard.ZstdDecompressor().decompressobj()}.get(Path(path).suffix)
     with open(path, "rb") as file:
-        if new is None:
+        if Path(path).suffix not in FORMATS:
             yield from iter(lambda: file.read(1 << 16), b"")
             return
+        new, size = FORMATS[Path(path).suffix]
         stream = None
         try:
-            while piece := file.read(PIECE):
+            while piece := file.read(size):
                 while piece:
                     stream = stream or new()
                     yield stream.decompress(piece)
