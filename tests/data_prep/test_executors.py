@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
-from data_prep.executors import prepare
+from data_prep.executors import After, prepare
 from tests.data_prep.test_pipeline import ROOT, bytes_of, config, values, write_files
 from tests.slurm import wait_for_job
+from user_input import UserError
 
 pytest_plugins = ["tests.slurm"]
 SLURM = {"partition": "main", "memory_gb": 1, "tokenizer_cpus": 2, "max_array_size": 2}
@@ -51,6 +53,16 @@ def test_slurm(slurm: dict[str, str], tmp_path: Path, tokenizer_folder: Path) ->
     assert before == {name: (markers / name).stat().st_mtime_ns for name in before}, "a rank that had ended was run again"
     ours = bytes_of(tmp_path / "out")
     assert ours == bytes_of(tmp_path / "expected")
+
+
+def test_a_stage_does_not_start_before_the_one_before_has_ended(tmp_path: Path) -> None:
+    """Whatever the scheduler says: of several arrays, or after a rank that was lost."""
+    (tmp_path / "completions").mkdir()
+    (tmp_path / "completions/00000").touch()
+    with pytest.raises(UserError, match="1 of 2 tasks have ended"):
+        After(str(tmp_path), 2).run(None)
+    (tmp_path / "completions/00001").touch()
+    assert After(str(tmp_path), 2).run("documents") == "documents"
 
 
 def test_ray(tmp_path: Path, tokenizer_folder: Path) -> None:
