@@ -66,14 +66,20 @@ class MoEConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Sizes of the model-parallel dimensions; what is left of the processes is data parallel. Tensor parallel is sequence parallel too."""
+    """Sizes of the model-parallel dimensions; what is left of the processes is data parallel. Tensor parallel is sequence parallel too.
+
+    Experts divide the tensor, context and data dimensions of a pipeline stage anew: expert_tensor × expert × the copies of each expert.
+    """
 
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
+    virtual_pipeline: PositiveInt = 1  # chunks of layers in each pipeline stage (interleaved schedule)
+    context: PositiveInt = 1
     expert: PositiveInt = 1
+    expert_tensor: PositiveInt = 1
 
     def data(self, world_size: int) -> int:
-        return world_size // (self.tensor * self.pipeline)
+        return world_size // (self.tensor * self.pipeline * self.context)
 
 
 class OptimizerConfig(Section):
@@ -87,12 +93,25 @@ class OptimizerConfig(Section):
 
 
 class LearningRate(Section):
-    """The piece of the learning-rate curve that belongs to one phase: a linear warm-up from 0, then `start` to `end`."""
+    """The piece of the learning-rate curve that belongs to one phase: a linear warm-up from 0, then `start` to `end`.
+
+    With `decay_steps` the way down takes only the last steps of the phase, and before it the rate stays at `start`
+    (warm-up, stable, decay). "1-sqrt" and "exponential" are the decays of Hägele et al. 2024 (arXiv 2405.18392) and of MiniCPM.
+    """
 
     start: PositiveFloat
     end: NonNegativeFloat
-    shape: Literal["constant", "linear", "cosine"] = "cosine"
+    shape: Literal["constant", "linear", "cosine", "1-sqrt", "exponential"] = "cosine"
     warmup_steps: NonNegativeInt = 0
+    decay_steps: PositiveInt | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _ends(self) -> "LearningRate":
+        if self.shape == "exponential" and not self.end:
+            raise ValueError("end (0) must be above 0 for an exponential decay: raise it, or take another shape")
+        if self.shape == "constant" and self.decay_steps:
+            raise ValueError(f"decay_steps ({self.decay_steps}) means nothing for a constant rate: leave it out, or take another shape")
+        return self
 
 
 class Admit(Section):
@@ -105,16 +124,44 @@ class Admit(Section):
     teachers: tuple[str, ...] = ()
 
 
+class Amount(Section):
+    """A fixed amount of a source, in place of a weight: so many tokens, or so many times all of it."""
+
+    tokens: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _is_one(self) -> "Amount":
+        if (self.tokens is None) == (self.epochs is None):
+            raise ValueError("an amount is either tokens or epochs: write one of them, or a weight (a number)")
+        return self
+
+
+class BatchRamp(Section):
+    """The global batch size grows from `start` by `increment` to the phase's own, in equal stretches of the first `tokens` of the phase."""
+
+    start: PositiveInt
+    increment: PositiveInt
+    tokens: PositiveInt
+
+
 class Phase(Section):
-    """A stretch of training with one mix. It has `tokens // (sequence_length × global_batch_size)` steps."""
+    """A stretch of training with one mix.
+
+    A source is given by weight, or by an amount; weights share what the amounts leave of `tokens`. Without `tokens` every source has an
+    amount, and the budget is their sum (`phases.resolve` writes it in).
+    """
 
     name: str
-    tokens: PositiveInt
+    tokens: PositiveInt | None = None
     sequence_length: PositiveInt
     global_batch_size: PositiveInt
-    sources: dict[str, PositiveFloat] = Field(min_length=1)
+    batch_ramp: BatchRamp | None = None
+    sources: dict[str, PositiveFloat | Amount] = Field(min_length=1)
     learning_rate: LearningRate
     admit: Admit = Admit()
+    separate_documents: bool = False  # attention stays within a document, and positions start anew with each
+    z_loss: NonNegativeFloat = 0.0  # times the mean square of log Z of the output's softmax (PaLM)
 
     @property
     def tokens_per_step(self) -> int:
@@ -139,14 +186,47 @@ class DataConfig(Section):
     folder: Path
     block_length: PositiveInt = 8192  # tokens; every phase's sequence_length divides it
     max_epochs: PositiveInt = 1
+    validation_tokens: NonNegativeInt = 0  # of each source, in whole blocks, are held out of training and make its validation set
 
 
 class TrainConfig(Section):
     micro_batch_size: PositiveInt
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"  # fp8: the matrix products only, by Transformer Engine
+    recompute: Literal["none", "attention", "layers"] = "none"  # activations that the backward pass computes again
     checkpoint_interval: PositiveInt = 500  # steps; the end of a phase is always saved, and kept
-    keep_checkpoints: PositiveInt = 2
-    init_from: Path | None = None  # a checkpoint folder whose weights (and no optimizer state) start the run
+    keep_checkpoints: PositiveInt = 2  # the newest so many
+    keep_every: PositiveInt | None = None  # steps: those at its multiples are kept as well
+    asynchronous_save: bool = True  # training goes on while a checkpoint is written
+    validation_interval: PositiveInt = 500  # steps
+    layer_norms_interval: PositiveInt | None = None  # steps between records of each layer's gradient and weight norm
+    fp8_shadow_interval: PositiveInt = 100  # steps between comparisons of the loss in fp8 with the one in bf16
+    hang_minutes: PositiveFloat = 10  # without an ended step, after which the run counts as hung
+    init_from: Path | None = None  # a checkpoint or Hugging Face folder whose weights (and no optimizer state) start the run
+
+
+class StabilityConfig(Section):
+    """What is done about a step whose loss or gradient norm stands out, or is not a number.
+
+    A spike lies more than `deviations` median absolute deviations (scaled to a standard deviation) above the median of the last `window`
+    steps. `skip` leaves the update out; `rollback` goes back to the newest checkpoint at or before `pass_over` steps ago and passes over
+    the data of those steps, the one that stood out included.
+    """
+
+    on_spike: Literal["log", "skip", "rollback"] = "log"
+    on_not_finite: Literal["skip", "rollback"] = "rollback"
+    window: PositiveInt = 128
+    deviations: PositiveFloat = 6.0
+    pass_over: PositiveInt = 8
+    max_rollbacks: NonNegativeInt = 3
+    max_skips: PositiveInt = 8  # one after the other
+
+
+class WandbConfig(Section):
+    """Also sends the metrics to Weights & Biases (`pip install wandb`; WANDB_MODE=offline keeps them here)."""
+
+    project: str
+    entity: str | None = None
+    name: str | None = None
 
 
 class RunConfig(Section):
@@ -159,6 +239,8 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig
     train: TrainConfig
+    stability: StabilityConfig = StabilityConfig()
+    wandb: WandbConfig | None = None
     phases: tuple[Phase, ...] = Field(min_length=1)
 
     @pydantic.field_validator("phases", mode="before")
