@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_jobs import layout, model
@@ -33,6 +34,7 @@ class TrainingState:
         gpt.config.finalize_model_grads_func = finalize_model_grads
         self.optimizer = get_megatron_optimizer(_optimizer_config(config, dtype), self.chunks, use_gloo_process_groups=False)
         gpt.config.grad_scale_func = self.optimizer.scale_loss
+        self._clip_grad = config.optimizer.clip_grad
         for inner in self._inner():
             for group in inner.param_groups:
                 # megatron-core leaves this to its scheduler, and until then decays the norms as well
@@ -76,15 +78,20 @@ class TrainingState:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def set_learning_rate(self, rate: float) -> None:
-        for inner in self._inner():
-            for group in inner.param_groups:
-                group["lr"] = rate
+    def gradient_norm(self) -> float:
+        """Makes the gradients ready for an update; returns their norm over the whole model, before clipping."""
+        self.optimizer.prepare_grads()
+        self._norm = float(self.optimizer.get_grad_norm())
+        return self._norm
 
-    def step(self) -> float:
-        """One update with the gradients that lie ready; returns their norm before clipping."""
-        _, norm, _ = self.optimizer.step()
-        return float(norm)
+    def update(self, learning_rate: float) -> None:
+        """One update with the gradients whose norm was taken last, clipped."""
+        for distributed in self._distributed():
+            for group in distributed.optimizer.param_groups:
+                group["lr"] = learning_rate
+            clip_grad_by_total_norm_fp32(distributed.get_parameters(), self._clip_grad, self._norm)
+        for distributed in self._distributed():
+            distributed.step_with_ready_grads()
 
     def _distributed(self) -> list[DistributedOptimizer]:
         return self.optimizer.chained_optimizers  # dense parameters and experts have different data-parallel groups
