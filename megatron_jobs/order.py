@@ -69,7 +69,11 @@ def _mix(values: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 
 class DataOrder:
-    """Where in which source each sample of the run lies. `config` must have been through `phases.resolve`."""
+    """Where in which source each sample of the run lies. `config` must have been through `phases.resolve`.
+
+    names       the sources of all phases, in the order of the alphabet
+    number_of   the place of each in `names`
+    """
 
     def __init__(self, config: RunConfig, sources: dict[str, Source]) -> None:
         self.seed, self.sources = config.seed, sources
@@ -78,6 +82,8 @@ class DataOrder:
         self.shares = shares(config, sources)
         self._held_out = validation_blocks(config.data)
         self._training = {share.source: training_blocks(sources[share.source], config.data) for row in self.shares for share in row}
+        self.names = sorted(self._training)
+        self.number_of = {name: number for number, name in enumerate(self.names)}
         self._quotas = [np.array([share.num_samples for share in row], np.int64) for row in self.shares]
         self._window = lru_cache(maxsize=8)(self._window_order)
 

@@ -41,7 +41,9 @@ from user_input import UserError, run
 def train(config: RunConfig) -> None:
     """Trains from where the run folder stands to the end of the last phase. Every process of the run calls this."""
     binaries = data.open_sources(config)
-    order = DataOrder(config, data.facts(binaries))
+    sources = data.facts(binaries)
+    config = phases.resolve(config, sources)
+    order = DataOrder(config, sources)
     start = _newest(config)
     state = TrainingState(config, start or _initial(config))
     if start:
@@ -55,10 +57,10 @@ def train(config: RunConfig) -> None:
 
     for step in range(first_step, phases.num_steps(config.phases)):
         began = time.perf_counter()
-        index, _ = phases.locate(config.phases, step)
+        index, step_in_phase = phases.locate(config.phases, step)
         phase = config.phases[index]
         learning_rate = phases.learning_rate(config.phases, step)
-        micro_batches = phase.global_batch_size // (config.train.micro_batch_size * parallel_state.get_data_parallel_world_size())
+        micro_batches = phase.batch_size(step_in_phase) // (config.train.micro_batch_size * parallel_state.get_data_parallel_world_size())
         state.set_learning_rate(learning_rate)
         state.zero_grad()
         losses = forward_backward(
