@@ -1,12 +1,14 @@
 """The way of the tokens into the trainer: how soon the first batch is there, in how much memory, and how many tokens a second follow.
 
-python -m benchmarks.feeding        (some minutes; writes about 2 GB below the folder for temporary files)
+    python -m benchmarks.feeding        (some minutes; writes about 1 GB below the folder for temporary files)
 
-start       a plan of 1.7 trillion tokens of 2,000 sources (sparse files: no disk here is large enough), the whole first batch of 1,024 × 4,096,
-            in a fresh process, imports included
-feeding     30 sources of real random tokens out of the page cache, by one process, as int64 micro-batches of 8
-peer        megatron-core's BlendedMegatronDatasetBuilder with GPTDataset on the same 30 sources; its samples stacked to micro-batches
-            of 8 without PyTorch's DataLoader. With an empty cache folder first, then with the index that it has left there.
+Seconds are given on the clock and of the processor: on a machine that others use too, only the second say something.
+    start       a plan of 1.7 trillion tokens of 2,000 sources (sparse files), the whole first batch of 1,024 × 4,096, in a fresh
+                process, imports included
+    feeding     30 sources of real random tokens out of the page cache, by one process, as int64 micro-batches of 8
+    peer        megatron-core's BlendedMegatronDatasetBuilder with GPTDataset on the same 30 sources; its samples stacked to micro-batches
+                of 8 without PyTorch's DataLoader; the start without its imports. First with an empty cache folder, then with the index
+                that it has left there
 """
 
 import json
@@ -26,7 +28,6 @@ from data_prep.indexed import DTYPE_CODES, HEADER, MAGIC, BinaryWriter, Labels, 
 from tokenization.tokenizer import Tokenizer
 from tokenization.train import TrainConfig, train
 
-TEXT = Path(__file__).parents[1] / "examples/corpus/web_ja.jsonl.gz"
 NUM_SOURCES, NUM_TOKENS, PLANNED = 2000, 1_300_000_000, 1_700_000_000_000  # sources, tokens of each, tokens of the plan
 FED_SOURCES, FED_TOKENS = 30, 8_000_000
 MEAN_DOCUMENT = 850  # tokens
@@ -107,8 +108,7 @@ def first_batch(run: Path) -> tuple[int, int, int]:
 
 
 def feed(run: Path, steps: int) -> None:
-    """Prints seconds to the first batch, tokens a second after it, and peak memory."""
-    began = time.perf_counter()
+    began = Clock()
     from megatron_jobs import config, data, phases
     from megatron_jobs.order import DataOrder
 
@@ -118,9 +118,9 @@ def feed(run: Path, steps: int) -> None:
     settings = phases.resolve(settings, sources)
     feeder = data.Feeder(settings, DataOrder(settings, sources), binaries, rank=0, ranks=1)
     feeder.read(0)
-    started = time.perf_counter()
+    started = Clock()
     tokens = sum(batch.tokens[:, 1:].size for step in range(1, steps) for batch in feeder.read(step))
-    report(started - began, tokens / (time.perf_counter() - started))
+    report(began, started, tokens)
 
 
 def feed_peer(data: Path, cache: Path, names: list[str], length: int, steps: int) -> None:
@@ -130,31 +130,49 @@ def feed_peer(data: Path, cache: Path, names: list[str], length: int, steps: int
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-    os.environ.setdefault("MASTER_ADDR", "localhost")
-    began = time.perf_counter()  # without megatron's and torch's import, which take many seconds
+    began = Clock()
     config = GPTDatasetConfig(
         random_seed=1, sequence_length=length, split="1,0,0", path_to_cache=str(cache), reset_position_ids=False,
         blend=([str(data / name) for name in names], [1.0 + 2 * n / len(names) for n in range(len(names))]),
         reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False, mid_level_dataset_surplus=0.05,
         tokenizer=SimpleNamespace(eod=0, pad=-1, unique_identifiers={"name": "none"}),
     )  # fmt: skip
-    wanted = steps * 1024
-    dataset = BlendedMegatronDatasetBuilder(GPTDataset, [wanted, None, None], lambda: True, config).build()[0]
+    dataset = BlendedMegatronDatasetBuilder(GPTDataset, [steps * 1024, None, None], lambda: True, config).build()[0]
 
     def batch(number: int) -> torch.Tensor:
         rows = [dataset[n] for n in range(number * MICRO_BATCH, (number + 1) * MICRO_BATCH)]
-        return torch.stack([torch.stack([row["tokens"] for row in rows]), torch.stack([row["labels"] for row in rows])])
+        return torch.stack([torch.stack([row[name] for row in rows]) for name in ("tokens", "labels")])
 
     per_step = 1024 // MICRO_BATCH
     for number in range(per_step):
         batch(number)
-    started = time.perf_counter()
+    started = Clock()
     tokens = sum(batch(number)[0].numel() for number in range(per_step, steps * per_step))
-    report(started - began, tokens / (time.perf_counter() - started))
+    report(began, started, tokens)
 
 
-def report(start: float, speed: float) -> None:
-    print(json.dumps({"start": start, "speed": speed, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+class Clock:
+    """Now, in seconds on the clock and of the processor."""
+
+    def __init__(self) -> None:
+        self.seconds, self.processor = time.perf_counter(), time.process_time()
+
+
+def report(began: Clock, started: Clock, tokens: int) -> None:
+    now = Clock()
+    values = {
+        "start": started.seconds - began.seconds,
+        "start_processor": started.processor - began.processor,
+        "speed": tokens / (now.seconds - started.seconds),
+        "speed_processor": tokens / (now.processor - started.processor),
+        "peak": next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")),
+    }
+    print(json.dumps(values))
+
+
+def children_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def in_a_process(*arguments: object) -> dict[str, float]:
@@ -166,7 +184,8 @@ def main() -> None:
     print(f"megatron-core {version('megatron-core')}, numpy {np.__version__}, {os.cpu_count()} cores\n")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        train(TrainConfig(inputs=[str(TEXT)], output=str(folder / "tokenizer"), vocab_size=4000, character_coverage=1.0))
+        (folder / "text.jsonl").write_text(json.dumps({"text": __doc__}))
+        train(TrainConfig(inputs=[str(folder / "text.jsonl")], output=str(folder / "tokenizer"), vocab_size=350, character_coverage=1.0))
         tokenizer = Tokenizer.load(folder / "tokenizer")
 
         names = [f"s{n:04d}" for n in range(NUM_SOURCES)]
@@ -190,7 +209,8 @@ def main() -> None:
             writer.add_documents(draw.integers(1, tokenizer.vocab_size, lengths.sum()), lengths)
             writer.finish(labels(name, tokenizer))
         print(f"\nfeeding: {FED_SOURCES} sources of {FED_TOKENS:,} tokens\n")
-        print("| sequence | what | first batch, s | tokens/s | peak MiB |\n| --- | --- | --- | --- | --- |")
+        print("| sequence | what | first batch, s | of the processor, s | tokens/s | a processor second | peak MiB |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
         for length, steps in ((2048, 40), (4096, 20)):
             tokens = steps * 1024 * length
             rows = {}
@@ -201,7 +221,10 @@ def main() -> None:
             for cache in ("peer, empty cache", "peer, index cached"):
                 rows[cache] = in_a_process("peer", folder / "real", folder / f"cache-{length}", ",".join(names), length, steps)
             for what, row in rows.items():
-                print(f"| {length} | {what} | {row['start']:.2f} | {row['speed'] / 1e6:,.0f} M | {row['peak'] / 2**20:,.0f} |")
+                print(
+                    f"| {length} | {what} | {row['start']:.2f} | {row['start_processor']:.2f} | {row['speed'] / 1e6:,.0f} M "
+                    f"| {row['speed_processor'] / 1e6:,.0f} M | {row['peak'] / 2**20:,.0f} |"
+                )
 
 
 if __name__ == "__main__":
