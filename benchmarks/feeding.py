@@ -135,7 +135,7 @@ def feed_peer(data: Path, cache: Path, names: list[str], length: int, steps: int
         random_seed=1, sequence_length=length, split="1,0,0", path_to_cache=str(cache), reset_position_ids=False,
         blend=([str(data / name) for name in names], [1.0 + 2 * n / len(names) for n in range(len(names))]),
         reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False, mid_level_dataset_surplus=0.05,
-        tokenizer=SimpleNamespace(eod=0, pad=-1, unique_identifiers={"name": "none"}),
+        tokenizer=SimpleNamespace(eod=0, pad=-1, vocab_size=65_000, unique_identifiers={"name": "none"}),
     )  # fmt: skip
     dataset = BlendedMegatronDatasetBuilder(GPTDataset, [steps * 1024, None, None], lambda: True, config).build()[0]
 
@@ -194,11 +194,12 @@ def main() -> None:
             sparse_source(folder / "sparse" / name, NUM_TOKENS, tokenizer)
         run = run_file(folder, folder / "tokenizer", folder / "sparse", names, PLANNED, 4096)
         for _ in range(3):
-            began = time.perf_counter()
+            began, processor = time.perf_counter(), children_seconds()
             opened, used, peak = first_batch(run)
-            seconds = time.perf_counter() - began
+            seconds, processor = time.perf_counter() - began, children_seconds() - processor
             print(
-                f"start: {PLANNED:,} tokens in {opened:,} sources, first batch of {used} of them: {seconds:.2f} s, {peak / 2**20:.0f} MiB"
+                f"start: {PLANNED:,} tokens in {opened:,} sources, first batch of {used} of them: {seconds:.2f} s "
+                f"({processor:.2f} s of the processor), {peak / 2**20:.0f} MiB"
             )
 
         draw = np.random.default_rng(1)
