@@ -8,7 +8,10 @@ Here every document is one sequence, so S = D.
 
 import hashlib
 import os
+import resource
 import struct
+from bisect import bisect_left, bisect_right
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -127,24 +130,73 @@ class BinaryWriter:
         return self._prefix.with_name(f".{self._prefix.name}.{kind}.partial")
 
 
+class _File:
+    """A file that is open for reading as long as this object is in use."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+# A run may have thousands of sources, and a process often no more than 1,024 descriptors: the least used ones are closed.
+@lru_cache(maxsize=resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+def _opened(binary: "TokenBinary", kind: str) -> _File:
+    return _File(path_of(binary.prefix, kind))
+
+
 class TokenBinary:
-    """An opened binary.
+    """An opened binary. Its files are touched only when something is read.
 
     tokens    1-D memory map of all ids in order, each document ending in its end-of-document token
     lengths   1-D memory map, the tokens of each document
+
+    A memory map keeps a descriptor and counts as memory of the process; `read` and `documents` do neither.
     """
 
     def __init__(self, prefix: Path, manifest: Manifest) -> None:
         self.prefix = prefix
         self.manifest = manifest
-        documents, index = manifest.num_documents, path_of(prefix, "idx")
-        self.tokens: np.ndarray = np.memmap(path_of(prefix, "bin"), dtype=manifest.dtype, mode="r")
-        self.lengths: np.ndarray = np.memmap(index, dtype="<i4", mode="r", offset=HEADER.size, shape=(documents,))
-        self._offsets = np.memmap(index, dtype="<i8", mode="r", offset=HEADER.size + 4 * documents, shape=(documents,))
+        self._dtype = np.dtype(manifest.dtype)
+        self._starts_at = HEADER.size + 4 * manifest.num_documents  # bytes into .idx
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        return np.memmap(path_of(self.prefix, "bin"), dtype=self._dtype, mode="r")
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.memmap(path_of(self.prefix, "idx"), dtype="<i4", mode="r", offset=HEADER.size, shape=(self.manifest.num_documents,))
+
+    def read(self, offset: int, length: int) -> np.ndarray:
+        """The ids of `length` tokens from `offset` on, a copy."""
+        ids = np.empty(length, self._dtype)
+        if os.preadv(_opened(self, "bin").descriptor, [ids], offset * self._dtype.itemsize) != ids.nbytes:
+            raise UserError(f"{path_of(self.prefix, 'bin')}: has become shorter since it was opened: copy it again, and go on")
+        return ids
+
+    def documents(self, offset: int, length: int) -> np.ndarray:
+        """Which document each of the tokens offset … offset + length - 1 belongs to: int32 [length], 0 for that of the first one.
+
+        Searches the index: a few dozen reads of 8 bytes, however many documents there are.
+        """
+        numbers = range(self.manifest.num_documents)
+        first = bisect_right(numbers, offset, key=self._start)
+        last = bisect_left(numbers, offset + length, lo=first, hi=min(first + length, len(numbers)), key=self._start)
+        return np.bincount(self._starts(first, last) - offset, minlength=length).cumsum(dtype=np.int32)
+
+    def _start(self, document: int) -> int:
+        return int(self._starts(document, document + 1)[0])
+
+    def _starts(self, first: int, last: int) -> np.ndarray:
+        """The offsets, in tokens, of the first tokens of documents `first` … `last` - 1."""
+        entries = os.pread(_opened(self, "idx").descriptor, 8 * (last - first), self._starts_at + 8 * first)
+        return np.frombuffer(entries, "<i8") // self._dtype.itemsize
 
     def document(self, index: int) -> np.ndarray:
         """The ids of one document, without a copy."""
-        start = int(self._offsets[index]) // self.tokens.itemsize
+        start = self._start(index)
         return self.tokens[start : start + int(self.lengths[index])]
 
     def verify(self) -> None:

@@ -165,17 +165,68 @@ class Phase(Section):
 
     @property
     def tokens_per_step(self) -> int:
+        """At the end of the batch ramp, where there is one."""
         return self.sequence_length * self.global_batch_size
 
     @property
+    def batch_sizes(self) -> list[int]:
+        """Every global batch size of the phase, in samples, the smallest first."""
+        ramp = self.batch_ramp
+        return [*(range(ramp.start, self.global_batch_size, ramp.increment) if ramp else ()), self.global_batch_size]
+
+    @property
+    def stretches(self) -> list[tuple[int, int]]:
+        """(global batch size, steps) from the first step to the last. Needs `tokens`, which `phases.resolve` writes in."""
+        assert self.tokens is not None
+        stretches, rest = [], self.tokens
+        for size in self.batch_sizes[:-1]:
+            steps = -(-self.batch_ramp.tokens // (len(self.batch_sizes[:-1]) * size * self.sequence_length))
+            stretches.append((size, steps))
+            rest -= steps * size * self.sequence_length
+        return [*stretches, (self.global_batch_size, max(0, rest // self.tokens_per_step))]
+
+    @property
     def num_steps(self) -> int:
-        return self.tokens // self.tokens_per_step
+        return sum(steps for _, steps in self.stretches)
+
+    def batch_size(self, step: int) -> int:
+        """The global batch size, in samples, of the phase's step `step` (from 0)."""
+        return self.num_samples(step + 1) - self.num_samples(step)
+
+    def num_samples(self, steps: int) -> int:
+        """Samples in the first `steps` steps of the phase."""
+        samples = 0
+        for size, there in self.stretches:
+            samples += size * min(steps, there)
+            steps -= min(steps, there)
+        return samples
 
     @pydantic.model_validator(mode="after")
-    def _has_a_step(self) -> "Phase":
-        if not self.num_steps:
+    def _can_be(self) -> "Phase":
+        if (ramp := self.batch_ramp) and (ramp.start >= self.global_batch_size or (self.global_batch_size - ramp.start) % ramp.increment):
             raise ValueError(
-                f"phase {self.name}: tokens ({self.tokens:,}) must hold at least one step of {self.tokens_per_step:,} tokens: raise it"
+                f"phase {self.name}: batch_ramp must reach global_batch_size ({self.global_batch_size}) from start ({ramp.start}) in whole "
+                f"increments ({ramp.increment}): change one of them"
+            )
+        if self.tokens is None:
+            for source, weight in self.sources.items():
+                if not isinstance(weight, Amount):
+                    raise ValueError(
+                        f"phase {self.name}: tokens is missing, and source {source} has a weight ({weight:g}): write the phase's tokens, "
+                        f"or an amount of {source}"
+                    )
+            return self
+        if not self.stretches[-1][1]:
+            raise ValueError(
+                f"phase {self.name}: tokens ({self.tokens:,}) must hold at least one step of {self.tokens_per_step:,} tokens"
+                + (f" behind the batch_ramp ({self.batch_ramp.tokens:,} tokens, in whole steps)" if self.batch_ramp else "")
+                + ": raise it"
+            )
+        warmup, decay = self.learning_rate.warmup_steps, self.learning_rate.decay_steps or 0
+        if warmup + decay > self.num_steps:
+            raise ValueError(
+                f"phase {self.name}: learning_rate.warmup_steps ({warmup:,}) and decay_steps ({decay:,}) must fit into the phase's "
+                f"{self.num_steps:,} steps: lower them, or raise tokens"
             )
         return self
 
@@ -278,12 +329,13 @@ class RunConfig(Section):
             _divides("parallel.expert", parallel.expert, "moe.num_experts", moe.num_experts)
             _divides("parallel.expert", parallel.expert, "the data-parallel size times parallel.tensor", data_parallel * parallel.tensor)
         for phase in self.phases:
-            _divides(
-                "train.micro_batch_size × the data-parallel size",
-                self.train.micro_batch_size * data_parallel,
-                f"phases.{phase.name}.global_batch_size",
-                phase.global_batch_size,
-            )
+            for size in phase.batch_sizes:
+                _divides(
+                    "train.micro_batch_size × the data-parallel size",
+                    self.train.micro_batch_size * data_parallel,
+                    f"phases.{phase.name}." + ("global_batch_size" if size == phase.global_batch_size else "batch_ramp: a batch size"),
+                    size,
+                )
             _divides("parallel.tensor", parallel.tensor, f"phases.{phase.name}.sequence_length", phase.sequence_length)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from megatron_jobs import data, layout, model
+from megatron_jobs import data, layout, model, phases
 from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig
 from megatron_jobs.layout import TensorSource
 from megatron_jobs.order import DataOrder
@@ -41,8 +41,10 @@ class Agreement:
 def samples(config: RunConfig) -> torch.Tensor:
     """The first samples that a run trains on: token ids, shape [samples, sequence length + 1]. Raises UserError without its data."""
     binaries = data.open_sources(config)
+    sources = data.facts(binaries)
+    config = phases.resolve(config, sources)
     first = config.phases[0]
-    where = DataOrder(config, data.facts(binaries)).samples(0, range(min(NUM_SAMPLES, first.global_batch_size)))
+    where = DataOrder(config, sources).samples(0, range(min(NUM_SAMPLES, first.batch_size(0))))
     return torch.from_numpy(data.read(binaries, where, first.sequence_length))
 
 

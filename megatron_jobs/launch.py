@@ -25,7 +25,9 @@ def main(
     """Trains to the end of the last phase; a run that was interrupted goes on where its newest whole checkpoint stands."""
     settings = configuration.load(config, overrides)
     settings.check(processes)
-    phases.shares(settings, data.facts(data.open_sources(settings)))
+    sources = data.facts(data.open_sources(settings))
+    settings = phases.resolve(settings, sources)
+    phases.shares(settings, sources)
     num_steps = phases.num_steps(settings.phases)
     if (settings.run / "checkpoints" / f"step-{num_steps:08d}").exists():
         print(f"{settings.run}: all {num_steps} steps are done")

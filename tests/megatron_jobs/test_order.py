@@ -5,23 +5,23 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_jobs.config import from_dict
 from megatron_jobs.order import WINDOW, DataOrder, permute
-from megatron_jobs.phases import Source, num_steps
+from megatron_jobs.phases import Source, consumed_tokens, num_steps, resolve
 from user_input import UserError
 
 
-def run_config(phases, block_length=64, max_epochs=1, seed=1):
+def run_config(phases, block_length=64, max_epochs=1, seed=1, validation_tokens=0):
     return from_dict(
         {
             "run": "runs/x",
             "tokenizer": "x",
             "seed": seed,
             "model": dict(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1, num_query_groups=1, vocab_size=128),
-            "data": dict(folder="x", block_length=block_length, max_epochs=max_epochs),
+            "data": dict(folder="x", block_length=block_length, max_epochs=max_epochs, validation_tokens=validation_tokens),
             "train": dict(micro_batch_size=1),
             "phases": phases,
         },
@@ -88,6 +88,89 @@ def test_no_token_is_used_twice_within_an_epoch(shapes, seed):
     assert sum(counts.sum() for counts in used.values()) == order.ledger(step)["tokens"] == sum(p["tokens"] for p in phases)
     for row in order.ledger(step)["phases"]:
         assert sum(source["tokens"] for source in row["sources"].values()) == row["tokens"]
+
+
+@st.composite
+def plans(draw):
+    """A configuration over sources a, b and c: weights, tokens and epochs mixed, ramps, validation, up to two epochs; and its sources."""
+    phases = []
+    shapes = draw(st.lists(st.tuples(st.sampled_from([8, 16, 32, 64]), st.integers(2, 6), st.integers(4, 40)), min_size=1, max_size=4))
+    total = sum(length * batch * steps for length, batch, steps in shapes)
+    size = int(total * draw(st.floats(0.6, 1.5))) + 512
+    for n, (length, batch, steps) in enumerate(shapes):
+        tokens = length * batch * steps
+        kinds = draw(st.dictionaries(st.sampled_from("abc"), st.sampled_from(["weight", "tokens", "epochs"]), min_size=1))
+        amounts = {
+            "weight": lambda: draw(st.floats(0.05, 1.0)),
+            "tokens": lambda most=tokens: {"tokens": draw(st.integers(most // 8, most * 4 // 10))},
+            "epochs": lambda most=tokens: {"epochs": draw(st.floats(0.1, 0.4)) * most / size},
+        }
+        ramp = dict(start=batch - 1, increment=1, tokens=draw(st.integers(1, tokens // 3))) if draw(st.booleans()) else None
+        mix = {name: amounts[kind]() for name, kind in kinds.items()}
+        budget = tokens if "weight" in kinds.values() else None
+        phases.append(phase(str(n), budget, length, batch, mix, batch_ramp=ramp))
+    there = sources(a=size, b=size + 7, c=size + 64)
+    try:
+        config = resolve(run_config(phases, 64, 2, draw(st.integers(0, 5)), draw(st.sampled_from([0, 1, 100, 300]))), there)
+        return config, there, DataOrder(config, there)
+    except UserError as error:  # amounts that do not make a sample or a step, or one source more than twice
+        assert any(rule in str(error) for rule in ("at least one s", "leave nothing", "take")), error
+        assume(False)
+
+
+@given(plans(), st.integers(0, 10**6), st.sampled_from([1, 2, 3]))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+def test_any_plan_keeps_the_promises(plan, draw, ranks):
+    """Every token at most once in each epoch that was begun, no held-out one ever, the ledger equal to the count; restarts, ranks."""
+    config, there, order = plan
+    held = {name: np.zeros(source.num_tokens + 1, bool) for name, source in there.items()}
+    for name in order.names:
+        for offset in order.validation(name, 16):
+            held[name][offset : offset + 16] = True
+        same = np.add.outer(order.validation(name, 64), np.arange(64))
+        assert held[name].sum() == -(-config.data.validation_tokens // 64) * 64 and held[name][same].all()
+    used = {name: np.zeros(source.num_tokens + 1, int) for name, source in there.items()}
+    epochs, asked, step = Counter(), Counter(), 0
+    restart = draw % num_steps(config.phases)
+    for index, p in enumerate(config.phases):
+        for share in order.shares[index]:
+            blocks = (there[share.source].num_tokens - 1) // 64 - -(-config.data.validation_tokens // 64)
+            epochs[share.source] = -(-(share.first_block + share.num_blocks) // blocks)
+            asked[share.source] += share.num_samples * p.sequence_length
+        for step_in_phase in range(p.num_steps):
+            size = p.batch_size(step_in_phase)
+            batch = order.samples(step, range(size))
+            if step == restart:
+                again = DataOrder(config, there)
+                parts = [again.samples(step, range(size)[rank::ranks]) for rank in range(min(ranks, size))]
+                assert [parts[number % ranks][number // ranks] for number in range(size)] == batch
+                tokens = Counter({name: int(counts.sum()) for name, counts in used.items()})
+                rows = again.ledger(step)["phases"]
+                assert +tokens == +sum((Counter({n: s["tokens"] for n, s in row["sources"].items()}) for row in rows), Counter())
+                assert sum(row["tokens"] for row in rows) == consumed_tokens(config.phases, step) == tokens.total()
+            for name, offset in batch:
+                used[name][offset : offset + p.sequence_length] += 1
+            step += 1
+        assert all(used[name].max() <= epochs[name] <= 2 for name in epochs)
+    assert {name: used[name].sum() for name in asked} == asked
+    for name, counts in used.items():
+        assert not counts[held[name]].any()
+
+
+def test_what_is_held_out_follows_from_seed_and_source_alone():
+    there = sources(a=10_000, b=10_000)
+    one = DataOrder(run_config([phase("p", 640, sources={"a": 1.0})], validation_tokens=1000), there)
+    other = DataOrder(run_config([phase("q", 6400, 64, 2, sources={"a": 1.0, "b": 2.0})], validation_tokens=1000), there)
+    assert one.validation("a", 16).tolist() == other.validation("a", 16).tolist()
+    assert len(one.validation("a", 64)) == 16  # 1,000 tokens in whole blocks of 64
+    assert set(other.validation("a", 64)) != set(other.validation("b", 64))
+    elsewhere = DataOrder(run_config([phase("p", 640, sources={"a": 1.0})], seed=2, validation_tokens=1000), there)
+    assert set(one.validation("a", 64)) != set(elsewhere.validation("a", 64))
+
+
+def test_a_source_too_small_to_hold_out_of_is_refused():
+    with pytest.raises(UserError, match=r"data.validation_tokens \(961\): source a holds 1,024 tokens, so that nothing is left"):
+        DataOrder(run_config([phase("p", 64, sources={"a": 1.0})], validation_tokens=961), sources(a=1024))
 
 
 def test_epochs_are_whole_and_differ():
