@@ -63,11 +63,10 @@ def train(config: RunConfig) -> None:
         state.zero_grad()
         losses = forward_backward(
             forward_step_func=_forward,
-            data_iterator=_micro_batches(config, order, binaries, step, micro_batches),
+            data_iterator=[_micro_batches(config, order, binaries, step, micro_batches) for _ in state.chunks],
             model=state.chunks,
             num_microbatches=micro_batches,
-            seq_length=phase.sequence_length,
-            micro_batch_size=config.train.micro_batch_size,
+            **model.message_shape(phase, config.train.micro_batch_size),
         )
         loss, load = _over_all_ranks(losses, expert_load.take())
         gradient_norm = state.step()
@@ -96,22 +95,22 @@ def _micro_batches(
         yield torch.from_numpy(batch).to(torch.cuda.current_device())
 
 
-def _forward(batches: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+def _forward(batches: Iterator[torch.Tensor], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     tokens = next(batches)
-    positions = torch.arange(tokens.shape[1] - 1, device=tokens.device).expand(tokens.shape[0], -1)
-    output = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
-    return output, _mean_loss
+    return model.forward(chunk, tokens[:, :-1], tokens[:, 1:]), _mean_loss
 
 
 def _mean_loss(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For the gradient a share of the micro-batch's mean: megatron-core adds up the context-parallel ranks."""
     loss = token_losses.float().mean()
-    return loss, loss.detach().clone()  # megatron-core divides the first one in place
+    return loss / parallel_state.get_context_parallel_world_size(), loss.detach().clone()
 
 
 def _over_all_ranks(losses: list[torch.Tensor], load: torch.Tensor) -> tuple[float, torch.Tensor]:
     """The mean loss of the global batch, and the tokens routed to each expert [layers, experts], on every rank."""
     # Only the last pipeline stage has losses; its tensor-parallel ranks all have the same.
-    share = 1 / (parallel_state.get_data_parallel_world_size() * parallel_state.get_tensor_model_parallel_world_size())
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    share = 1 / (ranks * parallel_state.get_tensor_model_parallel_world_size())
     mean = torch.stack(losses).mean() * share if losses else torch.zeros((), device=load.device)
     total = torch.cat([mean.double().view(1), load.double().flatten()])
     dist.all_reduce(total)
