@@ -24,7 +24,11 @@ class TrainingState:
     """This rank's part of the model and of the optimizer."""
 
     def __init__(self, config: RunConfig, weights: TensorSource) -> None:
-        """Builds the model with the values in `weights`, and an optimizer that has not made an update."""
+        """Builds the model with the values in `weights`, and an optimizer that has not made an update.
+
+        Raises UserError when this machine cannot do what the configuration asks for.
+        """
+        model.check_machine(config)
         dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
         gpts = [
             model.build(
