@@ -18,6 +18,7 @@ CPU = torch.device("cpu")
 def install() -> None:
     _factories_on_cpu()
     _current_device()
+    _tensor_to_cuda()
     _streams()
     _tensor_type()
     _rng_tracker()
@@ -27,7 +28,7 @@ def install() -> None:
 
 
 def _factories_on_cpu() -> None:
-    """Schedules and the gradient clip make small tensors with `device="cuda"` written out."""
+    """Schedules and the gradient clip make small tensors with `device="cuda"` written out, rotary embeddings in pinned memory."""
     # `with torch.device(…)` knows the factories by identity and looks them up once: it must find the originals, or
     # transformers builds the rotary frequencies of its models outside its meta device and leaves them without values.
     torch.utils._device._device_constructors()
@@ -40,6 +41,7 @@ def _cuda_means_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch
     def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("device") == "cuda":
             kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return wrapped
@@ -48,6 +50,11 @@ def _cuda_means_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch
 def _current_device() -> None:
     """Buffers and pipeline messages are allocated on `torch.cuda.current_device()`."""
     torch.cuda.current_device = lambda: CPU
+
+
+def _tensor_to_cuda() -> None:
+    """Rotary embeddings move the index of a context-parallel rank's part to the GPU."""
+    torch.Tensor.cuda = lambda self, *_, **__: self
 
 
 def _streams() -> None:

@@ -92,14 +92,16 @@ def _parameters_of(gpt: GPTModel, model: ModelConfig, moe: MoEConfig | None) -> 
             experts_here = moe.num_experts // parallel_state.get_expert_model_parallel_world_size()
             expert += experts_here * parallel_state.get_expert_model_parallel_rank()
             prefix += f"experts.{expert}."
-        # An expert is never cut by tensor parallelism, though megatron-core marks its weights so.
-        tensor_parallel = getattr(parameter, "tensor_model_parallel", False) and expert is None
-        shard = tp_rank if tensor_parallel else 0
+            # all of an expert's matrices are cut; megatron-core marks them as cut by the other tensor parallelism
+            is_cut, shard = True, parallel_state.get_expert_tensor_parallel_rank()
+        else:
+            is_cut = getattr(parameter, "tensor_model_parallel", False)
+            shard = tp_rank if is_cut else 0
         tied_copy = role == "output" and model.tie_embeddings
         yield LocalParameter(
             parameter,
             tuple(_parts(prefix, "embedding" if tied_copy else role, parameter, shard, model)),
-            is_first_copy=(tensor_parallel or expert is not None or tp_rank == 0) and not (tied_copy and not gpt.pre_process),
+            is_first_copy=(is_cut or tp_rank == 0) and not (tied_copy and not gpt.pre_process),
         )
 
 

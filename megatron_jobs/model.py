@@ -1,14 +1,16 @@
 """The model: megatron-core's GPTModel for a configuration, with the best layers that this machine has.
 
-Transformer Engine's layers where it is installed on a GPU; else megatron-core's local ones with torch's fused attention
-(`FusedAttention`) and a norm that knows sequence parallelism (`Norm`). Weights are left empty: `layout.fill` fills them.
+Transformer Engine's layers where it is installed on a GPU; else megatron-core's local ones with an attention of ours
+(`attention.FusedAttention`) and a norm that knows sequence parallelism (`Norm`). Weights are left empty: `layout.fill` fills them.
 
-Shapes: S sequence, B micro-batch, N attention heads, G query groups, H head size; megatron-core puts the sequence first.
+Shapes: B micro-batch, W whole sequence, S a context-parallel rank's part of it, V vocabulary.
 """
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,26 +21,100 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig
+from megatron_jobs import attention
+from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig, Phase, RunConfig
+from user_input import UserError
+
+Recompute = Literal["none", "attention", "layers"]
 
 
-def build(model: ModelConfig, moe: MoEConfig | None, parallel: ParallelConfig, dtype: torch.dtype, sequence_length: int) -> GPTModel:
-    """This rank's part of the model, on this rank's device, weights empty. `sequence_length` is the longest in tokens."""
-    config = transformer_config(model, moe, parallel, dtype)
+def build(
+    model: ModelConfig,
+    moe: MoEConfig | None,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    sequence_length: int,
+    *,
+    chunk: int = 0,
+    recompute: Recompute = "none",
+    fp8: bool = False,
+) -> GPTModel:
+    """This rank's part of the model, on this rank's device, weights empty. `sequence_length` is the longest in tokens.
+
+    With virtual pipeline stages a rank has several parts, and `chunk` says which of them this is.
+    """
+    config = transformer_config(model, moe, parallel, dtype, recompute, fp8)
+    vp_stage = chunk if parallel.virtual_pipeline > 1 else None
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=_layer_spec(config),
+        transformer_layer_spec=_layer_spec(config, vp_stage),
         vocab_size=model.padded_vocab_size,
         max_sequence_length=sequence_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=model.tie_embeddings,
         position_embedding_type="rope",
         rotary_base=int(model.rope_theta),
+        vp_stage=vp_stage,
     )
     if gpt.post_process:
         gpt.output_layer.register_forward_hook(partial(_without_padding, model.vocab_size))
     return gpt.to(_device())
+
+
+def check_machine(config: RunConfig) -> None:
+    """Raises UserError when the layers of this machine cannot do what the configuration asks for."""
+    if config.train.precision == "fp8" and not (has_transformer_engine() and torch.cuda.get_device_capability() >= (8, 9)):
+        raise UserError(
+            "train.precision (fp8) needs Transformer Engine on a GPU that computes in fp8 (Ada, Hopper or later): install the extra "
+            "`gpu` on such a machine, or set train.precision to bf16"
+        )
+    separated = [phase.name for phase in config.phases if phase.separate_documents]
+    if has_transformer_engine() and config.parallel.context > 1 and separated:
+        raise UserError(
+            f"parallel.context ({config.parallel.context}) must be 1 where phases.{separated[0]}.separate_documents is set: Transformer "
+            "Engine cuts each document over the ranks, and wants their lengths in multiples of 2 × parallel.context"
+        )
+
+
+def forward(
+    gpt: torch.nn.Module, tokens_BW: torch.Tensor, labels_BW: torch.Tensor | None = None, documents_BW: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One micro-batch through this rank's part of the model.
+
+    The last pipeline stage returns the loss of each label of its part of the sequence [B, S] (nats), or without labels
+    the logits [B, S, V / tensor]; the others return what the next stage takes. `documents_BW` (the number of each position's
+    document) keeps attention within documents.
+    """
+    shape_BW, packed = tokens_BW.shape, None
+    tokens, labels = (x if x is None else attention.this_part(x) for x in (tokens_BW, labels_BW))
+    if documents_BW is not None and has_transformer_engine():
+        packed, documents_BW = attention.packed(documents_BW), None
+        tokens, labels = (x if x is None else x.reshape(1, -1) for x in (tokens, labels))
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)  # not looked at: see attention.py
+    output = gpt(tokens, positions, documents_BW, labels=labels, packed_seq_params=packed)
+    return output if packed is None or output.shape[0] != 1 else output.view(shape_BW[0], -1, *output.shape[2:])
+
+
+def message_shape(phase: Phase, micro_batch_size: int) -> dict[str, int]:
+    """Sequence length and micro-batch size of what pipeline stages exchange, as megatron-core's schedules want them."""
+    if phase.separate_documents and has_transformer_engine():  # one row: see `forward`
+        return dict(seq_length=phase.sequence_length * micro_batch_size, micro_batch_size=1)
+    return dict(seq_length=phase.sequence_length, micro_batch_size=micro_batch_size)
+
+
+@contextlib.contextmanager
+def without_fp8(gpt: torch.nn.Module) -> Iterator[None]:
+    """Within it a model that was built for fp8 computes in bf16 (and may be given no backward pass)."""
+    configs = {id(config): config for module in gpt.modules() if (config := getattr(module, "config", None)) is not None}.values()
+    before = [config.fp8 for config in configs]
+    for config in configs:
+        config.fp8 = None
+    try:
+        yield
+    finally:
+        for config, fp8 in zip(configs, before, strict=True):
+            config.fp8 = fp8
 
 
 def _without_padding(vocab_size: int, layer: torch.nn.Module, inputs: Any, outputs: tuple[torch.Tensor, None]) -> None:
@@ -50,10 +126,17 @@ def _without_padding(vocab_size: int, layer: torch.nn.Module, inputs: Any, outpu
         logits_SBV[..., first_padding:] = -torch.inf
 
 
-def transformer_config(model: ModelConfig, moe: MoEConfig | None, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
-    mixture: dict[str, Any] = {}
+def transformer_config(
+    model: ModelConfig,
+    moe: MoEConfig | None,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    recompute: Recompute = "none",
+    fp8: bool = False,
+) -> TransformerConfig:
+    options: dict[str, Any] = {}
     if moe is not None:
-        mixture = dict(
+        options |= dict(
             num_moe_experts=moe.num_experts,
             moe_router_topk=moe.top_k,
             moe_router_pre_softmax=False,
@@ -61,12 +144,24 @@ def transformer_config(model: ModelConfig, moe: MoEConfig | None, parallel: Para
             moe_aux_loss_coeff=moe.load_balancing_loss,
             moe_z_loss_coeff=moe.router_z_loss,
             moe_router_dtype="fp32",
-            moe_token_dispatcher_type="alltoall",
+            # gloo cannot gather parts of unequal size, which the all-to-all dispatcher does over the expert-tensor ranks
+            moe_token_dispatcher_type="alltoall" if torch.cuda.is_available() or parallel.expert_tensor == 1 else "allgather",
             moe_grouped_gemm=has_transformer_engine(),
             moe_ffn_hidden_size=model.ffn_hidden_size,
             expert_model_parallel_size=parallel.expert,
-            expert_tensor_parallel_size=1,
+            expert_tensor_parallel_size=parallel.expert_tensor,
         )
+    if parallel.virtual_pipeline > 1:
+        # With the default, batched exchange, megatron-core 0.19 trains silently wrong at pipeline 2.
+        options |= dict(virtual_pipeline_model_parallel_size=parallel.virtual_pipeline, overlap_p2p_comm=True, batch_p2p_comm=False)
+    if recompute == "attention":
+        options |= dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    elif recompute == "layers":
+        options |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    if fp8:  # scaled by each tensor's own maximum: no history, which a checkpoint would have to keep
+        options |= dict(fp8="hybrid", fp8_recipe="tensorwise")
+        if moe is not None:
+            options |= dict(moe_router_padding_for_quantization=True)  # fp8 products want rows in multiples of 16
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -86,13 +181,14 @@ def transformer_config(model: ModelConfig, moe: MoEConfig | None, parallel: Para
         pipeline_dtype=dtype,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.tensor > 1,
         perform_initialization=False,
         use_cpu_initialization=not torch.cuda.is_available(),
         bias_activation_fusion=torch.cuda.is_available(),
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        **mixture,
+        **options,
     )
 
 
@@ -104,28 +200,14 @@ class Norm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-class FusedAttention(torch.nn.Module):
-    """Causal attention through torch's scaled_dot_product_attention, in the place of megatron-core's unfused one."""
-
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
-        super().__init__()
-
-    def forward(self, q_SBNH: torch.Tensor, k_SBGH: torch.Tensor, v_SBGH: torch.Tensor, attention_mask: None, **_: Any) -> torch.Tensor:
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBNH, k_SBGH, v_SBGH))
-        if q.shape[1] != k.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        out_BNSH = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return out_BNSH.permute(2, 0, 1, 3).flatten(2)
-
-
-def _layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    block = get_gpt_decoder_block_spec(config, use_transformer_engine=has_transformer_engine(), normalization="RMSNorm")
+def _layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=has_transformer_engine(), normalization="RMSNorm", vp_stage=vp_stage)
     if not has_transformer_engine():
         block.layer_norm = Norm
         for layer in block.layer_specs:
             layer.submodules.input_layernorm = Norm
             layer.submodules.pre_mlp_layernorm = Norm
-            layer.submodules.self_attention.submodules.core_attention = ModuleSpec(FusedAttention)
+            layer.submodules.self_attention.submodules.core_attention = ModuleSpec(attention.FusedAttention)
     return block
 
 

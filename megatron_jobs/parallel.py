@@ -46,13 +46,7 @@ def _groups(parallel: ParallelConfig, seed: int, meeting_point: str, rank: int, 
     prepare_device()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, init_method=meeting_point, rank=rank, world_size=world_size)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=1,
-        create_gloo_process_groups=False,
-    )
+    initialize(parallel)
     if torch.cuda.is_available():
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
     try:
@@ -60,6 +54,19 @@ def _groups(parallel: ParallelConfig, seed: int, meeting_point: str, rank: int, 
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def initialize(parallel: ParallelConfig) -> None:
+    """Divides the processes into megatron-core's groups."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        create_gloo_process_groups=False,
+    )
 
 
 def prepare_device() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -24,17 +25,40 @@ class TrainingState:
     """This rank's part of the model and of the optimizer."""
 
     def __init__(self, config: RunConfig, weights: TensorSource) -> None:
-        """Builds the model with the values in `weights`, and an optimizer that has not made an update."""
-        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        gpt = model.build(config.model, config.moe, config.parallel, dtype, max(phase.sequence_length for phase in config.phases))
-        self.parameters = layout.local_parameters(gpt, config.model, config.moe)
+        """Builds the model with the values in `weights`, and an optimizer that has not made an update.
+
+        Raises UserError when this machine cannot do what the configuration asks for.
+        """
+        model.check_machine(config)
+        dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+        gpts = [
+            model.build(
+                config.model,
+                config.moe,
+                config.parallel,
+                dtype,
+                max(phase.sequence_length for phase in config.phases),
+                chunk=chunk,
+                recompute=config.train.recompute,
+                fp8=config.train.precision == "fp8",
+            )
+            for chunk in range(config.parallel.virtual_pipeline)
+        ]
+        self.parameters = [local for gpt in gpts for local in layout.local_parameters(gpt, config.model, config.moe)]
         layout.fill(self.parameters, weights)
-        ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-        self.chunks = [DistributedDataParallel(gpt.config, ddp_config, gpt)]
-        gpt.config.finalize_model_grads_func = finalize_model_grads
-        self.optimizer = get_megatron_optimizer(_optimizer_config(config, dtype), self.chunks, use_gloo_process_groups=False)
-        gpt.config.grad_scale_func = self.optimizer.scale_loss
+        overlap = dist.get_world_size() > 1
+        ddp_config = DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, overlap_param_gather=overlap
+        )
+        # Only the first chunk is cut into buckets: its backward pass ends the step, and hides no exchange but its own.
+        self.chunks = [DistributedDataParallel(gpt.config, ddp_config, gpt, disable_bucketing=n > 0) for n, gpt in enumerate(gpts)]
+        self.optimizer = get_megatron_optimizer(_optimizer_config(config, dtype, overlap), self.chunks, use_gloo_process_groups=False)
         self._clip_grad = config.optimizer.clip_grad
+        for gpt in gpts:
+            gpt.config.finalize_model_grads_func = finalize_model_grads
+            gpt.config.grad_scale_func = self.optimizer.scale_loss
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            gpt.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         for inner in self._inner():
             for group in inner.param_groups:
                 # megatron-core leaves this to its scheduler, and until then decays the norms as well
@@ -120,7 +144,7 @@ def _owned_boxes(local: LocalParameter, start: int, end: int) -> Iterator[tuple[
                 yield offset + a, offset + b, part.name, Box(box.row0 + down, box.row1 + down, box.column0 + right, box.column1 + right)
 
 
-def _optimizer_config(config: RunConfig, dtype: torch.dtype) -> OptimizerConfig:
+def _optimizer_config(config: RunConfig, dtype: torch.dtype, overlap: bool) -> OptimizerConfig:
     return OptimizerConfig(
         optimizer="adam",
         lr=config.phases[0].learning_rate.start,
@@ -133,4 +157,5 @@ def _optimizer_config(config: RunConfig, dtype: torch.dtype) -> OptimizerConfig:
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=True,
+        overlap_param_gather=overlap,
     )

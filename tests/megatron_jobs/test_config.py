@@ -60,7 +60,11 @@ def test_an_unknown_key_inside_a_phase_names_the_nearest(file):
 @pytest.mark.parametrize(
     "world, sections, message",
     [
-        (3, dict(parallel=dict(tensor=2)), "parallel.tensor × parallel.pipeline (2) must divide the number of processes (3)"),
+        (
+            3,
+            dict(parallel=dict(tensor=2)),
+            "parallel.tensor × parallel.pipeline × parallel.context (2) must divide the number of processes (3)",
+        ),
         (3, dict(parallel=dict(pipeline=3)), "parallel.pipeline (3) must divide model.num_layers (4): the nearest that do are 1, 2, 4"),
         (4, dict(parallel=dict(tensor=4)), "parallel.tensor (4) must divide model.num_query_groups (2)"),
         (2, dict(parallel=dict(expert=2)), "parallel.expert (2) needs a moe section"),

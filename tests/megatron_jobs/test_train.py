@@ -1,23 +1,16 @@
-"""Training with real processes: parallelism follows one process, and a restart at any layout goes on with the same numbers."""
+"""Training with real processes: one of them follows a plain loop, restarts, and keeps its optimizer's state (test_parallel.py: several)."""
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from megatron_jobs.checkpoint import STATES, Checkpoint
+from megatron_jobs.checkpoint import Checkpoint
 from megatron_jobs.config import RunConfig
 from megatron_jobs.weights import Box
-from tests.conftest import MOE, tiny
+from tests.conftest import tiny
 from tests.ranks import run_ranks
-
-DENSE = [dict(), dict(tensor=2), dict(pipeline=2), dict(tensor=2, pipeline=2)]
-MIXTURE = [dict(), dict(expert=2), dict(tensor=2), dict(pipeline=2), dict(tensor=2, expert=2), dict(pipeline=2, expert=2)]
-LAYOUTS = [(world, parallel, None) for world, parallel in zip((2, 2, 2, 4), DENSE, strict=True)]
-LAYOUTS += [(world, parallel, MOE) for world, parallel in zip((2, 2, 2, 2, 2, 4), MIXTURE, strict=True)]
 
 
 def train_here(config: RunConfig, last_step: int | None = None) -> None:
@@ -35,24 +28,16 @@ def losses(run: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def alone(prepared, tmp_path_factory):
-    """Run folders of one process, dense and mixture: what every layout must follow."""
-    folders = {}
-    for moe in (None, MOE):
-        run = tmp_path_factory.mktemp("alone")
-        run_ranks(1, train_here, tiny(prepared, run, moe=moe))
-        folders[bool(moe)] = run
-    return folders
-
-
-def name(case: Any) -> str:
-    world, parallel, moe = case
-    return f"{'mixture' if moe else 'dense'}-{world}" + "".join(f"-{key}{size}" for key, size in parallel.items())
+    """The run folder of one process."""
+    run = tmp_path_factory.mktemp("alone")
+    run_ranks(1, train_here, tiny(prepared, run))
+    return run
 
 
 def test_one_process_follows_transformers(prepared, tmp_path, alone):
     """The same weights, batches and AdamW in a plain loop over a Llama of transformers: model, loss, decay, clipping and learning rate."""
     expected = run_ranks(1, plain_loop, tiny(prepared, tmp_path))[0]
-    assert losses(alone[False]) == pytest.approx(expected, rel=1e-4)
+    assert losses(alone) == pytest.approx(expected, rel=1e-4)
 
 
 def plain_loop(config: RunConfig) -> list[float]:
@@ -92,59 +77,9 @@ def plain_loop(config: RunConfig) -> list[float]:
     return result
 
 
-@pytest.mark.parametrize("case", LAYOUTS, ids=name)
-def test_every_layout_follows_one_process(prepared, tmp_path, alone, case):
-    world, parallel, moe = case
-    run_ranks(world, train_here, tiny(prepared, tmp_path, moe=moe, parallel=parallel))
-    expected = losses(alone[bool(moe)])
-    assert len(expected) == 10 and expected[5] < expected[0]
-    assert losses(tmp_path) == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize("case", LAYOUTS, ids=name)
-def test_a_checkpoint_of_one_process_goes_on_at_every_layout(prepared, tmp_path, alone, case):
-    """Also the optimizer's state: without it the losses behind the restart would differ by far more.
-
-    A rounding difference may send a token of a mixture to another expert, hence the bound of 1e-4.
-    """
-    world, parallel, moe = case
-    shutil.copytree(alone[bool(moe)], tmp_path, dirs_exist_ok=True, symlinks=True)
-    for later in ("step-00000009", "step-00000010"):
-        shutil.rmtree(tmp_path / "checkpoints" / later)
-    run_ranks(world, train_here, tiny(prepared, tmp_path, moe=moe, parallel=parallel))
-    assert losses(tmp_path) == pytest.approx(losses(alone[bool(moe)]), rel=1e-4)
-
-
-@pytest.mark.parametrize("case", LAYOUTS, ids=name)
-def test_a_checkpoint_of_every_layout_goes_on_in_one_process(prepared, tmp_path, alone, case):
-    world, parallel, moe = case
-    run_ranks(world, train_here, tiny(prepared, tmp_path, moe=moe, parallel=parallel), 6)
-    run_ranks(1, train_here, tiny(prepared, tmp_path, moe=moe))
-    assert losses(tmp_path) == pytest.approx(losses(alone[bool(moe)]), rel=1e-4)
-
-
-@pytest.mark.parametrize("case", LAYOUTS, ids=name)
-def test_a_restart_at_the_same_layout_is_bit_identical(prepared, tmp_path, case):
-    """Stopped in the middle of a phase and again at the phase boundary; losses and final weights and moments are equal."""
-    world, parallel, moe = case
-    whole, parts = (tiny(prepared, tmp_path / run, moe=moe, parallel=parallel) for run in ("whole", "parts"))
-    run_ranks(world, train_here, whole)
-    for last_step in (3, 6, None):
-        run_ranks(world, train_here, parts, last_step)
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    one, other = (Checkpoint(tmp_path / run / "checkpoints/latest") for run in ("whole", "parts"))
-    assert one.ledger == other.ledger
-    for matrix, (rows, columns) in one.shapes.items():
-        for state in STATES:
-            assert one.read(matrix, Box(0, rows, 0, columns), state).equal(other.read(matrix, Box(0, rows, 0, columns), state)), (
-                matrix,
-                state,
-            )
-
-
 def test_the_optimizer_state_is_kept_across_the_phase_switch(alone):
     """AdamW's second moment after the 4 steps of the second phase still holds 0.95⁴ of what it was before them."""
-    before, after = (Checkpoint(alone[False] / "checkpoints" / step) for step in ("step-00000006", "step-00000010"))
+    before, after = (Checkpoint(alone / "checkpoints" / step) for step in ("step-00000006", "step-00000010"))
     rows, columns = before.shapes["layers.0.up"]
     box = Box(0, rows, 0, columns)
     assert (after.read("layers.0.up", box, "exp_avg_sq") >= 0.95**4 * before.read("layers.0.up", box, "exp_avg_sq") * 0.999).all()
