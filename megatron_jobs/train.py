@@ -27,12 +27,13 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_jobs import checkpoint, data, model, parallel, phases
 from megatron_jobs import config as configuration
+from megatron_jobs import data, model, parallel, phases
 from megatron_jobs.checkpoint import Checkpoint
 from megatron_jobs.config import RunConfig
 from megatron_jobs.layout import TensorSource
 from megatron_jobs.order import DataOrder
+from megatron_jobs.saver import Saver
 from megatron_jobs.state import TrainingState
 from megatron_jobs.weights import InitialWeights, shapes
 from user_input import UserError, run
@@ -42,7 +43,11 @@ def train(config: RunConfig) -> None:
     """Trains from where the run folder stands to the end of the last phase. Every process of the run calls this."""
     binaries = data.open_sources(config)
     order = DataOrder(config, data.facts(binaries))
-    start = _newest(config)
+    phase_ends = {sum(phase.num_steps for phase in config.phases[: n + 1]) for n in range(len(config.phases))}
+    saver = Saver(config, phase_ends)
+    start = saver.newest()
+    if start:
+        phases.check_resumable(start.config, config, start.step)
     state = TrainingState(config, start or _initial(config))
     if start:
         order.check_continues(start.ledger)
@@ -51,7 +56,6 @@ def train(config: RunConfig) -> None:
     log = Log(config, first_step) if dist.get_rank() == 0 else None
     expert_load = ExpertLoad(config, state)
     forward_backward = get_forward_backward_func()
-    phase_ends = {sum(phase.num_steps for phase in config.phases[: n + 1]) for n in range(len(config.phases))}
 
     for step in range(first_step, phases.num_steps(config.phases)):
         began = time.perf_counter()
@@ -79,7 +83,10 @@ def train(config: RunConfig) -> None:
         if log:
             log.step(step + 1, phase.name, loss, learning_rate, gradient_norm, time.perf_counter() - began, load)
         if (step + 1) % config.train.checkpoint_interval == 0 or step + 1 in phase_ends:
-            _save(config, order, state, step + 1, phase_ends)
+            tokens = phases.consumed_tokens(config.phases, step + 1)
+            saver.save(step + 1, tokens, state.updates, state.pieces(), order.ledger(step + 1))
+        saver.check()
+    saver.wait()
     if log:
         log.close()
 
@@ -149,31 +156,6 @@ def _initial(config: RunConfig) -> TensorSource:
             "the one of this run: name another checkpoint, or upcycle it first"
         )
     return found
-
-
-def _newest(config: RunConfig) -> Checkpoint | None:
-    """The checkpoint to go on from, the same on every rank."""
-    found = checkpoint.newest_whole(config.run / "checkpoints") if dist.get_rank() == 0 else None
-    folder = parallel.from_rank_0(found and found.folder)
-    if folder is None:
-        return None
-    start = found or Checkpoint(folder)
-    phases.check_resumable(start.config, config, start.step)
-    return start
-
-
-def _save(config: RunConfig, order: DataOrder, state: TrainingState, step: int, phase_ends: set[int]) -> None:
-    folder = config.run / "checkpoints"
-    writer = checkpoint.Writer(folder, step)
-    if dist.get_rank() == 0:
-        writer.clear()
-    dist.barrier()
-    files = dict(parallel.gathered(writer.add_rank_file(dist.get_rank(), state.pieces())))
-    if dist.get_rank() == 0:
-        tokens = phases.consumed_tokens(config.phases, step)
-        writer.finish(config, tokens, dict(shapes(config.model, config.moe)), order.ledger(step), files)
-        checkpoint.prune(folder, config.train.keep_checkpoints, phase_ends)
-    dist.barrier()
 
 
 class Log:
