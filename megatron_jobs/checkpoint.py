@@ -1,6 +1,7 @@
 """Checkpoints that know nothing of the layout they were saved at.
 
-    checkpoints/step-00000200/checkpoint.json        step, tokens, configuration, shapes, and size and SHA-256 of every other file
+    checkpoints/step-00000200/checkpoint.json        step, tokens, updates, configuration, shapes, size and SHA-256 of every other file, and
+                                                     a SHA-256 of all this
                               ledger.json            what has been consumed of each source, by phase
                               rank-00000.safetensors rectangles of the named matrices of `layout.py`, for each of STATES
     checkpoints/latest                               a link to the newest whole one
@@ -8,29 +9,31 @@
 Each rank writes only the rectangles that it owns (the distributed optimizer gives every element one owner), and reads only
 those that meet what it needs: no rank ever holds the model, and TP, PP, EP and DP may differ between save and load.
 A checkpoint is written under a temporary name and renamed when all its files are on the disk. Nothing is unpickled.
+No process group is needed here: `saver.py` is what the ranks of a run do together.
 """
 
+import hashlib
 import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 
-from files import sha256_of
+from files import sha256_of, write_whole
 from megatron_jobs import config as configuration
 from megatron_jobs.config import RunConfig
 from megatron_jobs.weights import Box
 from user_input import UserError
 
 STATES = ("master", "exp_avg", "exp_avg_sq")  # float32 weights, and AdamW's two moments
-FORMAT = 1
+FORMAT = 2
 
 
 class Checkpoint:
@@ -39,14 +42,10 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         """Raises UserError when the folder is not a whole checkpoint; `verify` looks at the contents of the files too."""
         self.folder = folder
-        try:
-            about = json.loads((folder / "checkpoint.json").read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: not a whole checkpoint ({error}): name a folder such as RUN/checkpoints/latest") from None
-        if about["format"] != FORMAT:
-            raise UserError(f"{folder}: is of format {about['format']}, this version reads {FORMAT}: use the version that saved it")
+        about = _description(folder)
         self.step: int = about["step"]
         self.tokens: int = about["tokens"]
+        self.updates: int = about["updates"]  # of the optimizer: fewer than steps where some were left out
         self.config: RunConfig = configuration.from_dict(about["config"], str(folder / "checkpoint.json"))
         self.shapes: dict[str, tuple[int, int]] = {name: (rows, columns) for name, (rows, columns) in about["shapes"].items()}
         self.files: dict[str, dict[str, Any]] = about["files"]
@@ -60,7 +59,12 @@ class Checkpoint:
         self._pieces: dict[tuple[str, str], list[tuple[Box, Any, str]]] = {}
         for name in self.files:
             if name.endswith(".safetensors"):
-                self._index(safe_open(folder / name, framework="pt"))
+                try:
+                    self._index(safe_open(folder / name, framework="pt"))
+                except (SafetensorError, ValueError) as error:
+                    raise UserError(
+                        f"{folder / name}: is no list of matrices ({error}): the checkpoint is damaged; take an older one"
+                    ) from None
 
     def _index(self, file: Any) -> None:
         for key in file.keys():
@@ -91,78 +95,126 @@ class Checkpoint:
             raise UserError(f"{self.folder}: holds {found:,} of the {box.rows * box.columns:,} values of {state} {name} that are asked for")
         return result
 
-    def verify(self) -> None:
-        """Raises UserError when a file is not what was saved."""
-        for name, facts in self.files.items():
-            if sha256_of(self.folder / name) != facts["sha256"]:
+    def verify(self, share: int = 0, num_shares: int = 1) -> None:
+        """Raises UserError when a file is not what was saved. Several processes may take a share of the files each.
+
+        As many shares as files give rank r the file of rank r, which then waits in the memory of its machine to be loaded.
+        """
+        names = sorted(self.files, key=lambda name: (not name.endswith(".safetensors"), name))
+        for name in names[share::num_shares]:
+            if sha256_of(self.folder / name) != self.files[name]["sha256"]:
                 raise UserError(f"{self.folder / name}: its checksum is not that of the save: the checkpoint is damaged; take an older one")
 
 
-def newest_whole(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint in `folder` whose files are what was saved; says so when it passes over a damaged one."""
-    for candidate in sorted(folder.glob("step-*"), reverse=True):
+def _description(folder: Path) -> dict[str, Any]:
+    try:
+        about = json.loads((folder / "checkpoint.json").read_text())
+        its_format = about["format"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder}: not a whole checkpoint ({error}): name a folder such as RUN/checkpoints/latest") from None
+    if its_format != FORMAT:
+        raise UserError(f"{folder}: is of format {its_format}, this version reads {FORMAT}: use the version that saved it")
+    if about.pop("sha256", None) != seal(about):
+        raise UserError(f"{folder / 'checkpoint.json'}: its checksum is not that of the save: the checkpoint is damaged; take an older one")
+    return about
+
+
+def seal(about: dict[str, Any]) -> str:
+    """The SHA-256 of what checkpoint.json says, in hex; it stands in the same file."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def newest_whole(folder: Path, rank: int = 0, gathered: Callable[[Any], list[Any]] = lambda value: [value]) -> Checkpoint | None:
+    """The newest checkpoint in `folder` whose files are what was saved; says so when it passes over a damaged one.
+
+    Called by all ranks of a run, with `parallel.gathered`, it gives each of them a share of the files to verify, and the same answer.
+    Raises UserError when there are checkpoints and none is whole.
+    """
+    names = gathered(sorted((path.name for path in _steps(folder)), reverse=True))
+    for name in names[0]:
+        problem = None
         try:
-            checkpoint = Checkpoint(candidate)
-            checkpoint.verify()
-            return checkpoint
+            checkpoint = Checkpoint(folder / name)
+            checkpoint.verify(rank, len(names))
         except UserError as error:
-            print(f"passing over a damaged checkpoint: {error}", flush=True)
+            problem = str(error)
+        problems = [found for found in gathered(problem) if found]
+        if not problems:
+            return checkpoint
+        if rank == 0:
+            print(f"passing over a damaged checkpoint: {problems[0]}", flush=True)
+    if names[0]:
+        raise UserError(f"{folder}: none of the {len(names[0])} checkpoints is whole: bring one back, or remove the folder to start anew")
     return None
 
 
 class Writer:
-    """One checkpoint in the making: every rank calls `add_rank_file`, then one of them `finish`."""
+    """One checkpoint in the making: every rank calls `add_rank_file`, and one of them `finish` when all files are there."""
 
     def __init__(self, folder: Path, step: int) -> None:
+        self.folder = folder
         self.temporary = folder / f".step-{step:08d}"
         self.final = folder / f"step-{step:08d}"
         self.step = step
 
     def clear(self) -> None:
-        """Removes what an interrupted save of the same step has left; called by one rank, before any writes."""
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        """Removes what interrupted saves have left; called by one rank, before any writes."""
+        for left in [*self.folder.glob(".step-*"), *self.folder.glob(".removed-*")]:
+            shutil.rmtree(left)
         self.temporary.mkdir(parents=True)
 
-    def add_rank_file(self, rank: int, pieces: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any]]:
-        """Writes the rectangles that this rank owns (keys from `piece_key`); returns the file's name and facts for `finish`."""
+    def add_rank_file(self, rank: int, pieces: dict[str, torch.Tensor]) -> None:
+        """Writes the rectangles that this rank owns (keys from `piece_key`; float32, on the CPU), and beside them size and checksum."""
         path = self.temporary / f"rank-{rank:05d}.safetensors"
-        save_file(pieces, path)
-        return path.name, _facts(path)
+        write_whole(path.with_suffix(".json"), json.dumps(_write(path, _safetensors(pieces))).encode())
 
-    def finish(
-        self, config: RunConfig, tokens: int, shapes: dict[str, tuple[int, int]], ledger: dict[str, Any], files: dict[str, dict[str, Any]]
-    ) -> Path:
-        """Writes the description, gives the folder its name, and points `latest` at it. `files` are all ranks' facts."""
-        ledger_path = self.temporary / "ledger.json"
-        ledger_path.write_text(json.dumps(ledger, indent=1))
+    def num_rank_files(self) -> int:
+        """How many files are written to the end."""
+        return sum(1 for _ in self.temporary.glob("rank-*.json"))
+
+    def finish(self, config: RunConfig, tokens: int, updates: int, shapes: dict[str, tuple[int, int]], ledger: dict[str, Any]) -> Path:
+        """Writes the description, gives the folder its name, and points `latest` at it. `updates` are the optimizer's so far."""
+        files = {"ledger.json": _write(self.temporary / "ledger.json", [json.dumps(ledger, indent=1).encode()])}
+        for path in sorted(self.temporary.glob("rank-*.json")):
+            files[path.with_suffix(".safetensors").name] = json.loads(path.read_text())
+            path.unlink()
         about = {
             "format": FORMAT,
             "step": self.step,
             "tokens": tokens,
+            "updates": updates,
             "shapes": shapes,
-            "files": files | {ledger_path.name: _facts(ledger_path)},
+            "files": files,
             "config": config.model_dump(mode="json"),
         }
-        (self.temporary / "checkpoint.json").write_text(json.dumps(about, indent=1))
-        _facts(self.temporary / "checkpoint.json")
-        shutil.rmtree(self.final, ignore_errors=True)  # a damaged one of the same step
+        _write(self.temporary / "checkpoint.json", [json.dumps({"sha256": seal(about)} | about, indent=1).encode()])
+        _sync(self.temporary)
+        if self.final.exists():  # a damaged one of the same step
+            _remove(self.final)
         os.rename(self.temporary, self.final)
-        link = self.final.parent / ".latest"
+        link = self.folder / ".latest"
         link.unlink(missing_ok=True)
         link.symlink_to(self.final.name)
-        os.replace(link, self.final.parent / "latest")
-        _sync(self.final.parent)
+        os.replace(link, self.folder / "latest")
+        _sync(self.folder)
         return self.final
 
 
-def prune(folder: Path, keep: int, milestones: set[int]) -> None:
-    """Removes all but the newest `keep` checkpoints and those at the steps in `milestones`."""
-    found = sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
-    for path in [path for path in found if int(path.name[5:]) not in milestones][:-keep]:
-        # Renamed first: a folder that is half removed must not look like a checkpoint.
-        hidden = path.with_name(f".removed-{path.name}")
-        os.rename(path, hidden)
-        shutil.rmtree(hidden)
+def prune(folder: Path, keep: int, is_kept: Callable[[int], bool]) -> None:
+    """Removes all but the newest `keep` checkpoints and those whose step `is_kept`."""
+    for path in [path for path in sorted(_steps(folder)) if not is_kept(int(path.name[5:]))][:-keep]:
+        _remove(path)
+
+
+def _steps(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+
+
+def _remove(checkpoint: Path) -> None:
+    # Renamed first: a folder that is half removed must not look like a checkpoint.
+    hidden = checkpoint.with_name(f".removed-{checkpoint.name}")
+    os.rename(checkpoint, hidden)
+    shutil.rmtree(hidden)
 
 
 def piece_key(state: str, name: str, box: Box) -> str:
@@ -183,14 +235,47 @@ def rectangles(start: int, end: int, columns: int) -> Iterator[tuple[int, int, B
             yield first, last, Box(row, last // columns, 0, columns)
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    """Size and checksum of a file that is then safely on the disk."""
-    _sync(path)
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+def _safetensors(pieces: dict[str, torch.Tensor]) -> list[Any]:
+    """The bytes of a safetensors file: the length of a JSON header, the header, and the values, which are not copied."""
+    header, position = {}, 0
+    for key, piece in pieces.items():
+        assert piece.dtype == torch.float32
+        header[key] = {"dtype": "F32", "shape": list(piece.shape), "data_offsets": [position, position + piece.nbytes]}
+        position += piece.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the values begin at a multiple of their size
+    return [len(text).to_bytes(8, "little") + text, *(memoryview(piece.contiguous().numpy()).cast("B") for piece in pieces.values())]
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _write(path: Path, parts: Sequence[Any]) -> dict[str, Any]:
+    """Writes the parts, one after the other; returns size and checksum of the file, which is then safely on the disk.
+
+    A second thread computes the checksum meanwhile (hashlib and the disk both let other threads run). SHA-256, because processors
+    have instructions for it: it is faster than BLAKE2, and anybody can check it with sha256sum. An OSError names the file.
+    """
+    with ThreadPoolExecutor(1) as beside:
+        checksum = beside.submit(_sha256, parts)
+        try:
+            with open(path, "wb", buffering=1 << 20) as file:
+                file.writelines(parts)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            path.unlink(missing_ok=True)  # on a full disk the half of a file is in the way
+            error.filename = str(path)
+            raise
+    return {"bytes": path.stat().st_size, "sha256": checksum.result()}
+
+
+def _sha256(parts: Sequence[Any]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

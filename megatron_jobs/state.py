@@ -65,6 +65,7 @@ class TrainingState:
                 group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
                 if isinstance(inner, torch.optim.AdamW):
                     group["fused"] = True  # one pass over the memory instead of a dozen
+        self.updates = 0
         with torch.no_grad():  # in bf16 the optimizer took its float32 weights from rounded ones
             for local, start, end, main, _ in self._owned():
                 for first, last, name, box in _owned_boxes(local, start, end):
@@ -72,6 +73,7 @@ class TrainingState:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Takes the moments and the number of updates from a checkpoint; the weights came from it already."""
+        self.updates = checkpoint.updates
         for local, start, end, main, inner in self._owned():
             state = inner.state[main]
             for key in STATES[1:]:
@@ -79,22 +81,22 @@ class TrainingState:
                 for first, last, name, box in _owned_boxes(local, start, end):
                     state[key][first - start : last - start] = checkpoint.read(name, box, key).flatten()
             if isinstance(inner, torch.optim.AdamW):
-                state["step"] = torch.tensor(float(checkpoint.step), device=main.device)
+                state["step"] = torch.tensor(float(self.updates), device=main.device)
         for inner in self._inner():
             if not isinstance(inner, torch.optim.AdamW):  # Transformer Engine's FusedAdam counts per group
                 for group in inner.param_groups:
-                    group["step"] = checkpoint.step
+                    group["step"] = self.updates
 
     def pieces(self) -> dict[str, torch.Tensor]:
-        """What this rank owns, as rectangles for `checkpoint.Writer.add_rank_file`."""
+        """What this rank owns, as rectangles for `saver.Saver.save`: views of the state itself, on its device."""
         result = {}
         for local, start, end, main, inner in self._owned():
             if local.is_first_copy:
-                values = {"master": main.detach()} | {key: inner.state[main][key] for key in STATES[1:]}
+                moments = inner.state[main] or {key: torch.zeros_like(main) for key in STATES[1:]}  # empty before the first update
+                values = {"master": main.detach()} | {key: moments[key] for key in STATES[1:]}
                 for first, last, name, box in _owned_boxes(local, start, end):
                     for state, flat in values.items():
-                        piece = flat[first - start : last - start].view(box.rows, box.columns)
-                        result[piece_key(state, name, box)] = piece.cpu().clone()
+                        result[piece_key(state, name, box)] = flat[first - start : last - start].view(box.rows, box.columns)
         return result
 
     def zero_grad(self) -> None:
@@ -116,6 +118,7 @@ class TrainingState:
             clip_grad_by_total_norm_fp32(distributed.get_parameters(), self._clip_grad, self._norm)
         for distributed in self._distributed():
             distributed.step_with_ready_grads()
+        self.updates += 1
 
     def _distributed(self) -> list[DistributedOptimizer]:
         return self.optimizer.chained_optimizers  # dense parameters and experts have different data-parallel groups

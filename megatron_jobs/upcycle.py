@@ -91,17 +91,15 @@ def _write(settings: RunConfig, mixture: "TensorSource", ledger: dict[str, Any],
     writer = Writer(output, step=0)
     writer.clear()
     wanted = dict(shapes(settings.model, settings.moe))
-    files: dict[str, dict[str, Any]] = {}
     pieces: dict[str, torch.Tensor] = {}
     last = list(wanted)[-1]
     for name, (rows, columns) in track(wanted.items(), description="upcycling"):
         box = Box(0, rows, 0, columns)
         pieces[piece_key("master", name, box)] = mixture.read(name, box)
         if sum(piece.nbytes for piece in pieces.values()) > FILE_BYTES or name == last:
-            file, facts = writer.add_rank_file(len(files), pieces)
-            files[file] = facts
+            writer.add_rank_file(writer.num_rank_files(), pieces)
             pieces = {}
-    return writer.finish(settings, 0, wanted, ledger, files)
+    return writer.finish(settings, 0, 0, wanted, ledger)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_jobs import convert, upcycle
-from megatron_jobs.checkpoint import Checkpoint
+from megatron_jobs.checkpoint import Checkpoint, seal
 from megatron_jobs.weights import Box
 from tests.conftest import MOE, tiny
 from tests.megatron_jobs.test_train import losses, train_here
@@ -144,13 +144,13 @@ def test_a_damaged_checkpoint_is_passed_over(prepared, dense, tmp_path, damage):
             target.unlink()
         elif damage == "truncated":
             target.write_bytes(content[: len(content) // 2])
-        elif name != "checkpoint.json":  # a flipped bit in the description is not found, only one that breaks it
+        else:
             content[len(content) // 2] ^= 1
             target.write_bytes(content)
         run_ranks(1, train_here, tiny(prepared, broken))
         assert losses(broken) == losses(run)
         whole = (run / "checkpoints/step-00000010" / name).read_bytes()
-        assert target.read_bytes() == whole or name == "checkpoint.json"  # trained and saved again, not taken as it was
+        assert target.read_bytes() == whole or name == "checkpoint.json"  # trained and saved again (the description names the run's folder)
 
 
 def test_a_checkpoint_that_lacks_values_is_refused(dense, tmp_path):
@@ -161,6 +161,8 @@ def test_a_checkpoint_that_lacks_values_is_refused(dense, tmp_path):
     save_file(pieces, file)
     about = json.loads((tmp_path / "step-00000010/checkpoint.json").read_text())
     about["files"][file.name]["bytes"] = file.stat().st_size
+    del about["sha256"]
+    about["sha256"] = seal(about)
     (tmp_path / "step-00000010/checkpoint.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match="of the .* values of master layers.1.down"):
         Checkpoint(tmp_path / "step-00000010").read("layers.1.down", Box(0, 32, 0, 64))
@@ -170,5 +172,5 @@ def test_a_checkpoint_of_another_format_is_refused(dense, tmp_path):
     shutil.copytree(dense.resolve(), tmp_path / "step-00000010")
     description = tmp_path / "step-00000010/checkpoint.json"
     description.write_text(json.dumps(json.loads(description.read_text()) | {"format": 99}))
-    with pytest.raises(UserError, match="is of format 99, this version reads 1"):
+    with pytest.raises(UserError, match="is of format 99, this version reads 2"):
         Checkpoint(tmp_path / "step-00000010")
