@@ -1,6 +1,6 @@
 """Shows what a configuration asks for, before anything runs.
 
-python -m megatron_jobs.plan CONFIG.yaml [key=value …] [--gpus 128]                (what `mujina plan` calls)
+python -m megatron_jobs.plan CONFIG.yaml [key=value …] [--gpus 128 [--gpu h100]]     (what `mujina plan` calls)
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_jobs import config as configuration
-from megatron_jobs import data, phases
+from megatron_jobs import data, phases, planner
 from megatron_jobs.config import RunConfig
 from user_input import run
 
@@ -20,13 +20,18 @@ def main(
     config: Annotated[Path, typer.Argument(help="the run's YAML file")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example parallel.pipeline=4")] = None,
     gpus: Annotated[int | None, typer.Option(help="check the layout for this many processes")] = None,
+    gpu: Annotated[str | None, typer.Option(help="predict memory and speed on these, and search layouts: h100, h200, …")] = None,
+    gpus_per_node: Annotated[int, typer.Option(help="with --gpu: GPUs that NVLink joins")] = 8,
+    stack: Annotated[str, typer.Option(help=f"with --gpu: the program, {' or '.join(planner.STACKS)}")] = "transformer-engine",
 ) -> None:
-    """Prints parameters, tokens a step and steps of each phase, and what the phases take of each source."""
+    """Prints parameters, tokens a step and steps of each phase, what the phases take of each source, and the fastest layouts."""
     settings = configuration.load(config, overrides)
     console = Console(width=120, highlight=False)
     total, active = num_parameters(settings)
     console.print(f"parameters        {_billions(total)}" + (f", {_billions(active)} active in a token" if settings.moe else ""))
-    if gpus is not None:
+    if gpu is not None:
+        planner.show(settings, planner.machine(gpus, gpu, gpus_per_node, stack), gpu, console)
+    elif gpus is not None:
         settings.check(gpus)
         sizes = settings.parallel
         console.print(
