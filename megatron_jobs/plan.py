@@ -1,6 +1,6 @@
 """Shows what a configuration asks for, before anything runs.
 
-python -m megatron_jobs.plan CONFIG.yaml [key=value …] [--gpus 128] [--tokens-per-day 60e9]                (what `mujina plan` calls)
+python -m megatron_jobs.plan CONFIG.yaml [key=value …] [--gpus 128 [--gpu h100]] [--tokens-per-day 60e9]           (what `mujina plan` calls)
 """
 
 from datetime import datetime, timedelta
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_jobs import config as configuration
-from megatron_jobs import data, phases
+from megatron_jobs import data, phases, planner
 from megatron_jobs.config import Phase, RunConfig
 from megatron_jobs.phases import Source
 from user_input import UserError, run
@@ -22,16 +22,21 @@ def main(
     config: Annotated[Path, typer.Argument(help="the run's YAML file")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example parallel.pipeline=4")] = None,
     gpus: Annotated[int | None, typer.Option(help="check the layout for this many processes")] = None,
+    gpu: Annotated[str | None, typer.Option(help="predict memory and speed on these, and search layouts: h100, h200, …")] = None,
+    gpus_per_node: Annotated[int, typer.Option(help="with --gpu: GPUs that NVLink joins")] = 8,
+    stack: Annotated[str, typer.Option(help=f"with --gpu: the program, {' or '.join(planner.STACKS)}")] = "transformer-engine",
     tokens_per_day: Annotated[float | None, typer.Option(help="a speed, for example 60e9: when each phase would end")] = None,
 ) -> None:
-    """Prints parameters, tokens, steps and end of each phase, and what the phases take of each source."""
+    """Prints parameters, the fastest layouts, tokens, steps and end of each phase, and what the phases take of each source."""
     settings = configuration.load(config, overrides)
     if tokens_per_day is not None and not tokens_per_day > 0:
         raise UserError(f"--tokens-per-day ({tokens_per_day:g}) must be above 0: give the run's speed, for example 60e9")
     console = Console(width=140, highlight=False)
     total, active = num_parameters(settings)
     console.print(f"parameters        {_billions(total)}" + (f", {_billions(active)} active in a token" if settings.moe else ""))
-    if gpus is not None:
+    if gpu is not None:
+        planner.show(settings, planner.machine(gpus, gpu, gpus_per_node, stack), gpu, console)
+    elif gpus is not None:
         settings.check(gpus)
         sizes = settings.parallel
         console.print(

@@ -1,0 +1,127 @@
+"""Predicts the memory of a process in training, in bytes, from the shapes alone. Needs no torch.
+
+Counted are the tensors of `state.py` and those that the layers of `model.py` keep for the backward pass. Two kinds of layers are known:
+Transformer Engine's (on a GPU), and the local ones (on a CPU, and on a GPU without Transformer Engine), which keep more: RMSNorm its
+input and the normalised input in float32, SwiGLU every step, attention a copy of keys and values for each head.
+tests/megatron_jobs/test_memory.py holds the local ones against what a training step allocates.
+
+Letters: T tokens of a micro-batch on a rank (split over `context`; `tensor` splits everything else, as it is sequence parallel too).
+"""
+
+from dataclasses import dataclass
+
+from megatron_jobs.config import RunConfig
+
+FRAMEWORK_GIB = 4.0  # on a GPU: CUDA context, cuBLAS and NCCL buffers, and what the allocator cannot use
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank. `buffers` is what a backward pass needs for a moment: gradients of logits and of the largest matrices."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+
+
+def parameters(config: RunConfig, stage: int) -> tuple[float, float]:
+    """(dense, expert) parameters on a rank of a pipeline stage."""
+    model, moe, parallel = config.model, config.moe, config.parallel
+    hidden, layers = model.hidden_size, model.num_layers // parallel.pipeline
+    attention = 2 * hidden * model.head_size * (model.num_attention_heads + model.num_query_groups) / parallel.tensor
+    ffn = 3 * hidden * model.ffn_hidden_size
+    first, last = stage == 0, stage == parallel.pipeline - 1
+    matrices = int(first) + int(last and not (first and model.tie_embeddings))
+    dense = layers * (attention + 2 * hidden) + hidden * last + matrices * model.padded_vocab_size * hidden / parallel.tensor
+    if moe is None:
+        return dense + layers * ffn / parallel.tensor, 0.0
+    return dense + layers * moe.num_experts * hidden, layers * moe.num_experts * ffn / (parallel.expert * parallel.expert_tensor)
+
+
+def owned(config: RunConfig, gpus: int, stage: int) -> float:
+    """Parameters whose float32 state this rank keeps: the distributed optimizer shares them among the ranks with the same parameters."""
+    dense, experts = parameters(config, stage)
+    parallel = config.parallel
+    copies = parallel.data(gpus) * parallel.context
+    return dense / copies + experts * parallel.expert * parallel.expert_tensor / (copies * parallel.tensor)
+
+
+def of_stage(config: RunConfig, gpus: int, stage: int, sequence_length: int, global_batch_size: int, fused: bool) -> Memory:
+    """The memory of a rank of a pipeline stage; `fused`: with Transformer Engine's layers."""
+    model, parallel, train = config.model, config.parallel, config.train
+    size = 4 if train.precision == "fp32" else 2
+    tokens = train.micro_batch_size * sequence_length / parallel.context
+    num_parameters = sum(parameters(config, stage))
+    micro_batches = global_batch_size // (train.micro_batch_size * parallel.data(gpus))
+
+    per_layer = layer(config, tokens, fused)
+    kept = tokens * model.hidden_size * size / parallel.tensor if train.recompute == "layers" else per_layer
+    layers = model.num_layers // (parallel.pipeline * parallel.virtual_pipeline)
+    activations = layers * kept * chunks_in_flight(config, micro_batches, stage)
+    # the layer that is just computed again, or the gradients inside the layer that is just gone through
+    buffers = per_layer if train.recompute == "layers" else _largest_gradients(config, tokens, size)
+    if stage == parallel.pipeline - 1:
+        logits = tokens * model.padded_vocab_size / parallel.tensor
+        weight = model.padded_vocab_size * model.hidden_size / parallel.tensor
+        activations += 4 * logits + _norm(config, tokens, size, fused)
+        # in bf16 the float32 softmax makes way for the gradient of the logits before that of the weight is made
+        buffers = max(buffers, 4 * weight if size == 4 else max(2 * logits, 2 * weight - 2 * logits))
+    weights = num_parameters * (4 if train.precision == "fp8" else size)  # fp8: Transformer Engine's copies, as they are and transposed
+    return Memory(weights, 4 * num_parameters, owned(config, gpus, stage) * (8 if size == 4 else 12), activations, buffers)
+
+
+def fullest(config: RunConfig, gpus: int, sequence_length: int, global_batch_size: int, fused: bool = True) -> Memory:
+    """The memory of the rank that needs most: of the first pipeline stage, or of the last."""
+    stages = {0, config.parallel.pipeline - 1}
+    return max((of_stage(config, gpus, stage, sequence_length, global_batch_size, fused) for stage in stages), key=lambda m: m.total)
+
+
+def chunks_in_flight(config: RunConfig, micro_batches: int, stage: int) -> int:
+    """Chunks of layers whose activations a stage holds at most, in megatron-core's schedules (Narayanan et al. 2021, arXiv 2104.04473)."""
+    pipeline, virtual = config.parallel.pipeline, config.parallel.virtual_pipeline
+    ahead = pipeline - stage - 1
+    if virtual > 1:
+        ahead = 2 * ahead + (virtual - 1) * pipeline
+    return min(ahead + 1, micro_batches * virtual)
+
+
+def layer(config: RunConfig, tokens: float, fused: bool) -> float:
+    """Bytes that a layer keeps of a micro-batch on a rank for its backward pass."""
+    model, moe = config.model, config.moe
+    size = 4 if config.train.precision == "fp32" else 2
+    heads, groups = model.num_attention_heads * model.head_size, model.num_query_groups * model.head_size
+    projected = heads + 2 * groups  # stays as a whole where the values are a view of it
+    if fused:
+        attention = projected + heads + groups + heads  # and rotated queries and keys, and the output
+    elif heads > groups and config.train.recompute != "attention":
+        attention = 4 * heads  # queries, keys and values of every head, output
+    else:
+        attention = projected + heads + groups + heads
+    attention = attention * size + 4 * model.num_attention_heads  # and the softmax's normaliser
+    per_token = attention / config.parallel.tensor
+    result = tokens * per_token + 2 * _norm(config, tokens, size, fused)
+    if not fused:
+        result += 4 * tokens * model.head_size * size / config.train.micro_batch_size  # cosine and sine, for queries and keys
+    ffn = model.ffn_hidden_size * size
+    if moe is None:
+        return result + tokens * ffn * (3 if fused else 5) / config.parallel.tensor
+    # a routed copy keeps the expert's input as well, and the product with its weight
+    routed = tokens * moe.top_k / config.parallel.tensor
+    return result + routed * (model.hidden_size * size * config.parallel.expert_tensor + ffn * (3 if fused else 6))
+
+
+def _norm(config: RunConfig, tokens: float, size: int, fused: bool) -> float:
+    """What RMSNorm keeps, and its output, which the matrix product behind it keeps."""
+    return tokens * config.model.hidden_size / config.parallel.tensor * (2 * size if fused else 8 + size)
+
+
+def _largest_gradients(config: RunConfig, tokens: float, size: int) -> float:
+    """Of the inputs of SwiGLU and of its matrix, while both are there."""
+    model, tensor = config.model, config.parallel.tensor
+    return (tokens + model.hidden_size) * 2 * model.ffn_hidden_size / tensor * size
