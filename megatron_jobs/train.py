@@ -31,6 +31,7 @@ from megatron_jobs import checkpoint, data, model, parallel, phases
 from megatron_jobs import config as configuration
 from megatron_jobs.checkpoint import Checkpoint
 from megatron_jobs.config import RunConfig
+from megatron_jobs.hugging_face import HuggingFaceFolder
 from megatron_jobs.layout import TensorSource
 from megatron_jobs.order import DataOrder
 from megatron_jobs.state import TrainingState
@@ -142,6 +143,10 @@ class ExpertLoad:
 def _initial(config: RunConfig) -> TensorSource:
     if config.train.init_from is None:
         return InitialWeights(config.model, config.moe, config.seed)
+    if (config.train.init_from / "config.json").exists():
+        folder = HuggingFaceFolder(config.train.init_from)
+        folder.check(config)
+        return folder
     found = Checkpoint(config.train.init_from)
     if found.shapes != dict(shapes(config.model, config.moe)):
         raise UserError(
