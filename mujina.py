@@ -12,6 +12,7 @@ VERBS = {
     "compare-tokenizers": ("tokenization.compare", "characters per token of tokenizers, by language and kind of text"),
     "prepare": ("data_prep.prepare", "take raw text through steps to documents, and to indexed token binaries"),
     "inspect": ("data_prep.inspect", "show a token binary: facts, statistics, documents as text"),
+    "import": ("megatron_jobs.import_hf", "make a Hugging Face folder or a GGUF file ready for continued pretraining"),
     "plan": ("megatron_jobs.plan", "show parameters, phases, steps and the data that they need"),
     "train": ("megatron_jobs.launch", "train, or go on training, on this machine"),
     "upcycle": ("megatron_jobs.upcycle", "make a mixture of experts out of a dense checkpoint"),

@@ -8,7 +8,6 @@ run's data. The folder gets its name when that comparison holds.
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from files import whole_folder
-from user_input import UserError, run
+from megatron_jobs.hugging_face import LLAMA, MIXTRAL, compare, config_values, hugging_face_name
+from user_input import run
 
 if TYPE_CHECKING:
     import torch
@@ -25,30 +25,7 @@ if TYPE_CHECKING:
     from megatron_jobs.weights import Box
 
 RECORD = "conversion.json"  # where a folder comes from, and how well it agrees
-BOUND = 1e-4
 SHARD_BYTES = 4 * 2**30
-
-# Names of `layout.py` and of the Hugging Face families; * is a number, the same on both sides in the same order.
-LLAMA = {
-    "embedding": "model.embed_tokens.weight",
-    "layers.*.attention_norm": "model.layers.*.input_layernorm.weight",
-    "layers.*.query": "model.layers.*.self_attn.q_proj.weight",
-    "layers.*.key": "model.layers.*.self_attn.k_proj.weight",
-    "layers.*.value": "model.layers.*.self_attn.v_proj.weight",
-    "layers.*.attention_out": "model.layers.*.self_attn.o_proj.weight",
-    "layers.*.ffn_norm": "model.layers.*.post_attention_layernorm.weight",
-    "layers.*.gate": "model.layers.*.mlp.gate_proj.weight",
-    "layers.*.up": "model.layers.*.mlp.up_proj.weight",
-    "layers.*.down": "model.layers.*.mlp.down_proj.weight",
-    "final_norm": "model.norm.weight",
-    "output": "lm_head.weight",
-}
-MIXTRAL = LLAMA | {
-    "layers.*.router": "model.layers.*.block_sparse_moe.gate.weight",
-    "layers.*.experts.*.gate": "model.layers.*.block_sparse_moe.experts.*.w1.weight",
-    "layers.*.experts.*.up": "model.layers.*.block_sparse_moe.experts.*.w3.weight",
-    "layers.*.experts.*.down": "model.layers.*.block_sparse_moe.experts.*.w2.weight",
-}
 
 
 def main(
@@ -69,12 +46,6 @@ def main(
         agreement = None if no_check else _check(source, partial)
         (partial / RECORD).write_text(json.dumps({"origin": source.identity, "agreement": agreement}, indent=1))
     print(f"{output}: step {source.step}, {source.tokens:,} tokens")
-
-
-def hugging_face_name(name: str, rules: dict[str, str]) -> str:
-    """The name of a matrix on the other side. Raises KeyError when no rule covers it."""
-    numbers = iter(re.findall(r"(?<=\.)\d+(?=\.)", name))
-    return re.sub(r"\*", lambda _: next(numbers), rules[re.sub(r"(?<=\.)\d+(?=\.)", "*", name)])
 
 
 class Exported:
@@ -143,34 +114,15 @@ def _write_companions(source: "Checkpoint", folder: Path) -> None:
 
     tokenizer = Tokenizer.load(source.config.tokenizer)
     model, moe = source.config.model, source.config.moe
-    common: dict[str, Any] = dict(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.ffn_hidden_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_query_groups,
-        head_dim=model.head_size,
+    kind, architecture = (LlamaConfig, "LlamaForCausalLM") if moe is None else (MixtralConfig, "MixtralForCausalLM")
+    config = kind(
+        **config_values(model, moe),
+        architectures=[architecture],
         max_position_embeddings=max(phase.sequence_length for phase in source.config.phases),
-        rms_norm_eps=model.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-        initializer_range=model.init_std,
-        tie_word_embeddings=model.tie_embeddings,
         bos_token_id=None,
         eos_token_id=tokenizer.eod_id,
         dtype="bfloat16" if source.config.train.precision == "bf16" else "float32",
     )
-    if moe is None:
-        config = LlamaConfig(**common, architectures=["LlamaForCausalLM"])
-    else:
-        config = MixtralConfig(
-            **common,
-            architectures=["MixtralForCausalLM"],
-            num_local_experts=moe.num_experts,
-            num_experts_per_tok=moe.top_k,
-            router_aux_loss_coef=moe.load_balancing_loss,
-            sliding_window=None,
-        )
     config.save_pretrained(folder)
     # Readers older than transformers 5 look for the base of the rotary positions here.
     values = json.loads((folder / "config.json").read_text()) | {"rope_theta": model.rope_theta}
@@ -180,25 +132,10 @@ def _write_companions(source: "Checkpoint", folder: Path) -> None:
 
 
 def _check(source: "Checkpoint", folder: Path) -> dict[str, Any]:
-    """Loads the folder as a user would and compares. Raises UserError when keys are left over or missing, or logits differ."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    """Loads the folder as a user would and compares, on the first samples of the run."""
+    from megatron_jobs import gate
 
-    from megatron_jobs import gate, parallel
-
-    tokens = gate.samples(source.config)
-    with parallel.alone():
-        before = gate.megatron_logits(source.config.model, source.config.moe, Exported(source), tokens[:, :-1])
-    theirs, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
-    for trouble in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[trouble]:
-            raise UserError(f"conversion: transformers reports {trouble}: {sorted(info[trouble])}: this is a defect, please report it")
-    with torch.no_grad():
-        after = theirs.eval()(tokens[:, :-1]).logits.float()
-    agreement = gate.compare(before, after, tokens[:, 1:], BOUND)
-    print(agreement)
-    gate.require(agreement, "conversion")
-    return agreement.as_dict()
+    return compare(source.config, Exported(source), folder, gate.samples(source.config), "conversion").as_dict()
 
 
 def _origin_of(folder: Path) -> dict[str, Any] | None:

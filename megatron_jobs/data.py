@@ -24,9 +24,9 @@ def open_sources(config: RunConfig) -> dict[str, TokenBinary]:
     Raises UserError when a binary is damaged or made with another tokenizer than the run's.
     """
     tokenizer = Tokenizer.load(config.tokenizer)
-    if tokenizer.vocab_size != config.model.vocab_size:
+    if tokenizer.vocab_size > config.model.vocab_size:  # imported models may have more rows than their tokenizer has pieces
         raise UserError(
-            f"model.vocab_size ({config.model.vocab_size}) must be the number of pieces of the tokenizer in {config.tokenizer} "
+            f"model.vocab_size ({config.model.vocab_size}) must not be below the number of pieces of the tokenizer in {config.tokenizer} "
             f"({tokenizer.vocab_size}): change one of them"
         )
     used = {name for phase in config.phases for name in phase.sources}

@@ -25,6 +25,7 @@ from megatron_jobs import checkpoint, data, parallel, phases
 from megatron_jobs import config as configuration
 from megatron_jobs.checkpoint import Checkpoint
 from megatron_jobs.config import RunConfig
+from megatron_jobs.hugging_face import HuggingFaceFolder
 from megatron_jobs.layout import TensorSource
 from megatron_jobs.metrics import Log
 from megatron_jobs.objective import Objective
@@ -85,6 +86,10 @@ def _micro_batches(
 def _initial(config: RunConfig) -> TensorSource:
     if config.train.init_from is None:
         return InitialWeights(config.model, config.moe, config.seed)
+    if (config.train.init_from / "config.json").exists():
+        folder = HuggingFaceFolder(config.train.init_from)
+        folder.check(config)
+        return folder
     found = Checkpoint(config.train.init_from)
     if found.shapes != dict(shapes(config.model, config.moe)):
         raise UserError(

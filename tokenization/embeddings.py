@@ -4,9 +4,12 @@ import json
 import shutil
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from user_input import UserError
+
+if TYPE_CHECKING:
+    from tokenization.tokenizer import Tokenizer
 
 # Input and output embeddings, as Llama and Mixtral, GPT-2 and GPT-NeoX name them.
 EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias", "wte.weight", "embed_in.weight", "embed_out.weight")
@@ -18,6 +21,7 @@ def extend_embeddings(source: Path, folder: Path, first_id: int, old_ids: list[l
 
     Piece first_id + k gets the mean of the rows old_ids[k] (Yao et al. 2021, "Adapt-and-Distill"), computed in float32. All other bytes
     stay as they are. Rows that pad the old embedding beyond `first_id` stand for no piece, and are used up before the embedding grows.
+    A first_id of 0 replaces the vocabulary: nothing of the old embedding stays.
     Raises UserError when there are no safetensors, no embedding that we know by its name, or fewer rows than pieces.
     """
     shards = sorted(source.glob("*.safetensors"))
@@ -38,6 +42,26 @@ def extend_embeddings(source: Path, folder: Path, first_id: int, old_ids: list[l
     return rows.pop()
 
 
+def respell(new: "Tokenizer", old: "Tokenizer") -> list[list[int]]:
+    """How `old` spells each piece of `new`: ids by the piece's id, never empty; for `extend_embeddings` with a first_id of 0.
+
+    The end-of-document token is the old one, a control or chat piece of the same name too; any other is spelled as text, so that
+    `<|user|>` starts from what its letters mean.
+    """
+    control = {old.piece(token): token for token in range(old.vocab_size) if old.bytes_of(token) is None} | {
+        new.piece(new.eod_id): old.eod_id
+    }
+    result = []
+    for token in range(new.vocab_size):
+        data, piece = new.bytes_of(token), new.piece(token)
+        if data is None:
+            ids = [control[piece]] if piece in control else old.encode(piece)
+        else:
+            ids = old.encode_bytes(data)
+        result.append(ids or [old.eod_id])  # a normalizer may leave nothing of a character
+    return result
+
+
 def extend_shard(source: Path, target: Path, first_id: int, old_ids: list[list[int]]) -> int | None:
     """Copies one file with its embeddings extended; returns their rows, None when it holds none."""
     header, start = _read_header(source)
@@ -51,7 +75,7 @@ def extend_shard(source: Path, target: Path, first_id: int, old_ids: list[list[i
             f"{source}: embeddings of {sorted(lengths)} rows do not fit a tokenizer of {first_id} pieces: give the one that belongs to it"
         )
     old_rows = lengths.pop()
-    num_rows = max(old_rows, first_id + len(old_ids))
+    num_rows = max(old_rows, first_id + len(old_ids)) if first_id else len(old_ids)
 
     # The format: the header's length in 8 bytes, the header as JSON, and the tensors one behind the other.
     metadata = {name: value for name, value in header.items() if name == "__metadata__"}
@@ -74,7 +98,7 @@ def extend_shard(source: Path, target: Path, first_id: int, old_ids: list[list[i
                 row = (end - begin) // old_rows
                 _copy(old, new, begin, begin + row * first_id)
                 new.write(_new_rows(source, name, old_ids))
-                _copy(old, new, begin + row * (first_id + len(old_ids)), end)
+                _copy(old, new, begin + row * (first_id + len(old_ids)), begin + row * min(old_rows, num_rows))
             else:
                 _copy(old, new, begin, end)
     return num_rows

@@ -16,7 +16,7 @@ import gigatoken
 import numpy as np
 import tokenizers
 
-from tokenization.tokenizer import CHAT_PIECES, END_OF_TURN, ROLES, Tokenizer, render
+from tokenization.tokenizer import CHAT_PIECES, END_OF_TURN, ROLES, SPACE_PIECE, Tokenizer, render
 from user_input import UserError
 
 # Gigatoken remembers every word that it has met (13 bytes a character of words that never recur) until it is dropped: so it is opened
@@ -31,6 +31,12 @@ PROBE = [
     "",
 ]
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+# The byte-level alphabet (GPT-2): bytes that print are spelled as themselves, the others by the characters from U+0100 on.
+PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+OTHERS = [byte for byte in range(0x100) if byte not in PRINTABLE]
+CHARACTER_OF = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(0x100 + n) for n, byte in enumerate(OTHERS)}
+BYTE_OF = {character: byte for byte, character in CHARACTER_OF.items()}
+BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")  # what a chat template may name
 
 
@@ -57,6 +63,8 @@ class HfTokenizer(Tokenizer):
         self._special = {name: token for name, token in tokens.items() if isinstance(token, str)}
         if "eos_token" not in self._special:
             raise UserError(f"{folder / 'tokenizer_config.json'}: names no eos_token, which ends every document: add it")
+        before = self._reference.pre_tokenizer
+        self._is_byte_level = before is not None and before.pre_tokenize_str("あ")[0][0] == "ãģĤ"
         self._template, eos = self._read_template(config), self._special["eos_token"]
         self.hash = hashlib.sha256(self._model + b"\0" + eos.encode()).hexdigest()
         vocabulary = self._reference.get_vocab(with_added_tokens=True)
@@ -113,6 +121,24 @@ class HfTokenizer(Tokenizer):
     def piece(self, token: int) -> str:
         """How the vocabulary spells one id; bytes as the byte-level alphabet writes them."""
         return str(self._reference.id_to_token(token))
+
+    def bytes_of(self, token: int) -> bytes | None:
+        """What one piece stands for in a text (UTF-8, or a part of a character), None for control and chat pieces."""
+        piece = self.piece(token)
+        if token in self._control_ids:
+            return None
+        if self._is_byte_level and set(piece) <= BYTE_OF.keys():
+            return bytes(BYTE_OF[character] for character in piece)
+        return bytes([int(piece[3:5], 16)]) if BYTE_PIECE.fullmatch(piece) else piece.replace(SPACE_PIECE, " ").encode()
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """`encode` of what `bytes_of` gives, parts of characters included."""
+        try:
+            return self.encode(data.decode())
+        except UnicodeDecodeError:
+            if self._is_byte_level:
+                return [token.id for token in self._reference.model.tokenize("".join(CHARACTER_OF[byte] for byte in data))]
+            return [self._reference.token_to_id(f"<0x{byte:02X}>") for byte in data]
 
     def encode_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
         """Ids of a dialogue as the folder's own chat template writes it, control tokens where the template has them and nowhere else.

@@ -84,6 +84,20 @@ class Tokenizer:
         """How the vocabulary spells one id."""
         return str(self._engine.id_to_piece(token))
 
+    def bytes_of(self, token: int) -> bytes | None:
+        """What one piece stands for in a text (UTF-8, or a part of a character), None for control and chat pieces."""
+        piece = self.piece(token)
+        if self._engine.is_control(token) or self._engine.is_unknown(token) or piece in CHAT_PIECES:
+            return None
+        return bytes([int(piece[3:5], 16)]) if self._engine.is_byte(token) else piece.replace(SPACE_PIECE, " ").encode()
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """`encode` of what `bytes_of` gives, parts of characters included."""
+        try:
+            return self.encode(data.decode())
+        except UnicodeDecodeError:
+            return [self._id(f"<0x{byte:02X}>") for byte in data]
+
     def encode_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
         """Ids of a dialogue as `render_chat` writes it; contents that spell a chat piece stay text. Raises UserError on an unknown role."""
         ids: list[int] = []
