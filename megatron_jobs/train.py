@@ -24,10 +24,10 @@ from megatron.core import parallel_state
 from megatron_jobs import checkpoint, data, parallel, phases
 from megatron_jobs import config as configuration
 from megatron_jobs.checkpoint import Checkpoint
-from megatron_jobs.config import RunConfig
+from megatron_jobs.config import Phase, RunConfig
 from megatron_jobs.layout import TensorSource
 from megatron_jobs.metrics import Log
-from megatron_jobs.objective import Objective
+from megatron_jobs.objective import Batch, Objective
 from megatron_jobs.order import DataOrder
 from megatron_jobs.state import TrainingState
 from megatron_jobs.weights import InitialWeights, shapes
@@ -43,7 +43,7 @@ def train(config: RunConfig) -> None:
     if start:
         order.check_continues(start.ledger)
         state.restore(start)
-    objective = Objective(config, state)
+    objective = Objective(config, state, list(binaries))
     first_step = start.step if start else 0
     log = Log(config, first_step) if dist.get_rank() == 0 else None
     phase_ends = {sum(phase.num_steps for phase in config.phases[: n + 1]) for n in range(len(config.phases))}
@@ -60,26 +60,64 @@ def train(config: RunConfig) -> None:
                 f"step {step + 1}: the loss is {losses.mean} and the gradient norm {gradient_norm}: lower "
                 f"phases.{phase.name}.learning_rate, or look at the data of the step; the last checkpoint is from before it"
             )
+        now_and_then = {}
+        if _is_due(config.train.layer_norms_interval, step):
+            now_and_then["layer_norms"] = state.layer_norms()
+        if config.train.precision == "fp8" and _is_due(config.train.fp8_shadow_interval, step):
+            shadowed = _micro_batches(config, order, binaries, step, objective.micro_batch_multiple)
+            now_and_then["fp8_shadow"] = objective.fp8_shadow(phase, list(shadowed))
         learning_rate = phases.learning_rate(config.phases, step)
         state.update(learning_rate)
+        seconds = time.perf_counter() - began
+        if config.data.validation_tokens and (_is_due(config.train.validation_interval, step) or step + 1 in phase_ends):
+            now_and_then["validation"] = _validate(config, order, binaries, objective, phase)
         if log:
-            log.step(step + 1, phase.name, losses, learning_rate, gradient_norm, time.perf_counter() - began)
+            log.step(step + 1, phase.name, losses, learning_rate, gradient_norm, seconds, now_and_then)
         if (step + 1) % config.train.checkpoint_interval == 0 or step + 1 in phase_ends:
             _save(config, order, state, step + 1, phase_ends)
     if log:
         log.close()
 
 
+def _is_due(interval: int | None, step: int) -> bool:
+    return interval is not None and (step + 1) % interval == 0
+
+
 def _micro_batches(
     config: RunConfig, order: DataOrder, binaries: dict[str, data.TokenBinary], step: int, micro_batches: int
-) -> Iterator[torch.Tensor]:
-    """This rank's micro-batches of a step, each [micro_batch_size, sequence_length + 1] token ids."""
+) -> Iterator[Batch]:
+    """This rank's micro-batches of a step."""
     size, length = config.train.micro_batch_size, config.phases[phases.locate(config.phases, step)[0]].sequence_length
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     for number in range(micro_batches):
         first = (number * ranks + rank) * size
-        batch = data.read(binaries, order.samples(step, range(first, first + size)), length)
-        yield torch.from_numpy(batch).to(torch.cuda.current_device())
+        yield _batch(binaries, order.samples(step, range(first, first + size)), length)
+
+
+def _validate(
+    config: RunConfig, order: DataOrder, binaries: dict[str, data.TokenBinary], objective: Objective, phase: Phase
+) -> dict[str, float]:
+    """The mean loss of each source's held-out samples, at the phase's sequence length."""
+    where = [(name, int(offset)) for name in binaries for offset in order.validation(name, phase.sequence_length)]
+    ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    size, multiple = config.train.micro_batch_size, objective.micro_batch_multiple
+    num_micro_batches = math.ceil(len(where) / (size * ranks * multiple)) * multiple
+
+    def batches() -> Iterator[Batch]:
+        for number in range(num_micro_batches):
+            first = (number * ranks + rank) * size
+            numbers = range(first, first + size)
+            tokens, sources, documents = _batch(binaries, [where[min(n, len(where) - 1)] for n in numbers], phase.sequence_length)
+            sources[[n >= len(where) for n in numbers]] = len(binaries)  # repeated to fill the last micro-batches; they do not count
+            yield tokens, sources, documents
+
+    return objective.losses(phase, batches(), num_micro_batches).by_source
+
+
+def _batch(binaries: dict[str, data.TokenBinary], where: list[tuple[str, int]], length: int) -> Batch:
+    device = torch.cuda.current_device()
+    sources = [list(binaries).index(name) for name, _ in where]
+    return torch.from_numpy(data.read(binaries, where, length)).to(device), torch.tensor(sources, device=device), None
 
 
 def _initial(config: RunConfig) -> TensorSource:
