@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_jobs import model, parallel, phases
 from megatron_jobs.config import RunConfig
-from megatron_jobs.objective import Losses
+from megatron_jobs.objective import Losses, fp8_warning
 
 
 class Log:
@@ -36,7 +36,17 @@ class Log:
         if first_step:
             print(f"{config.run}: goes on at step {first_step} of {self.num_steps}", flush=True)
 
-    def step(self, step: int, phase: str, losses: Losses, learning_rate: float, norm: float, seconds: float) -> None:
+    def step(
+        self,
+        step: int,
+        phase: str,
+        losses: Losses,
+        learning_rate: float,
+        norm: float,
+        seconds: float,
+        now_and_then: dict[str, dict[str, Any]],
+    ) -> None:
+        """`now_and_then`: what only some steps measure: "validation", "layer_norms", "fp8_shadow"."""
         tokens = phases.consumed_tokens(self.config.phases, step)
         speed = (tokens - phases.consumed_tokens(self.config.phases, step - 1)) / seconds
         record: dict[str, Any] = {
@@ -44,6 +54,9 @@ class Log:
             "tokens": tokens,
             "phase": phase,
             "loss": losses.mean,
+            "loss_by_source": losses.by_source,
+            "tokens_by_source": losses.tokens_by_source,
+            "z_loss": losses.z_loss,
             "lr": learning_rate,
             "grad_norm": norm,
             "seconds": seconds,
@@ -52,9 +65,17 @@ class Log:
         }
         for key in ("loss", "lr", "grad_norm", "tokens_per_second"):
             self.tensorboard.add_scalar(key, record[key], step)
+        for source, loss in losses.by_source.items():
+            self.tensorboard.add_scalar(f"loss/{source}", loss, step)
         load = losses.expert_load
         if load.numel():
             record["expert_load"] = (load / load.sum(1, keepdim=True)).tolist()
+            record["load_balancing_loss"], record["router_z_loss"] = losses.load_balancing_loss, losses.router_z_loss
+        record |= now_and_then
+        for source, loss in now_and_then.get("validation", {}).items():
+            self.tensorboard.add_scalar(f"validation/{source}", loss, step)
+        if "fp8_shadow" in now_and_then and (warning := fp8_warning(now_and_then["fp8_shadow"])):
+            print(f"warning: step {step}: {warning}", flush=True)
         self.metrics.write(json.dumps(record) + "\n")
         if time.monotonic() - self.shown > 5 or step == self.num_steps:
             self.shown = time.monotonic()

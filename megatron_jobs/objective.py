@@ -1,10 +1,17 @@
-"""What a step minimises: the mean loss of the next token, forward and backward over the micro-batches of a global batch.
+"""What a step minimises, and what is measured of it: the loss of the next token, by source, over a global batch.
 
-Shapes: B micro-batch, L sequence length.
+A micro-batch is (tokens [B, L + 1], source of each sample [B] as an index, document of each position [B, L] or None).
+Another objective is another function in the place of `next_token_loss`, and other micro-batches.
+
+Shapes: B micro-batch, L sequence length (this rank's part of it), N sources and one more for samples that do not count;
+the leading 2 is (cross-entropy, log Z).
 """
 
-from collections.abc import Iterator
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,77 +21,161 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_jobs import model
 from megatron_jobs.config import Phase, RunConfig
+from megatron_jobs.cross_entropy import cross_entropy_and_log_z
 from megatron_jobs.state import TrainingState
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
 class Losses:
-    """What one pass over a global batch gave, the same on every rank."""
+    """What one pass over a global batch gave, the same on every rank. Auxiliary losses are those before their coefficient."""
 
-    mean: float  # nats a token
+    mean: float  # cross-entropy, nats a token
+    by_source: dict[str, float]  # the same over the tokens of each source that is in the batch
+    tokens_by_source: dict[str, int]
+    z_loss: float  # mean over the tokens of the square of log Z
+    load_balancing_loss: float | None  # mean over the layers; None where it is not minimised
+    router_z_loss: float | None
     expert_load: torch.Tensor  # tokens routed to each expert [layers, experts], empty for a dense model
 
 
 class Objective:
     """Runs the model forward and backward and adds up what the ranks found."""
 
-    def __init__(self, config: RunConfig, state: TrainingState) -> None:
-        self.config, self.state = config, state
-        self._expert_load = _ExpertLoad(config, state)
+    def __init__(self, config: RunConfig, state: TrainingState, sources: Sequence[str]) -> None:
+        """`sources` are the names that the indices in the micro-batches stand for."""
+        self.config, self.state, self.sources = config, state, list(sources)
+        self._mixture = _Mixture(config, state)
         self._forward_backward = get_forward_backward_func()
+        # The interleaved schedule takes micro-batches in groups of so many.
+        self.micro_batch_multiple = parallel_state.get_pipeline_model_parallel_world_size() if len(state.chunks) > 1 else 1
 
-    def gradients(self, phase: Phase, batches: Iterator[torch.Tensor], num_micro_batches: int) -> Losses:
-        """Leaves the gradients of the global batch in the state. `batches` are this rank's micro-batches, each [B, L + 1] token ids."""
+    def gradients(self, phase: Phase, batches: Iterable[Batch], num_micro_batches: int) -> Losses:
+        """Leaves the gradients of the global batch in the state. `batches` are this rank's micro-batches."""
         self.state.zero_grad()
-        losses = self._forward_backward(
-            forward_step_func=_forward,
-            data_iterator=batches,
+        return self._pass(phase, batches, num_micro_batches, forward_only=False)
+
+    def losses(self, phase: Phase, batches: Iterable[Batch], num_micro_batches: int) -> Losses:
+        """Forward only: nothing that training goes on from is touched. Samples of the index behind the last source do not count."""
+        with torch.no_grad():
+            return self._pass(phase, batches, num_micro_batches, forward_only=True)
+
+    def fp8_shadow(self, phase: Phase, batches: list[Batch]) -> dict[str, float]:
+        """The loss of the same micro-batches in fp8 and with fp8 turned off, and their relative difference."""
+        loss_fp8 = self.losses(phase, batches, len(batches)).mean
+        with contextlib.ExitStack() as turned_off:
+            for chunk in self.state.chunks:
+                turned_off.enter_context(model.without_fp8(chunk.module))
+            loss_bf16 = self.losses(phase, batches, len(batches)).mean
+        return {"loss_bf16": loss_bf16, "loss_fp8": loss_fp8, "difference": abs(loss_fp8 - loss_bf16) / loss_bf16}
+
+    def _pass(self, phase: Phase, batches: Iterable[Batch], num_micro_batches: int, forward_only: bool) -> Losses:
+        sums = self._forward_backward(
+            forward_step_func=partial(_forward, len(self.sources) + 1, phase.z_loss),
+            data_iterator=list(itertools.tee(batches, len(self.state.chunks))),  # every chunk of a rank reads every micro-batch
             model=self.state.chunks,
             num_microbatches=num_micro_batches,
             seq_length=phase.sequence_length,
             micro_batch_size=self.config.train.micro_batch_size,
+            forward_only=forward_only,
         )
-        return _over_all_ranks(losses, self._expert_load.take())
+        return self._over_all_ranks(sums, num_micro_batches)
+
+    def _over_all_ranks(self, sums: list[torch.Tensor], num_micro_batches: int) -> Losses:
+        """One exchange for everything, in float64."""
+        load, router_losses = self._mixture.take(num_micro_batches)
+        own = torch.zeros(3, len(self.sources) + 1, dtype=torch.float64, device=load.device)
+        # Only the last pipeline stage has losses; its tensor-parallel ranks all have the same.
+        if sums and parallel_state.get_tensor_model_parallel_rank() == 0:
+            own = torch.stack(sums).sum(0)
+        total = torch.cat([own.flatten(), router_losses.double(), load.double().flatten()])
+        dist.all_reduce(total)
+        total = total.cpu()
+        tokens, nats, squares = total[: own.numel()].view(own.shape)[:, :-1].tolist()
+        router_losses = total[own.numel() : own.numel() + 2].tolist()
+        moe = self.config.moe
+        return Losses(
+            mean=sum(nats) / sum(tokens),
+            by_source={name: n / t for name, n, t in zip(self.sources, nats, tokens, strict=True) if t},
+            tokens_by_source={name: int(t) for name, t in zip(self.sources, tokens, strict=True) if t},
+            z_loss=sum(squares) / sum(tokens),
+            load_balancing_loss=router_losses[0] if moe and moe.load_balancing_loss else None,
+            router_z_loss=router_losses[1] if moe and moe.router_z_loss else None,
+            expert_load=total[own.numel() + 2 :].view_as(load),
+        )
 
 
-def _forward(batches: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    tokens = next(batches)
+def fp8_warning(shadow: dict[str, float]) -> str | None:
+    """What to tell the user where fp8 changes the loss by more than 1%, or makes it no number at all."""
+    if shadow["difference"] <= 0.01:
+        return None
+    return (
+        f"the loss is {shadow['loss_fp8']:.4f} in fp8 and {shadow['loss_bf16']:.4f} in bf16, {shadow['difference']:.1%} apart: "
+        "train.precision bf16 is the safe choice"
+    )
+
+
+def next_token_loss(
+    outputs_2BL: torch.Tensor, sources_B: torch.Tensor, num_sources: int, z_loss: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What this micro-batch adds to the gradient, and its sums by source [3, N] in float64: tokens, cross-entropy, squares of log Z."""
+    cross_entropy_BL, log_z_BL = outputs_2BL
+    loss = cross_entropy_BL.mean()
+    if z_loss:
+        loss = loss + z_loss * log_z_BL.square().mean()
+    values_3BL = torch.stack([torch.ones_like(log_z_BL), cross_entropy_BL, log_z_BL.square()]).detach().double()
+    of_source_BN = torch.nn.functional.one_hot(sources_B, num_sources).double()
+    return loss, values_3BL.sum(2) @ of_source_BN
+
+
+def _forward(num_sources: int, z_loss: float, batches: Iterator[Batch], gpt: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    tokens, sources, documents = next(batches)
     positions = torch.arange(tokens.shape[1] - 1, device=tokens.device).expand(tokens.shape[0], -1)
-    output = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
-    return output, _mean_loss
+    output = gpt(tokens[:, :-1], positions, documents, labels=tokens[:, 1:], output_processor=_outputs)
+
+    def loss(outputs_2BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, sums = next_token_loss(outputs_2BL, sources, num_sources, z_loss)
+        return mean / parallel_state.get_context_parallel_world_size(), sums  # by which megatron-core multiplies it
+
+    return output, loss
 
 
-def _mean_loss(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    loss = token_losses.float().mean()
-    return loss, loss.detach().clone()  # megatron-core divides the first one in place
+def _outputs(*, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, labels: torch.Tensor, **_: Any) -> torch.Tensor:
+    """The last stage's output in the place of megatron-core's cross-entropy: [2, B, L]."""
+    logits_SBV, _bias = output_layer(hidden_states, weight=output_weight)
+    group = parallel_state.get_tensor_model_parallel_group()
+    return cross_entropy_and_log_z(logits_SBV, labels.transpose(0, 1), group).transpose(1, 2)
 
 
-def _over_all_ranks(losses: list[torch.Tensor], load: torch.Tensor) -> Losses:
-    # Only the last pipeline stage has losses; its tensor-parallel ranks all have the same.
-    share = 1 / (parallel_state.get_data_parallel_world_size() * parallel_state.get_tensor_model_parallel_world_size())
-    mean = torch.stack(losses).mean() * share if losses else torch.zeros((), device=load.device)
-    total = torch.cat([mean.double().view(1), load.double().flatten()])
-    dist.all_reduce(total)
-    return Losses(float(total[0]), total[1:].view_as(load).cpu())
-
-
-class _ExpertLoad:
-    """Counts the tokens that each expert gets. `take` returns and clears the counts of this rank's layers."""
+class _Mixture:
+    """What the routers of this rank's layers do: how many tokens each expert gets, and the routers' losses."""
 
     def __init__(self, config: RunConfig, state: TrainingState) -> None:
-        size = (config.model.num_layers, config.moe.num_experts) if config.moe else (0, 0)
-        self.counts = torch.zeros(size, device=torch.cuda.current_device())
+        self.size = (config.model.num_layers, config.moe.num_experts) if config.moe else (0, 0)
+        self.counts = torch.zeros(self.size, device=torch.cuda.current_device())
         for chunk in state.chunks:
             for module in chunk.modules():
                 if isinstance(module, TopKRouter):
                     module.register_forward_hook(self._count)
 
     def _count(self, router: TopKRouter, inputs: Any, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
-        self.counts[router.layer_number - 1] += outputs[1].sum(0)
+        if torch.is_grad_enabled():  # as megatron-core does for its losses: once where activations are recomputed, never in validation
+            self.counts[router.layer_number - 1] += outputs[1].sum(0)
 
-    def take(self) -> torch.Tensor:
-        get_moe_metrics_tracker().clear()  # megatron-core adds to its own records until someone reads them
+    def take(self, num_micro_batches: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clears and returns what, summed over all ranks, is the counts [layers, experts], and (load balancing, z-loss) a layer."""
+        tracked = get_moe_metrics_tracker()
+        # A rank has its share of a micro-batch's load-balancing loss, and a z-loss of its own tokens.
+        copies = parallel_state.get_data_parallel_world_size() * num_micro_batches * self.size[0]
+        parts = parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()
+        losses = self.counts.new_zeros(2)
+        for place, (name, divisor) in enumerate((("load_balancing_loss", copies), ("z_loss", copies * parts))):
+            if name in tracked.metrics:
+                losses[place] = tracked.metrics[name].values.sum() / divisor
+        tracked.clear()
         counts = self.counts.clone()
         self.counts.zero_()
-        return counts
+        return counts, losses

@@ -4,6 +4,7 @@ What is saved is, for every matrix of the model, the float32 weights and AdamW's
 There is no dropout and the data order is a pure function, so there is no random state to keep.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from megatron_jobs import layout, model
 from megatron_jobs.checkpoint import STATES, Checkpoint, piece_key, rectangles
 from megatron_jobs.config import RunConfig
 from megatron_jobs.layout import LocalParameter, TensorSource
-from megatron_jobs.weights import Box
+from megatron_jobs.weights import Box, shapes
 
 
 class TrainingState:
@@ -59,6 +60,7 @@ class TrainingState:
             gpt.config.grad_scale_func = self.optimizer.scale_loss
             no_sync = [chunk.no_sync for chunk in self.chunks]
             gpt.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        self._groups = list(dict.fromkeys(_group(name) for name, _ in shapes(config.model, config.moe)))
         for inner in self._inner():
             for group in inner.param_groups:
                 # megatron-core leaves this to its scheduler, and until then decays the norms as well
@@ -110,6 +112,22 @@ class TrainingState:
         self._norm = float(self.optimizer.get_grad_norm())
         return self._norm
 
+    def layer_norms(self) -> dict[str, dict[str, float]]:
+        """The norm of the gradient, before clipping, and of the weights of each layer and of what stands outside of the layers.
+
+        For use between `gradient_norm` and `update`; each rank adds up what it owns of the optimizer.
+        """
+        squares = torch.zeros(len(self._groups), 2, dtype=torch.float64, device=torch.cuda.current_device())
+        for local, _, _, main, _ in self._owned():
+            if local.is_first_copy:
+                norms = [torch.linalg.vector_norm(values.detach(), dtype=torch.float64) for values in (main.grad, main)]
+                squares[self._groups.index(_group(local.parts[0].name))] += torch.stack(norms).square()
+        dist.all_reduce(squares)
+        return {
+            name: {"gradient": gradient, "weight": weight}
+            for name, (gradient, weight) in zip(self._groups, squares.sqrt().tolist(), strict=True)
+        }
+
     def update(self, learning_rate: float) -> None:
         """One update with the gradients whose norm was taken last, clipped."""
         for distributed in self._distributed():
@@ -134,6 +152,11 @@ class TrainingState:
                 owned = distributed._get_model_param_range_map(parameter)["param"]
                 main = distributed._get_main_param_and_optimizer_states(parameter)["param"]
                 yield of[parameter], owned.start, owned.end, main, distributed.optimizer
+
+
+def _group(name: str) -> str:
+    """The layer that a matrix belongs to, or its own name outside of the layers."""
+    return re.match(r"layers\.\d+|\w+", name)[0]
 
 
 def _owned_boxes(local: LocalParameter, start: int, end: int) -> Iterator[tuple[int, int, str, Box]]:

@@ -37,10 +37,11 @@ def alone(prepared, tmp_path_factory):
 def test_one_process_follows_transformers(prepared, tmp_path, alone):
     """The same weights, batches and AdamW in a plain loop over a Llama of transformers: model, loss, decay, clipping and learning rate."""
     expected = run_ranks(1, plain_loop, tiny(prepared, tmp_path))[0]
-    assert losses(alone) == pytest.approx(expected, rel=1e-4)
+    assert losses(alone) == pytest.approx([step["loss"] for step in expected], rel=1e-4)
 
 
-def plain_loop(config: RunConfig) -> list[float]:
+def plain_loop(config: RunConfig) -> list[dict[str, Any]]:
+    """What `metrics.jsonl` should hold of each step's losses."""
     import numpy as np
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -66,14 +67,20 @@ def plain_loop(config: RunConfig) -> list[float]:
         where = order.samples(step, range(phase.global_batch_size))
         rows = np.stack([binaries[name].tokens[at : at + phase.sequence_length + 1] for name, at in where])
         tokens = torch.from_numpy(rows.astype(np.int64))
-        loss = torch.nn.functional.cross_entropy(llama(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
+        logits = llama(tokens[:, :-1]).logits
+        of_samples = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
+        z_loss = logits.logsumexp(-1).square().mean()
         adamw.zero_grad()
-        loss.backward()
+        (of_samples.mean() + phase.z_loss * z_loss).backward()
         torch.nn.utils.clip_grad_norm_(llama.parameters(), config.optimizer.clip_grad)
         for group in adamw.param_groups:
             group["lr"] = phases.learning_rate(config.phases, step)
         adamw.step()
-        result.append(float(loss.detach()))
+        by_source = {
+            name: [float(loss) for loss, (source, _) in zip(of_samples, where, strict=True) if source == name] for name in binaries
+        }
+        means = {name: sum(values) / len(values) for name, values in by_source.items() if values}
+        result.append({"loss": float(of_samples.mean()), "loss_by_source": means, "z_loss": float(z_loss)})
     return result
 
 
