@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,11 @@ class Checkpoint:
     def ledger(self) -> dict[str, Any]:
         return json.loads((self.folder / "ledger.json").read_text())
 
+    @property
+    def updates(self) -> int:
+        """Updates that AdamW has made: fewer than steps where some were skipped."""
+        return self.ledger.get("interventions", {}).get("updates", self.step)
+
     def read(self, name: str, box: Box, state: str = "master") -> torch.Tensor:
         """float32 on the CPU, shape [box.rows, box.columns]. Raises UserError when a part of the box was not saved."""
         result = torch.empty(box.rows, box.columns)
@@ -98,15 +103,24 @@ class Checkpoint:
                 raise UserError(f"{self.folder / name}: its checksum is not that of the save: the checkpoint is damaged; take an older one")
 
 
-def newest_whole(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint in `folder` whose files are what was saved; says so when it passes over a damaged one."""
+def newest_whole(folder: Path, keeps: Callable[[Checkpoint], bool] = lambda checkpoint: True) -> Checkpoint | None:
+    """The newest checkpoint in `folder` whose files are what was saved; says so when it passes over a damaged one.
+
+    Newer ones that `keeps` refuses (they were rolled back) are removed, and `latest` points at the one that is left.
+    """
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         try:
             checkpoint = Checkpoint(candidate)
+            if not keeps(checkpoint):
+                _remove(candidate)
+                continue
             checkpoint.verify()
+            if not (folder / "latest").exists():
+                _point_latest_at(candidate)
             return checkpoint
         except UserError as error:
             print(f"passing over a damaged checkpoint: {error}", flush=True)
+    (folder / "latest").unlink(missing_ok=True)
     return None
 
 
@@ -147,22 +161,31 @@ class Writer:
         _facts(self.temporary / "checkpoint.json")
         shutil.rmtree(self.final, ignore_errors=True)  # a damaged one of the same step
         os.rename(self.temporary, self.final)
-        link = self.final.parent / ".latest"
-        link.unlink(missing_ok=True)
-        link.symlink_to(self.final.name)
-        os.replace(link, self.final.parent / "latest")
+        _point_latest_at(self.final)
         _sync(self.final.parent)
         return self.final
+
+
+def _point_latest_at(final: Path) -> None:
+    link = final.parent / ".latest"
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
+    os.replace(link, final.parent / "latest")
 
 
 def prune(folder: Path, keep: int, milestones: set[int]) -> None:
     """Removes all but the newest `keep` checkpoints and those at the steps in `milestones`."""
     found = sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
     for path in [path for path in found if int(path.name[5:]) not in milestones][:-keep]:
-        # Renamed first: a folder that is half removed must not look like a checkpoint.
-        hidden = path.with_name(f".removed-{path.name}")
-        os.rename(path, hidden)
-        shutil.rmtree(hidden)
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: a folder that is half removed must not look like a checkpoint.
+    hidden = path.with_name(f".removed-{path.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(path, hidden)
+    shutil.rmtree(hidden)
 
 
 def piece_key(state: str, name: str, box: Box) -> str:

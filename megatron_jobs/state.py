@@ -28,7 +28,6 @@ class TrainingState:
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         gpt = model.build(config.model, config.moe, config.parallel, dtype, max(phase.sequence_length for phase in config.phases))
         self.parameters = layout.local_parameters(gpt, config.model, config.moe)
-        layout.fill(self.parameters, weights)
         ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
         self.chunks = [DistributedDataParallel(gpt.config, ddp_config, gpt)]
         gpt.config.finalize_model_grads_func = finalize_model_grads
@@ -41,10 +40,19 @@ class TrainingState:
                 group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
                 if isinstance(inner, torch.optim.AdamW):
                     group["fused"] = True  # one pass over the memory instead of a dozen
+        self.start_from(weights)
+
+    def start_from(self, weights: TensorSource) -> None:
+        """Takes the weights, and forgets all updates."""
+        layout.fill(self.parameters, weights)
         with torch.no_grad():  # in bf16 the optimizer took its float32 weights from rounded ones
             for local, start, end, main, _ in self._owned():
                 for first, last, name, box in _owned_boxes(local, start, end):
                     main[first - start : last - start] = weights.read(name, box).flatten()
+        for inner in self._inner():
+            inner.state.clear()
+            for group in inner.param_groups:
+                group.pop("step", None)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Takes the moments and the number of updates from a checkpoint; the weights came from it already."""
@@ -55,18 +63,19 @@ class TrainingState:
                 for first, last, name, box in _owned_boxes(local, start, end):
                     state[key][first - start : last - start] = checkpoint.read(name, box, key).flatten()
             if isinstance(inner, torch.optim.AdamW):
-                state["step"] = torch.tensor(float(checkpoint.step), device=main.device)
+                state["step"] = torch.tensor(float(checkpoint.updates), device=main.device)
         for inner in self._inner():
             if not isinstance(inner, torch.optim.AdamW):  # Transformer Engine's FusedAdam counts per group
                 for group in inner.param_groups:
-                    group["step"] = checkpoint.step
+                    group["step"] = checkpoint.updates
 
     def pieces(self) -> dict[str, torch.Tensor]:
         """What this rank owns, as rectangles for `checkpoint.Writer.add_rank_file`."""
         result = {}
         for local, start, end, main, inner in self._owned():
             if local.is_first_copy:
-                values = {"master": main.detach()} | {key: inner.state[main][key] for key in STATES[1:]}
+                none = torch.zeros_like(main, requires_grad=False)  # as long as there was no update
+                values = {"master": main.detach()} | {key: inner.state[main].get(key, none) for key in STATES[1:]}
                 for first, last, name, box in _owned_boxes(local, start, end):
                     for state, flat in values.items():
                         piece = flat[first - start : last - start].view(box.rows, box.columns)
