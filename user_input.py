@@ -62,14 +62,21 @@ def run(main: Callable[..., None]) -> None:
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         app.command()(main)
         app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (UserError, OSError) as error:
+        told = explain(error)
+        if told is None:
             raise
-        print(f"error: {error}: make space on the disk (or raise the quota) and start again: what is whole stays", file=sys.stderr)
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(2)
+
+
+def explain(error: BaseException) -> str | None:
+    """What to tell the user about an error that they can mend; None for any other."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error}: make space on the disk (or raise the quota) and start again: what is whole stays"
+    return None
 
 
 def _load(path: Path) -> dict[str, Any]:

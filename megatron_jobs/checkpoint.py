@@ -82,6 +82,11 @@ class Checkpoint:
     def ledger(self) -> dict[str, Any]:
         return json.loads((self.folder / "ledger.json").read_text())
 
+    @property
+    def updates(self) -> int:
+        """Updates that AdamW has made: fewer than steps where some were skipped."""
+        return self.ledger.get("interventions", {}).get("updates", self.step)
+
     def read(self, name: str, box: Box, state: str = "master") -> torch.Tensor:
         """float32 on the CPU, shape [box.rows, box.columns]. Raises UserError when a part of the box was not saved."""
         result = torch.empty(box.rows, box.columns)
@@ -124,27 +129,45 @@ def seal(about: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def newest_whole(folder: Path, rank: int = 0, gathered: Callable[[Any], list[Any]] = lambda value: [value]) -> Checkpoint | None:
+def newest_whole(
+    folder: Path,
+    keeps: Callable[[Checkpoint], bool] = lambda checkpoint: True,
+    rank: int = 0,
+    gathered: Callable[[Any], list[Any]] = lambda value: [value],
+) -> Checkpoint | None:
     """The newest checkpoint in `folder` whose files are what was saved; says so when it passes over a damaged one.
 
-    Called by all ranks of a run, with `parallel.gathered`, it gives each of them a share of the files to verify, and the same answer.
-    Raises UserError when there are checkpoints and none is whole.
+    Newer ones that `keeps` refuses (they were rolled back) are removed, and `latest` points at what is left. Called by all ranks of a run,
+    with `parallel.gathered`, it gives each of them a share of the files to verify, and the same answer.
+    Raises UserError when there are damaged checkpoints and none that is whole.
     """
     names = gathered(sorted((path.name for path in _steps(folder)), reverse=True))
+    num_damaged = 0
     for name in names[0]:
-        problem = None
+        problem, is_kept = None, True
         try:
             checkpoint = Checkpoint(folder / name)
-            checkpoint.verify(rank, len(names))
+            is_kept = keeps(checkpoint)
+            if is_kept:
+                checkpoint.verify(rank, len(names))
         except UserError as error:
             problem = str(error)
-        problems = [found for found in gathered(problem) if found]
-        if not problems:
+        problems, kept = zip(*gathered((problem, is_kept)), strict=True)
+        if not all(kept):
+            if rank == 0:
+                _remove(folder / name)
+        elif found := next(filter(None, problems), None):
+            num_damaged += 1
+            if rank == 0:
+                print(f"passing over a damaged checkpoint: {found}", flush=True)
+        else:
+            if rank == 0 and not (folder / "latest").exists():
+                _point_latest_at(checkpoint.folder)
             return checkpoint
-        if rank == 0:
-            print(f"passing over a damaged checkpoint: {problems[0]}", flush=True)
-    if names[0]:
-        raise UserError(f"{folder}: none of the {len(names[0])} checkpoints is whole: bring one back, or remove the folder to start anew")
+    if num_damaged:
+        raise UserError(f"{folder}: none of its {num_damaged} checkpoints is whole: bring one back, or remove the folder to start anew")
+    if rank == 0:
+        (folder / "latest").unlink(missing_ok=True)
     return None
 
 
@@ -192,12 +215,16 @@ class Writer:
         if self.final.exists():  # a damaged one of the same step
             _remove(self.final)
         os.rename(self.temporary, self.final)
-        link = self.folder / ".latest"
-        link.unlink(missing_ok=True)
-        link.symlink_to(self.final.name)
-        os.replace(link, self.folder / "latest")
+        _point_latest_at(self.final)
         _sync(self.folder)
         return self.final
+
+
+def _point_latest_at(final: Path) -> None:
+    link = final.parent / ".latest"
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
+    os.replace(link, final.parent / "latest")
 
 
 def prune(folder: Path, keep: int, is_kept: Callable[[int], bool]) -> None:
@@ -213,6 +240,7 @@ def _steps(folder: Path) -> Iterator[Path]:
 def _remove(checkpoint: Path) -> None:
     # Renamed first: a folder that is half removed must not look like a checkpoint.
     hidden = checkpoint.with_name(f".removed-{checkpoint.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
     os.rename(checkpoint, hidden)
     shutil.rmtree(hidden)
 

@@ -1,20 +1,29 @@
-"""Starts a training run on this machine: everything is checked first, then torchrun starts the processes.
+"""Starts a training run on this machine: everything is checked first, then its processes are started and watched.
 
     python -m megatron_jobs.launch CONFIG.yaml [key=value …] --processes 2             (what `mujina train` calls)
 
-On a cluster the Slurm scripts start `python -m megatron_jobs.train` themselves.
+When one process dies, the others are taken down, and the error that came first is shown last. Ctrl-C or SIGTERM ends the run after its
+step with a checkpoint; a second one ends it at once. On a cluster the Slurm scripts start `python -m megatron_jobs.train` themselves.
 """
 
+import ctypes
 import os
+import signal
+import socket
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from megatron_jobs import config as configuration
-from megatron_jobs import data, phases
+from megatron_jobs import data, failures, phases
 from user_input import run
+
+TAIL = 15  # lines of a traceback or log that are shown
 
 
 def main(
@@ -32,10 +41,93 @@ def main(
     if (settings.run / "checkpoints" / f"step-{num_steps:08d}").exists():
         print(f"{settings.run}: all {num_steps} steps are done")
         return
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["-m", "megatron_jobs.train", str(config), *(overrides or [])]
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-    os.execv(sys.executable, command)
+    before = len(failures.attempts(settings.run))
+    ranks = _start([sys.executable, "-m", "megatron_jobs.train", str(config), *(overrides or [])], processes)
+    stopping = _forward_signals(ranks)
+    failed = _first_to_fail(ranks)
+    if failed is not None:
+        _take_down(ranks)
+        status = ranks[failed].returncode
+        if stopping.is_set() and status < 0:  # before it could save, or at the second signal
+            status = 128 + signal.SIGTERM
+        if status not in (2, 128 + signal.SIGTERM):  # 2: an error of the user's, which stands on the console in one line
+            attempt = next(iter(failures.attempts(settings.run)[before:]), None)
+            print(_first_error(failed, status, attempt), file=sys.stderr)
+        sys.exit(status if status > 0 else 1)
+
+
+def _start(command: list[str], processes: int) -> list[subprocess.Popen[bytes]]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", max(1, len(os.sched_getaffinity(0)) // processes))
+    environments = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+    return [
+        # In sessions of their own: Ctrl-C reaches the launcher alone, which passes it on as SIGTERM.
+        subprocess.Popen(command, env=os.environ | {k: str(v) for k, v in env.items()}, start_new_session=True, preexec_fn=_die_with_parent)
+        for env in environments
+    ]
+
+
+def _die_with_parent() -> None:
+    # A launcher that is killed outright cannot stop its processes; then the kernel does.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+
+
+def _forward_signals(ranks: list[subprocess.Popen[bytes]]) -> threading.Event:
+    """Ctrl-C and SIGTERM reach the processes as SIGTERM, and as SIGKILL from the second time on; the event tells that one came."""
+    stopping = threading.Event()
+
+    def forward(number: int, frame: object) -> None:
+        for process in ranks:
+            process.send_signal(signal.SIGKILL if stopping.is_set() else signal.SIGTERM)
+        stopping.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, forward)
+    return stopping
+
+
+def _first_to_fail(ranks: list[subprocess.Popen[bytes]]) -> int | None:
+    """Waits for all to end well (None), or for the first one that does not."""
+    while True:
+        states = [process.poll() for process in ranks]
+        for rank, state in enumerate(states):
+            if state not in (None, 0):
+                return rank
+        if None not in states:
+            return None
+        time.sleep(0.1)
+
+
+def _take_down(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Gives the processes that are left a moment to save their last words, then kills them."""
+    deadline = time.monotonic() + failures.GRACE
+    for process in ranks:
+        try:
+            process.wait(max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _first_error(rank: int, status: int, attempt: Path | None) -> str:
+    """The block that ends a failed run on the console: what came first, and where the rest is."""
+    if attempt is None:
+        return f"rank {rank} {_how(status)}, before its log began"
+    log = attempt / f"rank-{rank}.log"
+    lines = log.read_text(errors="replace").splitlines()[-TAIL:] if log.exists() else []
+    failures.claim(attempt, f"rank {rank}", "\n".join([_how(status), *lines]))
+    first, *rest = (attempt / "first_error").read_text().splitlines()
+    line = "-" * 100
+    return "\n".join([line, f"first error: {first}", *rest[-TAIL:], "", f"all ranks' logs: {attempt}", line])
+
+
+def _how(status: int) -> str:
+    if status == -signal.SIGKILL:
+        return "was killed by SIGKILL (the kernel does that when memory runs out: see dmesg); the end of its log:"
+    return f"was killed by {signal.Signals(-status).name}; the end of its log:" if status < 0 else f"ended with status {status}; its log:"
 
 
 if __name__ == "__main__":

@@ -22,19 +22,29 @@ class Log:
         self.config = config
         config.run.mkdir(parents=True, exist_ok=True)
         (config.run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-        path = config.run / "metrics.jsonl"
+        self.num_steps = phases.num_steps(config.phases)
+        self._open(first_step)
+        what = "Transformer Engine" if model.has_transformer_engine() else "local"
+        print(f"{config.run}: {dist.get_world_size()} processes on {parallel.device_name()}; {what} layers", flush=True)
+        if first_step:
+            print(f"{config.run}: goes on at step {first_step} of {self.num_steps}", flush=True)
+
+    def _open(self, first_step: int) -> None:
+        """Goes on behind `first_step`; lines of later steps, from before a restart or a rollback, are cut off."""
+        path = self.config.run / "metrics.jsonl"
         kept = [line for line in path.read_text().splitlines() if _is_before(line, first_step)] if path.exists() else []
         rewritten = path.with_suffix(".tmp")
         rewritten.write_text("".join(line + "\n" for line in kept))
         os.replace(rewritten, path)
         self.metrics = path.open("a", buffering=1)
-        self.tensorboard = SummaryWriter(str(config.run / "tensorboard"), purge_step=first_step + 1)
-        self.num_steps = phases.num_steps(config.phases)
+        self.tensorboard = SummaryWriter(str(self.config.run / "tensorboard"), purge_step=first_step + 1)
         self.began, self.first_step, self.shown = time.monotonic(), first_step, -math.inf
-        what = "Transformer Engine" if model.has_transformer_engine() else "local"
-        print(f"{config.run}: {dist.get_world_size()} processes on {parallel.device_name()}; {what} layers", flush=True)
-        if first_step:
-            print(f"{config.run}: goes on at step {first_step} of {self.num_steps}", flush=True)
+
+    def go_back(self, step: int) -> None:
+        """Forgets the steps behind `step`, which a rollback has undone."""
+        self.metrics.close()
+        self.tensorboard.close()
+        self._open(step)
 
     def step(
         self,

@@ -5,6 +5,7 @@ files: each puts its rectangles and their checksum into the temporary folder, an
 """
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,9 +28,13 @@ class Saver:
         self._host_copies: dict[str, torch.Tensor] = {}
         self._save: _Save | None = None
 
-    def newest(self) -> Checkpoint | None:
-        """The newest whole checkpoint of the run, the same on every rank; each verifies a share of its files. Collective."""
-        return newest_whole(self.folder, dist.get_rank(), parallel.gathered)
+    def newest(self, keeps: Callable[[Checkpoint], bool]) -> Checkpoint | None:
+        """The newest whole checkpoint of the run that `keeps` does not refuse, the same on every rank. Collective.
+
+        Waits for the save under way; each rank verifies a share of the files.
+        """
+        self.wait()
+        return newest_whole(self.folder, keeps, dist.get_rank(), parallel.gathered)
 
     def save(self, step: int, tokens: int, updates: int, pieces: dict[str, torch.Tensor], ledger: dict[str, Any]) -> None:
         """Saves the rectangles that this rank owns (`TrainingState.pieces`), which may change when this returns. Collective.

@@ -46,7 +46,6 @@ class TrainingState:
             for chunk in range(config.parallel.virtual_pipeline)
         ]
         self.parameters = [local for gpt in gpts for local in layout.local_parameters(gpt, config.model, config.moe)]
-        layout.fill(self.parameters, weights)
         overlap = dist.get_world_size() > 1
         ddp_config = DistributedDataParallelConfig(
             use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, overlap_param_gather=overlap
@@ -67,11 +66,20 @@ class TrainingState:
                 group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
                 if isinstance(inner, torch.optim.AdamW):
                     group["fused"] = True  # one pass over the memory instead of a dozen
+        self.start_from(weights)
+
+    def start_from(self, weights: TensorSource) -> None:
+        """Takes the weights, and forgets all updates."""
         self.updates = 0
+        layout.fill(self.parameters, weights)
         with torch.no_grad():  # in bf16 the optimizer took its float32 weights from rounded ones
             for local, start, end, main, _ in self._owned():
                 for first, last, name, box in _owned_boxes(local, start, end):
                     main[first - start : last - start] = weights.read(name, box).flatten()
+        for inner in self._inner():
+            inner.state.clear()
+            for group in inner.param_groups:
+                group.pop("step", None)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Takes the moments and the number of updates from a checkpoint; the weights came from it already."""

@@ -16,7 +16,7 @@ MAY_ENTER = {
     "evaluation": {"tokenization"},
 }
 MEGATRON_CORE_MAY_BE_IN = {"megatron_jobs", "moe"}
-LIGHT = ["megatron_jobs/config.py", "megatron_jobs/phases.py", "megatron_jobs/order.py", "megatron_jobs/plan.py", "megatron_jobs/launch.py"]
+LIGHT = [f"megatron_jobs/{name}.py" for name in ("config", "phases", "order", "plan", "launch", "stability", "failures")]
 
 
 def imports_of(path: Path, top_level_only: bool = False) -> set[str]:

@@ -1,0 +1,193 @@
+"""When a run fails: every rank's log, the error that came first, and a watchdog for runs that hang.
+
+    RUN/logs/attempt-3/rank-1.log     all that rank 1 wrote; only rank 0 and the first error are on the console as well
+    RUN/logs/attempt-3/first_error    which rank failed first, and its traceback: whoever fails later because of it names this file
+    RUN/logs/attempt-3/hung-1         where rank 1 stood when the run hung; the stacks of all its threads are in its log
+
+Needs no torch.
+"""
+
+import contextlib
+import faulthandler
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from user_input import explain
+
+GRACE = 10  # seconds that the other ranks get to say where they are, or to end, before the run is taken down
+# What gloo, NCCL and their sockets say when another rank is gone.
+_PEER_IS_GONE = re.compile(r"Connection (reset|closed|refused)|Broken pipe|NCCL|gloo|Timed out waiting", re.IGNORECASE)
+
+
+def attempts(run: Path) -> list[Path]:
+    """The log folders of a run's starts, oldest first."""
+    return sorted((run / "logs").glob("attempt-*"), key=lambda path: int(path.name.removeprefix("attempt-")))
+
+
+def new_attempt(run: Path) -> Path:
+    folder = run / "logs" / f"attempt-{len(attempts(run)) + 1}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def claim(attempt: Path, who: str, text: str) -> bool:
+    """Writes the first error down, unless there is one already: then returns False."""
+    try:
+        with (attempt / "first_error").open("x") as file:
+            file.write(f"{who} on {socket.gethostname()}, {time.strftime('%F %T')}\n{text.rstrip()}\n")
+        return True
+    except FileExistsError:
+        return False
+
+
+@contextlib.contextmanager
+def supervised(attempt: Path, rank: int, world_size: int, hang_seconds: float) -> Iterator["Watchdog"]:
+    """Sends this rank's output to its log, watches it, and ends the process at once when the block raises an error."""
+    console = _redirect(attempt / f"rank-{rank}.log", rank)
+    watchdog = Watchdog(attempt, rank, world_size, hang_seconds, console)
+    try:
+        yield watchdog
+    except Exception as error:
+        _report(error, attempt, rank, console)
+        # Not by an exception: taking the process groups down can wait for ranks that are gone.
+        _end(2 if explain(error) else 1)
+    finally:
+        watchdog.close()
+
+
+def stop_on_sigterm() -> Callable[[], bool]:
+    """From now on SIGTERM does not end the process; what is returned tells whether it came."""
+    came = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: came.set())
+    return came.is_set
+
+
+class Watchdog:
+    """Ends the run when nothing was marked for `hang_seconds`, and says where each rank stands. Every rank has its own."""
+
+    def __init__(self, attempt: Path, rank: int, world_size: int, hang_seconds: float, console: int) -> None:
+        self.attempt, self.rank, self.world_size, self.hang_seconds, self.console = attempt, rank, world_size, hang_seconds, console
+        self._log = (attempt / f"rank-{rank}.log").open("a")
+        self._closed = threading.Event()
+        faulthandler.enable(self._log)  # a segmentation fault leaves its stack, too
+        self.mark()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def mark(self) -> None:
+        """The run has got on: a step, a checkpoint or a validation has ended."""
+        self._marked = time.monotonic()
+        # Where C code hangs and holds the interpreter, no Python thread runs any more; this one is not Python's.
+        faulthandler.dump_traceback_later(self.hang_seconds + 2 * GRACE, file=self._log, exit=True)
+
+    def close(self) -> None:
+        self._closed.set()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(1):
+            if (self.attempt / "first_error").exists():
+                self._closed.wait(GRACE)  # this rank may be waiting for one that is gone, and never know
+                if not self._closed.is_set():
+                    _say(f"rank {self.rank} ends: {_first_line(self.attempt)}", self.rank, self.console)
+                    _end(1)
+            elif time.monotonic() - self._marked > self.hang_seconds or any(self.attempt.glob("hung-*")):
+                self._hung()
+
+    def _hung(self) -> None:
+        faulthandler.dump_traceback(self._log, all_threads=True)
+        (self.attempt / f"hung-{self.rank}").write_text(_place())
+        if self.rank == 0:
+            deadline = time.monotonic() + GRACE
+            while len(list(self.attempt.glob("hung-*"))) < self.world_size and time.monotonic() < deadline:
+                time.sleep(0.1)
+            text = f"hung: no step ended for {self.hang_seconds / 60:.3g} minutes (train.hang_minutes): {self._places()}"
+            if claim(self.attempt, "rank 0", text):
+                _say(f"{text}; the stacks are in {self.attempt}", self.rank, self.console)
+        else:
+            time.sleep(2 * GRACE)  # rank 0 speaks, and ends the run
+        _end(1)
+
+    def _places(self) -> str:
+        """Which ranks are where, the fewest first."""
+        ranks = defaultdict(list)
+        for rank in range(self.world_size):
+            path = self.attempt / f"hung-{rank}"
+            ranks[path.read_text() if path.exists() else "somewhere: it did not answer"].append(rank)
+        return "; ".join(
+            f"rank{'s' * (len(there) > 1)} {', '.join(map(str, there))} in {place}"
+            for place, there in sorted(ranks.items(), key=lambda item: len(item[1]))
+        )
+
+
+def _place() -> str:
+    """Where the main thread is: its innermost frame, and the innermost one of this package."""
+    frame = sys._current_frames()[threading.main_thread().ident]
+    innermost = frame
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] != __package__:
+        frame = frame.f_back
+    names = [f"{at.f_code.co_name} ({Path(at.f_code.co_filename).name}:{at.f_lineno})" for at in (innermost, frame)]
+    return names[0] if innermost is frame else f"{names[0]}, called by {names[1]}"
+
+
+def _redirect(log: Path, rank: int) -> int:
+    """Sends all that this process writes, C libraries included, to `log`. Returns what was its standard error."""
+    console = os.dup(2)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if rank == 0:
+        # In a session of its own: a signal to the run's processes must not end what tells of it.
+        for number in (1, 2):
+            tee = subprocess.Popen(["tee", "-a", log], stdin=subprocess.PIPE, stdout=number, start_new_session=True)
+            os.dup2(tee.stdin.fileno(), number)
+            tee.stdin.close()
+    else:
+        with log.open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    return console
+
+
+def _report(error: Exception, attempt: Path, rank: int, console: int) -> None:
+    told = explain(error)
+    text = f"error: {told}" if told else traceback.format_exc()
+    if told is None and _PEER_IS_GONE.search(str(error)):
+        _wait_for_first_error(attempt)
+    if claim(attempt, f"rank {rank}", text):
+        _say(text if told else f"rank {rank} failed: {type(error).__name__}: {error} ({attempt / 'first_error'})", rank, console)
+        if told is None:
+            with (attempt / f"rank-{rank}.log").open("a") as file:
+                file.write(text)
+    elif not told or told not in (attempt / "first_error").read_text():
+        _say(f"rank {rank} ends: {_first_line(attempt)}", rank, console)
+
+
+def _wait_for_first_error(attempt: Path) -> None:
+    deadline = time.monotonic() + GRACE / 2
+    while not (attempt / "first_error").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _first_line(attempt: Path) -> str:
+    return f"the first error was of {(attempt / 'first_error').read_text().partition(',')[0]}: see {attempt / 'first_error'}"
+
+
+def _say(text: str, rank: int, console: int) -> None:
+    print(text, file=sys.stderr, flush=True)
+    if rank != 0:  # whose output goes to its log only
+        os.write(console, f"{text}\n".encode())
+
+
+def _end(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,116 @@
+"""Runs whose processes die, hang or are told to stop: started by the command that users call, with a fault in one rank."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_jobs import failures
+from tests.conftest import tiny
+from tests.megatron_jobs.test_kill import wait_for
+
+ROOT = Path(__file__).parents[2]
+FAULTS = {
+    "raises": "raise ValueError('the fault of this test')",
+    "killed": "os.kill(os.getpid(), signal.SIGKILL)",
+    "exits": "os._exit(7)",
+    "hangs": "time.sleep(1000)",
+    "hangs in C": "ctypes.PyDLL(None).sleep(1000)",  # PyDLL keeps the interpreter's lock
+    "bad data": "raise UserError('data.folder (x): is empty: fill it')",
+}
+# Python runs it at the start of every process whose path it is on.
+SITECUSTOMIZE = """
+import os, sys
+if os.environ.get("RANK") == "1":
+    import ctypes, signal, threading, time
+    from user_input import UserError
+    def fault(): {fault}
+    def patch():
+        while not hasattr(sys.modules.get("megatron_jobs.objective"), "Objective"): time.sleep(0.01)
+        objective, calls = sys.modules["megatron_jobs.objective"].Objective, []
+        gradients = objective.gradients
+        def faulty(self, *arguments):
+            calls.append(1)
+            if len(calls) == 3: fault()
+            return gradients(self, *arguments)
+        objective.gradients = faulty
+    threading.Thread(target=patch, daemon=True).start()
+"""
+
+
+def start(prepared: Path, folder: Path, fault: str | None, **sections) -> subprocess.Popen:
+    config = tiny(prepared, folder / "run", **sections)
+    (folder / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    environment = os.environ | {"PYTHONPATH": f"{folder}:{ROOT}"}
+    if fault:
+        (folder / "sitecustomize.py").write_text(SITECUSTOMIZE.format(fault=FAULTS[fault]))
+    command = [sys.executable, "-m", "megatron_jobs.launch", str(folder / "run.yaml"), "--processes", "2"]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize(
+    ("fault", "first", "status"),
+    [
+        ("raises", "ValueError: the fault of this test", 1),
+        ("killed", "was killed by SIGKILL (the kernel does that when memory runs out", 1),
+        ("exits", "ended with status 7", 7),
+        ("bad data", "error: data.folder (x): is empty: fill it", 2),
+    ],
+)
+def test_a_rank_that_dies_takes_the_run_down_and_is_named(prepared, tmp_path, fault, first, status):
+    launched = start(prepared, tmp_path, fault)
+    attempt = tmp_path / "run/logs/attempt-1"
+    wait_for(lambda: (attempt / "first_error").exists() or launched.poll() is not None, [launched])
+    began = time.monotonic()
+    shown, _ = launched.communicate(timeout=60)
+    assert time.monotonic() - began < 30, "a job whose rank is dead costs its price for longer than it has to"
+    assert launched.returncode == status, shown
+    told = (attempt / "first_error").read_text()
+    assert told.startswith("rank 1 on ") and first in told and first in shown
+    assert shown.count("Traceback") == (1 if fault == "raises" else 0), shown
+    if fault != "bad data":
+        block = shown[shown.index("first error: rank 1 on") :]
+        assert first in block and f"all ranks' logs: {attempt}" in block
+    assert "processes on CPU" in (attempt / "rank-0.log").read_text() and "processes on CPU" not in (attempt / "rank-1.log").read_text()
+
+
+@pytest.mark.parametrize(("fault", "place"), [("hangs", "in fault (sitecustomize.py:"), ("hangs in C", "somewhere: it did not answer")])
+def test_a_hang_ends_the_run_with_the_stacks_of_all_ranks(prepared, tmp_path, fault, place):
+    launched = start(prepared, tmp_path, fault, train=dict(hang_minutes=0.25))
+    shown, _ = launched.communicate(timeout=300)
+    assert launched.returncode == 1, shown
+    (line,) = [line for line in shown.splitlines() if line.startswith("hung: ") and "the stacks are in" in line]
+    assert f"rank 1 {place}" in line and "rank 0 in " in line and "(objective.py:" in line
+    for rank in range(2):
+        log = (tmp_path / f"run/logs/attempt-1/rank-{rank}.log").read_text()
+        assert "most recent call first" in log and "train.py" in log, log
+        if rank == 1:
+            assert "in fault" in log
+
+
+def test_sigterm_saves_after_the_step_and_the_next_start_goes_on(prepared, tmp_path):
+    sections = dict(train=dict(checkpoint_interval=1000))
+    first = start(prepared, tmp_path, None, **sections)
+    metrics = tmp_path / "run/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, [first])
+    first.send_signal(signal.SIGTERM)
+    shown, _ = first.communicate(timeout=60)
+    assert first.returncode == 143 and "first error" not in shown, shown
+    done = json.loads((tmp_path / "run/checkpoints/latest/checkpoint.json").read_text())["step"]
+    assert 2 <= done < 10 and metrics.read_text().count("\n") == done
+    second = start(prepared, tmp_path, None, **sections)
+    shown, _ = second.communicate(timeout=300)
+    assert second.returncode == 0 and f"goes on at step {done} of 10" in shown
+    assert [path.name for path in failures.attempts(tmp_path / "run")] == ["attempt-1", "attempt-2"]
+
+
+def test_only_one_error_is_the_first(tmp_path):
+    attempt = failures.new_attempt(tmp_path)
+    assert failures.claim(attempt, "rank 3", "one") and not failures.claim(attempt, "rank 0", "another")
+    assert (attempt / "first_error").read_text().endswith("\none\n")
