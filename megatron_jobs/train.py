@@ -45,14 +45,14 @@ def train(config: RunConfig) -> None:
         state.restore(start)
     objective = Objective(config, state)
     first_step = start.step if start else 0
-    log = Log(config, first_step) if dist.get_rank() == 0 else None
+    log = Log(config, first_step)
     phase_ends = {sum(phase.num_steps for phase in config.phases[: n + 1]) for n in range(len(config.phases))}
 
     for step in range(first_step, phases.num_steps(config.phases)):
         began = time.perf_counter()
         phase = config.phases[phases.locate(config.phases, step)[0]]
         num_micro_batches = phase.global_batch_size // (config.train.micro_batch_size * parallel_state.get_data_parallel_world_size())
-        batches = _micro_batches(config, order, binaries, step, num_micro_batches)
+        batches = _Timed(_micro_batches(config, order, binaries, step, num_micro_batches))
         losses = objective.gradients(phase, batches, num_micro_batches)
         gradient_norm = state.gradient_norm()
         if not math.isfinite(losses.mean + gradient_norm):
@@ -62,12 +62,30 @@ def train(config: RunConfig) -> None:
             )
         learning_rate = phases.learning_rate(config.phases, step)
         state.update(learning_rate)
-        if log:
-            log.step(step + 1, phase.name, losses, learning_rate, gradient_norm, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        log.step(step + 1, phase.name, losses, learning_rate, gradient_norm, seconds, {}, batches.seconds)
         if (step + 1) % config.train.checkpoint_interval == 0 or step + 1 in phase_ends:
+            began = time.perf_counter()
             _save(config, order, state, step + 1, phase_ends)
-    if log:
-        log.close()
+            log.saved(step + 1, *[time.perf_counter() - began] * 2)
+    log.close()
+
+
+class _Timed:
+    """STAND-IN for the data feeder, which tells the seconds that it made the trainer wait."""
+
+    def __init__(self, batches: Iterator[torch.Tensor]) -> None:
+        self.batches, self.seconds = batches, 0.0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        began = time.perf_counter()
+        try:
+            return next(self.batches)
+        finally:
+            self.seconds += time.perf_counter() - began
 
 
 def _micro_batches(
