@@ -47,15 +47,11 @@ from megatron_jobs.wandb_run import WandbRun
 
 
 class Log:
-    """Every rank has one and calls it alike; rank 0 writes."""
+    """Only rank 0 has one."""
 
     def __init__(self, config: RunConfig, first_step: int) -> None:
         """`first_step` is the last step that is done: lines of later steps, from before a restart, are cut off."""
         self.config = config
-        self._vitals = Vitals.of_this_process()
-        self._writes = dist.get_rank() == 0
-        if not self._writes:
-            return
         config.run.mkdir(parents=True, exist_ok=True)
         resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         write_whole(config.run / "config.yaml", resolved.encode())
@@ -82,12 +78,9 @@ class Log:
         norm: float,
         seconds: float,
         now_and_then: dict[str, Any],
-        data_seconds: float,
+        vitals: Vitals,
     ) -> None:
         """`now_and_then`: what only some steps measure: "validation", "layer_norms", "fp8_shadow"."""
-        vitals, warnings = self._vitals.gather(data_seconds)
-        if not self._writes:
-            return
         tokens, work = (of(step) - of(step - 1) for of in (self._work.tokens, self._work.flops))
         num_gpus = dist.get_world_size()
         flops_per_gpu = work / seconds / num_gpus
@@ -104,7 +97,7 @@ class Log:
             "tokens_per_second_per_gpu": tokens / seconds / num_gpus,
             "tflops_per_gpu": flops_per_gpu / 1e12,
             "mfu": self._peak and flops_per_gpu / self._peak,
-            **vitals,
+            **vitals.fields,
             **_details(losses),
             **now_and_then,
             **self._notes,
@@ -113,37 +106,33 @@ class Log:
         self._metrics.write(json.dumps(record) + "\n")
         self._send(record, step)
         self._console.step(record)
-        for warning in warnings:
+        for warning in vitals.warnings:
             self.event(step, "gpu", reason=warning)
 
     def saved(self, step: int, seconds: float, whole_seconds: float) -> None:
         """A checkpoint of `step` is whole: training stood still for `seconds` of the `whole_seconds` that it took."""
-        if self._writes:
-            self._notes["checkpoint_seconds"] = self._notes.get("checkpoint_seconds", 0.0) + seconds
-            self._record_event(step, "checkpoint", seconds=seconds, whole_seconds=whole_seconds)
+        self._notes["checkpoint_seconds"] = self._notes.get("checkpoint_seconds", 0.0) + seconds
+        self._record_event(step, "checkpoint", seconds=seconds, whole_seconds=whole_seconds)
 
     def event(self, step: int, what: str, **facts: Any) -> None:
         """A line in events.jsonl, and one on the console: "spike", "skip", "rollback", …; `reason` among the facts is what people read."""
-        if self._writes:
-            self._record_event(step, what, **facts)
-            told = facts.get("reason") or ", ".join(f"{key} {value}" for key, value in facts.items())
-            self._console.say(f"step {step:,}: {what}{told and ': '}{told}")
+        self._record_event(step, what, **facts)
+        told = facts.get("reason") or ", ".join(f"{key} {value}" for key, value in facts.items())
+        self._console.say(f"step {step:,}: {what}{told and ': '}{told}")
 
     def rewind(self, step: int) -> None:
         """Cuts metrics.jsonl and TensorBoard back to `step`, the last one that still holds; the steps behind it will come again."""
-        if self._writes:
-            self._metrics.close()
-            self._tensorboard.close()
-            self._notes = {}
-            self._open(step)
+        self._metrics.close()
+        self._tensorboard.close()
+        self._notes = {}
+        self._open(step)
 
     def close(self) -> None:
-        if self._writes:
-            self._metrics.close()
-            self._tensorboard.close()
-            if self._wandb:
-                self._wandb.close()
-            self._console.say(f"{self.config.run}: all {self._work.num_steps} steps are done")
+        self._metrics.close()
+        self._tensorboard.close()
+        if self._wandb:
+            self._wandb.close()
+        self._console.say(f"{self.config.run}: all {self._work.num_steps} steps are done")
 
     def _open(self, last_step: int) -> None:
         """Goes on behind `last_step`. A line that a killed process left unfinished goes too."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -81,6 +82,12 @@ def device_name() -> str:
 
     pynvml.nvmlInit()
     return f"{torch.cuda.get_device_name()}, driver {pynvml.nvmlSystemGetDriverVersion()}"
+
+
+def memory_gib() -> float:
+    """The most GPU memory that this process has held; without a GPU, the memory that it holds now."""
+    used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    return used / 2**30
 
 
 def rank() -> int:

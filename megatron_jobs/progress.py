@@ -7,7 +7,7 @@ import sys
 import time
 from collections import deque
 from datetime import datetime, timedelta
-from typing import Any, TextIO
+from typing import Any
 
 from megatron_jobs import flops, phases
 from megatron_jobs.config import RunConfig
@@ -76,9 +76,8 @@ class Speed:
 class Console:
     """On a terminal one line that is rewritten; elsewhere a line every ten seconds and when a phase begins."""
 
-    def __init__(self, work: Work, stream: TextIO = sys.stdout) -> None:
-        self._work, self._stream = work, stream
-        self._is_live = stream.isatty()
+    def __init__(self, work: Work) -> None:
+        self._work, self._is_live = work, sys.stdout.isatty()
         self._interval = 0.2 if self._is_live else 10.0
         self._losses: deque[float] = deque(maxlen=100)
         self._phase, self._shown, self._has_line = "", -math.inf, False
@@ -98,15 +97,15 @@ class Console:
         self._shown = now
         line = status(record, self._work, self._speed, statistics.fmean(self._losses), datetime.now())
         if not self._is_live:
-            print(line, file=self._stream, flush=True)
+            print(line, flush=True)
             return
         width = shutil.get_terminal_size().columns - 1
-        print(f"\r\033[K{line[:width]}", end="\n" if is_last else "", file=self._stream, flush=True)
+        print(f"\r\033[K{line[:width]}", end="\n" if is_last else "", flush=True)
         self._has_line = not is_last
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        print("\r\033[K" * self._has_line + text, file=self._stream, flush=True)
+        print("\r\033[K" * self._has_line + text, flush=True)
         self._has_line = False
 
 

@@ -30,6 +30,7 @@ from megatron_jobs.metrics import Log
 from megatron_jobs.objective import Objective
 from megatron_jobs.order import DataOrder
 from megatron_jobs.state import TrainingState
+from megatron_jobs.vitals import Watch
 from megatron_jobs.weights import InitialWeights, shapes
 from user_input import UserError, run
 
@@ -45,7 +46,7 @@ def train(config: RunConfig) -> None:
         state.restore(start)
     objective = Objective(config, state)
     first_step = start.step if start else 0
-    log = Log(config, first_step)
+    log, watch = Log(config, first_step) if dist.get_rank() == 0 else None, Watch.of_this_process()
     phase_ends = {sum(phase.num_steps for phase in config.phases[: n + 1]) for n in range(len(config.phases))}
 
     for step in range(first_step, phases.num_steps(config.phases)):
@@ -63,12 +64,16 @@ def train(config: RunConfig) -> None:
         learning_rate = phases.learning_rate(config.phases, step)
         state.update(learning_rate)
         seconds = time.perf_counter() - began
-        log.step(step + 1, phase.name, losses, learning_rate, gradient_norm, seconds, {}, batches.seconds)
+        vitals = watch.vitals(batches.seconds)
+        if log:
+            log.step(step + 1, phase.name, losses, learning_rate, gradient_norm, seconds, {}, vitals)
         if (step + 1) % config.train.checkpoint_interval == 0 or step + 1 in phase_ends:
             began = time.perf_counter()
             _save(config, order, state, step + 1, phase_ends)
-            log.saved(step + 1, *[time.perf_counter() - began] * 2)
-    log.close()
+            if log:
+                log.saved(step + 1, *[time.perf_counter() - began] * 2)
+    if log:
+        log.close()
 
 
 class _Timed:

@@ -6,11 +6,13 @@ exchange between the ranks is one small all-gather a step.
 
 import math
 import time
+from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
+
+from megatron_jobs import parallel
 
 INTERVAL = 10.0  # seconds between two looks at memory and GPU
 
@@ -26,7 +28,15 @@ REASONS = {
 TROUBLE = 0x08 | 0x20 | 0x40 | 0x80
 
 
+@dataclass(frozen=True)
 class Vitals:
+    """What rank 0 knows of all ranks after a step."""
+
+    fields: dict[str, Any]  # for the step's record; the worst of all ranks in each
+    warnings: list[str]  # what is new since the last look
+
+
+class Watch:
     """This rank's part in it. `pynvml` is the module of that name where there is a GPU, else None."""
 
     def __init__(self, pynvml: Any = None, uuid: str = "") -> None:
@@ -36,7 +46,7 @@ class Vitals:
         self._troubled: set[int] = set()  # the ranks whose GPUs were slowed down when last looked at
 
     @classmethod
-    def of_this_process(cls) -> "Vitals":
+    def of_this_process(cls) -> "Watch":
         if not torch.cuda.is_available():
             return cls()
         import pynvml
@@ -44,25 +54,22 @@ class Vitals:
         pynvml.nvmlInit()
         return cls(pynvml, f"GPU-{torch.cuda.get_device_properties().uuid}")  # the number would be another under CUDA_VISIBLE_DEVICES
 
-    def gather(self, data_seconds: float) -> tuple[dict[str, Any], list[str]]:
-        """Every rank calls this after a step. Fields for the step's record, the worst of all ranks in each, and warnings.
-
-        `gpu` is among the fields when rank 0 has just looked at its GPU.
-        """
+    def vitals(self, data_seconds: float) -> Vitals:
+        """Every rank calls this after a step, with the seconds that it waited for data. `gpu` is told when rank 0 has just looked."""
         is_new = time.monotonic() - self._asked >= INTERVAL
         if is_new:
-            self._asked, self._sample = time.monotonic(), [*_memory_gib(), *self._health()]
-        device = torch.cuda.current_device() if self._nvml and torch.cuda.is_available() else "cpu"
+            self._asked, self._sample = time.monotonic(), [parallel.memory_gib(), _reserved_gib(), *self._health()]
+        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
         mine = torch.tensor([data_seconds, *self._sample], dtype=torch.float64, device=device)
         rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(rows, mine)
         waits, memory, reserved, *health = torch.stack(rows).cpu().T.tolist()
         fields: dict[str, Any] = {"data_seconds": max(waits), "memory_gib": max(memory)}
-        if not any(map(math.isnan, reserved)):
+        if torch.cuda.is_available():
             fields["memory_reserved_gib"] = max(reserved)
         if not (is_new and self._nvml):
-            return fields, []
-        return fields | {"gpu": over_ranks(*health)}, self._warnings(*health)
+            return Vitals(fields, [])
+        return Vitals(fields | {"gpu": over_ranks(*health)}, self._warnings(*health))
 
     def _health(self) -> list[float]:
         """Temperature (°C), power (W), SM clock (MHz), reasons for a lower clock (bits), uncorrectable ECC errors since the last reboot."""
@@ -121,8 +128,5 @@ def in_words(bits: float, mask: int = -1) -> list[str]:
     return [] if math.isnan(bits) else [words for bit, words in REASONS.items() if int(bits) & bit & mask]
 
 
-def _memory_gib() -> list[float]:
-    """On a GPU the peak of what tensors took, and what PyTorch holds; on a CPU the resident set, and NaN."""
-    if torch.cuda.is_available():
-        return [torch.cuda.max_memory_allocated() / 2**30, torch.cuda.memory_reserved() / 2**30]
-    return [psutil.Process().memory_info().rss / 2**30, math.nan]
+def _reserved_gib() -> float:
+    return torch.cuda.memory_reserved() / 2**30 if torch.cuda.is_available() else math.nan
