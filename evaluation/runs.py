@@ -19,7 +19,14 @@ from evaluation.files import parse_object, read_text
 from user_input import Section, UserError, parse
 
 _SMOOTHED_SHARE = 1 / 40  # of a run's steps: the window of the smoothed lines, and "the end" of a run
-EVENT_COLOURS = {"spike": "var(--event-0)", "skip": "var(--event-1)", "rollback": "var(--event-2)", "restart": "var(--event-3)"}
+# What `mujina train` writes of its own: a spike that was only logged is "update", since the step's update was made.
+EVENT_COLOURS = {
+    "update": "var(--event-0)",
+    "spike": "var(--event-0)",
+    "skip": "var(--event-1)",
+    "rollback": "var(--event-2)",
+    "restart": "var(--event-3)",
+}
 OTHER_EVENT_COLOUR = "var(--event-4)"
 
 
