@@ -18,6 +18,7 @@ _STYLE = """
   --source-0: #1f9d90; --source-1: #e0a81c; --source-2: #8267d8; --source-3: #e0799a;
   --source-4: #8c9a34; --source-5: #9c6d48; --source-6: #70819a; --source-7: #78b8e0;
   --above: #d98a3d; --below: #6f9bd1; --kept: #9fb3c4;
+  --event-0: #d59500; --event-1: #8a5bd1; --event-2: #cf2f3c; --event-3: #2f9c95; --event-4: #7d7a74;
 }
 @media screen and (prefers-color-scheme: dark) {
   :root {
@@ -28,6 +29,7 @@ _STYLE = """
     --source-0: #35b8aa; --source-1: #d6a632; --source-2: #a08af0; --source-3: #e88fac;
     --source-4: #a9b64e; --source-5: #bf8d66; --source-6: #8fa0b8; --source-7: #6ba9d0;
     --above: #c4762b; --below: #4a7ec0; --kept: #56697a;
+    --event-0: #e2b23a; --event-1: #b18bf0; --event-2: #f26a72; --event-3: #4cc2b8; --event-4: #9b978f;
   }
 }
 * { box-sizing: border-box; }
@@ -91,6 +93,7 @@ svg .band1 { fill: none; }
 svg .boundary { stroke: var(--axis); stroke-dasharray: 2 3; fill: none; }
 svg .raw { fill: none; stroke-width: 1; stroke-opacity: .35; stroke-linejoin: round; stroke-linecap: round; }
 svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
+svg .mark path { stroke-width: 1; stroke-opacity: .55; }
 svg .segment { stroke: var(--surface); stroke-width: 1; }
 svg .cell { stroke: var(--surface); stroke-width: 1; }
 svg .pointer { stroke: var(--muted); stroke-width: 1; fill: none; pointer-events: none; }

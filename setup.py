@@ -50,5 +50,6 @@ setup(
         "gpu": ["transformer-engine[core_cu13,pytorch]==2.20.2"],
         "ray": ["ray"],
         "test": ["hypothesis", "pytest", "ruff"],
+        "wandb": ["wandb>=0.31"],
     },
 )

@@ -36,6 +36,15 @@ class Band:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """Something that happened at one place of the x axis; `label` is shown under the pointer."""
+
+    label: str
+    colour: str
+    at: float
+
+
+@dataclass(frozen=True)
 class Bar:
     """One horizontal bar: its segments (name, value) from left to right."""
 
@@ -110,6 +119,7 @@ def line_chart(
     bands: Sequence[Band] = (),
     log: bool = False,
     size: tuple[int, int] = (560, 220),
+    marks: Sequence[Mark] = (),
 ) -> str:
     """Lines over tokens. `name` is what the y axis measures, with its unit; it stands above the axis and is the chart's accessible name.
 
@@ -142,9 +152,20 @@ def line_chart(
         if line.raw:
             parts.append(f'<path class="raw" stroke="{line.colour}" d="{_path(line.raw, x, y)}"/>')
         parts.append(f'<path class="line" stroke="{line.colour}" data-label="{escape(line.label)}" d="{_path(line.points, x, y)}"/>')
+    parts += _marks(marks, x, y)
     # The page's script turns pixels under the pointer back into values with these.
     axes = f'data-x="{x.start} {x.end} {x.low} {x.high}" data-y="{y.start} {y.end} {y.low} {y.high}" data-log="{int(y.log)}"'
     return _svg(width, height, name, parts, f'class="lines" {axes}')
+
+
+def _marks(marks: Sequence[Mark], x: Axis, y: Axis) -> list[str]:
+    """A thin line for each mark, with a foot on the axis; of those of one colour at one place the first is drawn."""
+    places = {(mark.colour, round(x.at(mark.at))): mark for mark in reversed(marks) if x.low <= mark.at <= x.high}
+    return [
+        f'<g class="mark" stroke="{colour}" fill="{colour}"><title>{escape(mark.label)}</title>'
+        f'<path d="M{pixel} {y.end}V{y.start}"/><path d="M{pixel - 4} {y.start + 7}h8l-4 -7z"/></g>'
+        for (colour, pixel), mark in places.items()
+    ]
 
 
 def stacked_bars(name: str, bars: Sequence[Bar], colours: dict[str, str], width: int = 1120) -> str:

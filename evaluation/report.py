@@ -10,137 +10,29 @@ import math
 import random
 import shlex
 import statistics
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
-from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import pydantic
 import typer
-import yaml
 
 import user_input
 from evaluation.arithmetic import Result, Sample
-from evaluation.charts import Band, Bar, Line, Points, heat_map, limits, line_chart, short, smooth, stacked_bars
+from evaluation.charts import Bar, Line, heat_map, limits, line_chart, short, stacked_bars
 from evaluation.files import parse_object, read_text
+from evaluation.runs import EVENT_COLOURS, OTHER_EVENT_COLOUR, PhaseUse, Run, Step, event_text, read_run, smooth_by_phase
 from files import write_whole
 from page import OTHER_RUN_COLOUR, RUN_COLOURS, SOURCE_COLOURS, legend, page, swatch
-from user_input import Section, UserError, parse
+from user_input import UserError, parse
 
-_SMOOTHED_SHARE = 1 / 40  # of a run's steps: the window of the smoothed lines, and "the end" of a run
 _NUM_SAMPLES = 12  # answers shown
+_NUM_ROWS = 30  # of a table that may be long
+_SMALL = (360, 220)  # pixels of a chart that shares its row with two others
 _LANGUAGES = {"en": "English", "ja": "Japanese"}
-
-
-class _Part(Section):
-    """What the page shows of a file; other rooms may write more into it."""
-
-    model_config = pydantic.ConfigDict(extra="ignore")
-
-
-class Step(_Part):
-    """One line of `metrics.jsonl`. `tokens` are those consumed after the step; `expert_load[layer][expert]` sums to 1 over a layer."""
-
-    step: int
-    tokens: int
-    phase: str
-    loss: float
-    lr: float
-    grad_norm: float
-    seconds: float
-    tokens_per_second: float
-    expert_load: list[list[float]] | None = None
-
-
-class SourceUse(_Part):
-    """What a phase has consumed of one source."""
-
-    tokens: int
-    samples: int
-
-
-class PhaseUse(_Part):
-    """What a phase has consumed."""
-
-    name: str
-    tokens: int
-    steps: int
-    sources: dict[str, SourceUse]
-
-
-class Ledger(_Part):
-    """What a checkpoint has consumed."""
-
-    tokens: int
-    phases: list[PhaseUse]
-
-
-class ModelShape(_Part):
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    vocab_size: int
-
-
-class MoEShape(_Part):
-    num_experts: int
-    top_k: int
-
-
-class PlannedPhase(_Part):
-    tokens: int
-
-
-class TrainOptions(_Part):
-    init_from: str | None = None
-
-
-class Config(_Part):
-    """What the page's first table says of a run; the whole file stands below it."""
-
-    model: ModelShape
-    moe: MoEShape | None = None
-    parallel: dict[str, Any] = {}
-    train: TrainOptions = TrainOptions()
-    phases: list[PlannedPhase]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run folder, read. `window` is the number of steps over which lines are smoothed."""
-
-    name: str
-    colour: str
-    config: Config
-    config_text: str
-    steps: list[Step]
-    ledger: Ledger
-
-    @property
-    def window(self) -> int:
-        return max(1, round(len(self.steps) * _SMOOTHED_SHARE))
-
-    @property
-    def bands(self) -> list[Band]:
-        """The phases that the steps went through, over tokens."""
-        bands: list[Band] = []
-        start = 0 if self.steps[0].step == 1 else self.steps[0].tokens
-        for phase, steps in groupby(self.steps, key=lambda step: step.phase):
-            end = list(steps)[-1].tokens
-            bands.append(Band(phase, start, end))
-            start = end
-        return bands
-
-    def line(self, field: str, log: bool = False) -> Line:
-        """A field of the steps over tokens, with its smoothed line; `log` as for the chart that it goes into."""
-        raw = [(step.tokens, getattr(step, field)) for step in self.steps]
-        if field == "lr":  # has no noise, and corners that should be seen
-            return Line(self.name, self.colour, raw)
-        return Line(self.name, self.colour, _smooth_by_phase(raw, self.steps, self.window, log), raw)
 
 
 @dataclass(frozen=True)
@@ -149,35 +41,6 @@ class Evaluation:
 
     label: str
     result: Result
-
-
-def read_run(folder: Path, name: str, colour: str) -> Run:
-    """Reads a run folder; raises UserError naming the file that is missing or does not fit, and the command that writes it."""
-    remedy = f"`mujina train` writes it: train the run, or check that {folder} is a run folder"
-    config_path = folder / "config.yaml"
-    config_text = read_text(config_path, remedy)
-    try:
-        values = yaml.safe_load(config_text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{config_path}: is not YAML ({error}): {remedy}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{config_path}: holds no keys: {remedy}")
-    config = parse(values, Config, str(config_path))
-
-    ledger_path = folder / "checkpoints" / "latest" / "ledger.json"
-    ledger_remedy = "`mujina train` writes it with the first checkpoint: wait for that, or lower train.checkpoint_interval"
-    ledger = parse(parse_object(read_text(ledger_path, ledger_remedy), str(ledger_path), ledger_remedy), Ledger, str(ledger_path))
-    return Run(name, colour, config, config_text, _read_steps(folder / "metrics.jsonl", remedy), ledger)
-
-
-def _read_steps(path: Path, remedy: str) -> list[Step]:
-    # The run may be in the middle of writing its last line, which then has no end yet.
-    whole_lines = read_text(path, remedy).split("\n")[:-1]
-    if not whole_lines:
-        raise UserError(f"{path}: holds no finished step: wait for the first one, or start the run with `mujina train`")
-    remedy = "take the line out, or go on with `mujina train`, which tidies the file"
-    wheres = [f"{path}: line {number}" for number in range(1, len(whole_lines) + 1)]
-    return [parse(parse_object(line, where, remedy), Step, where) for line, where in zip(whole_lines, wheres, strict=True)]
 
 
 def read_evaluation(text: str) -> Evaluation:
@@ -197,9 +60,17 @@ def build(runs: list[Run], evaluations: list[Evaluation], command: str) -> str:
         f"<h1>Training report: {escape(names)}</h1>",
         _overview(runs),
         _losses(runs),
-        _vital_signs(runs),
-        _data(runs),
+        _by_source(runs, "loss_by_source", "Loss by source", "Smoothed within a phase.", smoothed=True),
+        _by_source(runs, "validation", "Validation", "On what is held out of each source.", smoothed=False),
+        _gradients(runs),
+        _optimizer_and_speed(runs),
+        _time_and_memory(runs),
+        _gpus(runs),
+        _auxiliary_losses(runs),
         _experts([run for run in runs if run.steps[-1].expert_load]),
+        _layers(runs),
+        _data(runs),
+        _events(runs),
         _evaluations(evaluations),
         f"<footer>Made on {moment} with <code>{escape(command)}</code></footer>",
     ]
@@ -236,46 +107,191 @@ def _facts(run: Run) -> dict[str, str]:
         "Tokens": f"{last.tokens:,} of {sum(phase.tokens for phase in run.config.phases):,} planned",
         "Time in steps": _duration(sum(step.seconds for step in run.steps)),
         "Tokens per second": f"{short(statistics.median(step.tokens_per_second for step in run.steps))} (median)",
+        "Model TFLOP/s per GPU": _median(run, "tflops_per_gpu", short),
+        "MFU": _median(run, "mfu", "{:.1%}".format),
+        "Checkpoints": _saves(run),
+        "Events": ", ".join(f"{count} × {what}" for what, count in Counter(event.what for event in run.events).items()) or "–",
         "Loss at the end": f"{statistics.mean(end):.3f}{over}" if end else "not finite",
         "Steps without a finite loss": f"{num_broken:,}" if num_broken else "–",
     }
 
 
+def _median(run: Run, field: str, shown: Callable[[float], str]) -> str:
+    values = [value for step in run.steps if (value := getattr(step, field)) is not None]
+    return f"{shown(statistics.median(values))} (median)" if values else "–"
+
+
+def _saves(run: Run) -> str:
+    facts = [save.model_extra for save in run.saves if save.model_extra and {"seconds", "whole_seconds"} <= save.model_extra.keys()]
+    if not facts:
+        return "–"
+    still, whole = (statistics.median(fact[key] for fact in facts) for key in ("seconds", "whole_seconds"))
+    return f"{len(facts)}: training stood still for {still:.2f} s, whole after {whole:.2f} s (medians)"
+
+
 def _losses(runs: list[Run]) -> str:
     lines = [run.line("loss") for run in runs]
-    x_range, y_range = _x_range(runs), limits(lines)
-    width = 1120 if len(runs) == 1 else 540
-    panels = []
-    for run, line in zip(runs, lines, strict=True):
-        others = [Line(other.label, OTHER_RUN_COLOUR, other.points) for other in lines if other is not line]
-        chart = line_chart("Loss, nats per token", [*others, line], x_range, y_range, run.bands, size=(width, 320))
-        panels.append(f'<div class="panel"><h3>{swatch(run.colour, run.name)}</h3>{chart}</div>')
+    charts = [
+        (
+            run,
+            line_chart(
+                "Loss, nats per token", _before_others(line, lines), _x_range(runs), limits(lines), run.bands, size=_size(runs, 320)
+            ),
+        )
+        for run, line in zip(runs, lines, strict=True)
+    ]
     grey = " The other runs' lines stand behind in grey." if len(runs) > 1 else ""
     note = f"Thin: each step. Thick: smoothed within a phase. Dotted: a phase begins.{grey}"
-    return f'<h2>Loss</h2><p class="note">{note}</p><div class="columns">{"".join(panels)}</div>'
+    return f'<h2>Loss</h2><p class="note">{note}</p>{_side_by_side(charts)}'
 
 
-def _vital_signs(runs: list[Run]) -> str:
-    signs = [
-        ("lr", "Learning rate", False),
-        ("grad_norm", "Gradient norm, before clipping", True),
-        ("tokens_per_second", "Tokens per second", False),
+def _by_source(runs: list[Run], field: str, title: str, note: str, smoothed: bool) -> str:
+    """A field that has a number for each source, one panel a run."""
+    colours, charts = _source_colours(runs), []
+    runs = [run for run in runs if any(getattr(step, field) for step in run.steps)]
+    for run in runs:
+        sources = run.largest_sources(len(SOURCE_COLOURS))
+        lines = [
+            run.series(lambda step, source=source: getattr(step, field).get(source), source, colours[source], False, smoothed, False)
+            for source in sources
+        ]
+        charts.append((run, [line for line in lines if line.points]))
+    y_range = limits([line for _, lines in charts for line in lines])
+    drawn = [
+        (run, _line_legend(lines) + line_chart("Loss, nats per token", lines, _x_range(runs), y_range, run.bands, size=_size(runs, 280)))
+        for run, lines in charts
     ]
-    panels = []
-    for field, name, log in signs:
-        lines = [run.line(field, log) for run in runs]
-        low, high = limits(lines)
-        if not log:
-            low = 0.0
-        elif low <= 0:
-            low = min((y for line in lines for _, y in line.raw if math.isfinite(y) and y > 0), default=high)
-        panels.append(f'<div class="panel">{line_chart(name, lines, _x_range(runs), (low, high), log=log, size=(360, 220))}</div>')
-    return f'<h2>Optimizer and speed</h2>{_run_legend(runs)}<div class="columns small">{"".join(panels)}</div>'
+    return f'<h2>{title}</h2><p class="note">{note}</p>{_side_by_side(drawn)}' if drawn else ""
+
+
+def _gradients(runs: list[Run]) -> str:
+    lines = [run.line("grad_norm", log=True) for run in runs]
+    low, high = limits(lines)
+    if low <= 0:
+        low = min((y for line in lines for _, y in line.raw if math.isfinite(y) and y > 0), default=high)
+    charts = []
+    for run, line in zip(runs, lines, strict=True):
+        chart = line_chart(
+            "Gradient norm, before clipping", [line], _x_range(runs), (low, high), run.bands, True, _size(runs, 240), run.marks
+        )
+        charts.append((run, _event_legend(run) + chart))
+    note = "Vertical lines: what happened, as the table of events has it." if any(run.events for run in runs) else ""
+    return f'<h2>Gradient norm</h2><p class="note">{note}</p>{_side_by_side(charts)}'
+
+
+def _optimizer_and_speed(runs: list[Run]) -> str:
+    charts = [
+        _small_chart(runs, "Learning rate", "lr", smoothed=False),  # has no noise, and corners that should be seen
+        _small_chart(runs, "Tokens per second", "tokens_per_second"),
+        _small_chart(runs, "Tokens per second and GPU (or process)", "tokens_per_second_per_gpu"),
+        _small_chart(runs, "Model TFLOP/s per GPU (or process)", "tflops_per_gpu"),
+        _small_chart(runs, "Model FLOPs utilisation (MFU)", "mfu"),
+    ]
+    return _small_section("Optimizer and speed", runs, charts)
+
+
+def _time_and_memory(runs: list[Run]) -> str:
+    charts = [
+        _small_chart(runs, "Step, seconds", lambda step: step.seconds if step.data_seconds is not None else None),
+        _small_chart(runs, "Wait for data, seconds a step", "data_seconds"),
+        _save_chart(runs),
+        _small_chart(runs, "Memory, GiB, of the rank with most", "memory_gib", smoothed=False),
+        _small_chart(runs, "Memory that PyTorch holds, GiB", "memory_reserved_gib", smoothed=False),
+    ]
+    return _small_section("Time and memory", runs, charts)
+
+
+def _save_chart(runs: list[Run]) -> str:
+    """How long training stood still for each checkpoint, and how long the checkpoint took."""
+    lines = []
+    for run in runs:
+        saves = [(run.tokens_at(save.step), save.model_extra or {}) for save in run.saves]
+        lines.append(Line(run.name, run.colour, [(x, facts["seconds"]) for x, facts in saves if "seconds" in facts]))
+    if not any(line.points for line in lines):
+        return ""
+    return line_chart("Standstill for a checkpoint, seconds", lines, _x_range(runs), (0.0, limits(lines)[1]), size=_SMALL)
+
+
+def _auxiliary_losses(runs: list[Run]) -> str:
+    charts = [
+        _small_chart(runs, "z-loss of the output: mean (log Z)²", lambda step: step.z_loss or None),
+        _small_chart(runs, "Load balancing (1 is perfect)", "load_balancing_loss"),
+        _small_chart(runs, "z-loss of the router", "router_z_loss"),
+        _small_chart(runs, "Loss in fp8 against bf16, relative", lambda step: step.fp8_shadow.get("difference"), smoothed=False),
+    ]
+    return _small_section("Auxiliary losses", runs, charts, "Before their coefficients.")
+
+
+def _gpus(runs: list[Run]) -> str:
+    def of(field: str) -> Callable[[Step], float | None]:
+        return lambda step: getattr(step.gpu, field) if step.gpu else None
+
+    charts = [
+        _small_chart(runs, "Hottest GPU, °C", of("hottest_c"), smoothed=False),
+        _small_chart(runs, "Highest power, W", of("power_w"), smoothed=False),
+        _small_chart(runs, "Slowest SM clock, MHz", of("slowest_mhz"), smoothed=False),
+        _small_chart(runs, "Uncorrectable ECC errors", lambda step: (step.gpu.ecc_errors if step.gpu else None) or None, smoothed=False),
+    ]
+    rows = []
+    for run in runs:
+        looks = [step.gpu for step in run.steps if step.gpu]
+        slowed = Counter((int(rank), reason) for look in looks for rank, reasons in look.slowed.items() for reason in reasons)
+        rows += [
+            f'<tr><td>{swatch(run.colour, run.name)}</td><td class="number">{rank}</td><td>{escape(reason)}</td>'
+            f'<td class="number">{count / len(looks):.1%}</td></tr>'
+            for (rank, reason), count in sorted(slowed.items(), key=lambda item: (item[0][1] == "power cap", -item[1]))[:_NUM_ROWS]
+        ]
+    heads = '<th>run</th><th class="number">rank</th><th>why the clock is lowered</th><th class="number">of the looks</th>'
+    table = f'<div class="panel"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>' if rows else ""
+    section = _small_section("GPUs", runs, charts, "The worst of all ranks, looked at every ten seconds.")
+    return section and section + table
+
+
+def _layers(runs: list[Run]) -> str:
+    """Gradient and weight norms of each layer; layers from light to dark, the matrices outside of them in colours of their own."""
+    charts = []
+    for run in runs:
+        names = list(dict.fromkeys(name for step in run.steps for name in step.layer_norms))
+        layers, outside = [name for name in names if name.startswith("layers.")], [name for name in names if not name.startswith("layers.")]
+        shade = {
+            name: f"color-mix(in srgb, {run.colour} {30 + 70 * k / len(layers):.0f}%, var(--surface))" for k, name in enumerate(layers)
+        }
+        shade |= {name: SOURCE_COLOURS[k % len(SOURCE_COLOURS)] for k, name in enumerate(outside)}
+        for what, title in (("gradient", "Norm of the gradient"), ("weight", "Norm of the weights")):
+            lines = [
+                run.series(lambda step, name=name, what=what: step.layer_norms.get(name, {}).get(what), name, shade[name], smoothed=False)
+                for name in names
+            ]
+            if any(line.points for line in lines):
+                ends = dict.fromkeys([*layers[:1], *layers[-1:], *outside])
+                key = legend([(shade[name], name) for name in ends])
+                low = min((y for line in lines for _, y in line.points if math.isfinite(y) and y > 0), default=1.0)
+                chart = line_chart(title, lines, _x_range(runs), (low, limits(lines)[1]), run.bands, True, (540, 260))
+                charts.append((run, key + chart))
+    return (
+        f'<h2>Norms of the layers</h2><p class="note">From light to dark: first to last layer.</p>{_side_by_side(charts)}' if charts else ""
+    )
+
+
+def _events(runs: list[Run]) -> str:
+    tables = []
+    for run in (run for run in runs if run.events):
+        rows = "".join(
+            f'<tr><td>{datetime.fromtimestamp(event.time, UTC):%Y-%m-%d %H:%M:%S}</td><td class="number">{event.step:,}</td>'
+            f"<td>{swatch(_event_colour(event.what), event.what)}</td><td>{escape(event_text(event).partition(': ')[2])}</td></tr>"
+            for event in run.events[-_NUM_ROWS:]
+        )
+        first = f", the last {_NUM_ROWS} of {len(run.events)}" if len(run.events) > _NUM_ROWS else ""
+        tables.append(
+            f'<div class="panel long"><table><caption>{swatch(run.colour, run.name)}: events{first}</caption><thead><tr><th>UTC</th>'
+            f'<th class="number">step</th><th>what</th><th></th></tr></thead><tbody>{rows}</tbody></table></div>'
+        )
+    return f"<h2>Events</h2>{''.join(tables)}" if tables else ""
 
 
 def _data(runs: list[Run]) -> str:
     names = list(dict.fromkeys(source for run in runs for phase in run.ledger.phases for source in phase.sources))
-    colours = {source: SOURCE_COLOURS[number % len(SOURCE_COLOURS)] for number, source in enumerate(names)}
+    colours = {source: colour for source, colour in _source_colours(runs).items() if source in names}
     bars, tables = [], []
     for run in runs:
         phases = [phase for phase in run.ledger.phases if phase.steps]
@@ -330,7 +346,7 @@ def _experts(runs: list[Run]) -> str:
             f'<div class="panel"><h3>{swatch(run.colour, run.name)}</h3>{heat_map(f"Share of routed tokens, {over}", mean, 540)}</div>'
         )
         raw = [(step.tokens, max(max(layer) * len(layer) for layer in step.expert_load)) for step in routed]
-        lines.append(Line(run.name, run.colour, _smooth_by_phase(raw, routed, run.window), raw))
+        lines.append(Line(run.name, run.colour, smooth_by_phase(raw, routed, run.window), raw))
     chart = line_chart("Load of the busiest expert ÷ mean, worst layer", lines, _x_range(runs), (1.0, limits(lines)[1]), size=(540, 260))
     note = (
         f"{swatch('var(--above)', 'above')} and {swatch('var(--below)', 'below')} the uniform share; the full colour means"
@@ -410,22 +426,57 @@ def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "–"
 
 
-def _smooth_by_phase(points: Points, steps: list[Step], window: int, log: bool = False) -> list[tuple[float, float]]:
-    """`points` (one for each step) smoothed within each phase: what jumps at a boundary should be seen to jump.
-
-    With `log` the mean is the geometric one, which a single spike cannot lift for a whole window.
-    """
-    if log:
-        logs = [(x, math.log(y) if y > 0 else math.nan) for x, y in points]
-        return [(x, math.exp(y)) for x, y in _smooth_by_phase(logs, steps, window)]
-    smoothed: list[tuple[float, float]] = []
-    for _, group in groupby(zip(points, steps, strict=True), key=lambda pair: pair[1].phase):
-        smoothed += smooth([point for point, _ in group], window)
-    return smoothed
-
-
 def _x_range(runs: list[Run]) -> tuple[float, float]:
     return min(run.bands[0].start for run in runs), max(run.steps[-1].tokens for run in runs)
+
+
+def _small_chart(runs: list[Run], name: str, field: str | Callable[[Step], float | None], smoothed: bool = True) -> str:
+    """All runs in one chart, or nothing where no run has the field."""
+    value = field if callable(field) else lambda step: getattr(step, field)
+    lines = [run.series(value, run.name, run.colour, smoothed=smoothed) for run in runs]
+    if not any(line.points for line in lines):
+        return ""
+    return line_chart(name, lines, _x_range(runs), (0.0, limits(lines)[1]), size=_SMALL)
+
+
+def _small_section(title: str, runs: list[Run], charts: list[str], note: str = "") -> str:
+    panels = "".join(f'<div class="panel">{chart}</div>' for chart in charts if chart)
+    note = f'<p class="note">{note}</p>' if note else ""
+    return f'<h2>{title}</h2>{note}{_run_legend(runs)}<div class="columns small">{panels}</div>' if panels else ""
+
+
+def _side_by_side(charts: list[tuple[Run, str]]) -> str:
+    """Panels headed by their runs."""
+    panels = "".join(f'<div class="panel"><h3>{swatch(run.colour, run.name)}</h3>{chart}</div>' for run, chart in charts)
+    return f'<div class="columns">{panels}</div>'
+
+
+def _size(runs: list[Run], height: int) -> tuple[int, int]:
+    return (1120 if len(runs) == 1 else 540), height
+
+
+def _before_others(line: Line, lines: list[Line]) -> list[Line]:
+    return [*(Line(other.label, OTHER_RUN_COLOUR, other.points) for other in lines if other is not line), line]
+
+
+def _line_legend(lines: list[Line]) -> str:
+    return legend([(line.colour, line.label) for line in lines])
+
+
+def _event_legend(run: Run) -> str:
+    kinds = Counter(event.what for event in run.events)
+    return legend([(_event_colour(what), f"{what} ({count})") for what, count in kinds.items()]) if kinds else ""
+
+
+def _event_colour(what: str) -> str:
+    return EVENT_COLOURS.get(what, OTHER_EVENT_COLOUR)
+
+
+def _source_colours(runs: list[Run]) -> dict[str, str]:
+    """Each source's colour, the same on the whole page."""
+    names = [source for run in runs for phase in run.ledger.phases for source in phase.sources]
+    names += [source for run in runs for source in run.largest_sources(len(SOURCE_COLOURS))]
+    return {source: SOURCE_COLOURS[number % len(SOURCE_COLOURS)] for number, source in enumerate(dict.fromkeys(names))}
 
 
 def _run_legend(runs: list[Run]) -> str:

@@ -1,50 +1,73 @@
-"""What is seen of a run: `config.yaml`, `metrics.jsonl`, TensorBoard, and a line on the console every few seconds."""
+"""What is seen of a run: `metrics.jsonl`, TensorBoard, Weights & Biases if asked for, and the console.
+
+RUN/metrics.jsonl has one line for each step, also after restarts and rollbacks. Its fields, of which older records may lack some:
+
+    time                        seconds since 1970
+    step, phase                 number of the step from 1, name of its phase
+    tokens                      consumed by the run when the step is done
+    loss                        mean cross-entropy before the update, nats a token
+    loss_by_source, tokens_by_source    the same over the tokens of each source that is in the batch, and their number
+    z_loss, load_balancing_loss, router_z_loss    auxiliary losses before their coefficients; the last two for a mixture
+    expert_load                 share of the routed tokens [layer][expert], sums to 1 over a layer
+    validation                  {source: nats a token} at the steps that end with a validation
+    layer_norms, fp8_shadow     at train.layer_norms_interval and train.fp8_shadow_interval
+    lr, grad_norm               learning rate of the update; norm of the gradients before clipping
+    seconds                     of the step: data, forward, backward, update; no save, no validation
+    data_seconds                of these, the wait for data, on the rank that waited longest
+    checkpoint_seconds          that training stood still for saves since the line before
+    tokens_per_second, tokens_per_second_per_gpu    of this step; a process counts as a GPU
+    tflops_per_gpu              10¹² model FLOPs (flops.py) a second of this step
+    mfu                         model FLOPs utilisation: that ÷ the GPU's dense peak at train.precision; null where none is known (CPU)
+    memory_gib, memory_reserved_gib     of the rank that has most: GPU peak of all tensors, and what PyTorch holds; CPU: resident set
+    gpu                         every ten seconds, over all ranks (vitals.py): hottest_c, power_w, slowest_mhz, each with its rank;
+                                ecc_errors (uncorrectable, all GPUs); slowed: {rank: reasons in words}
+
+TensorBoard and W&B get every number in it by the same names (`loss_by_source/web`), and `loss_by_phase/PHASE`; matrices and layers are
+left out. RUN/events.jsonl tells what happened beside the steps, and is never cut: {time, step, what, …}.
+"""
 
 import json
 import math
-import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_jobs import model, parallel, phases
+from files import write_whole
+from megatron_jobs import flops, model, parallel
 from megatron_jobs.config import RunConfig
-from megatron_jobs.objective import Losses, fp8_warning
+from megatron_jobs.objective import Losses
+from megatron_jobs.progress import Console, Work
+from megatron_jobs.vitals import Vitals
+from megatron_jobs.wandb_run import WandbRun
 
 
 class Log:
-    """Writes each step once, also after restarts. Only rank 0 has one."""
+    """Only rank 0 has one."""
 
     def __init__(self, config: RunConfig, first_step: int) -> None:
+        """`first_step` is the last step that is done: lines of later steps, from before a restart, are cut off."""
         self.config = config
         config.run.mkdir(parents=True, exist_ok=True)
-        (config.run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-        self.num_steps = phases.num_steps(config.phases)
+        resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_whole(config.run / "config.yaml", resolved.encode())
+        self._work = Work(config)
+        self._peak = flops.peak(torch.cuda.get_device_name(), config.train.precision) if torch.cuda.is_available() else None
+        self._notes: dict[str, Any] = {}
+        self._console = Console(self._work)
+        self._wandb = WandbRun(config, self._console.say) if config.wandb else None
+        is_restart = (config.run / "metrics.jsonl").exists()
         self._open(first_step)
         what = "Transformer Engine" if model.has_transformer_engine() else "local"
-        print(f"{config.run}: {dist.get_world_size()} processes on {parallel.device_name()}; {what} layers", flush=True)
+        self._console.say(f"{config.run}: {dist.get_world_size()} processes on {parallel.device_name()}; {what} layers")
         if first_step:
-            print(f"{config.run}: goes on at step {first_step} of {self.num_steps}", flush=True)
-
-    def _open(self, first_step: int) -> None:
-        """Goes on behind `first_step`; lines of later steps, from before a restart or a rollback, are cut off."""
-        path = self.config.run / "metrics.jsonl"
-        kept = [line for line in path.read_text().splitlines() if _is_before(line, first_step)] if path.exists() else []
-        rewritten = path.with_suffix(".tmp")
-        rewritten.write_text("".join(line + "\n" for line in kept))
-        os.replace(rewritten, path)
-        self.metrics = path.open("a", buffering=1)
-        self.tensorboard = SummaryWriter(str(self.config.run / "tensorboard"), purge_step=first_step + 1)
-        self.began, self.first_step, self.shown = time.monotonic(), first_step, -math.inf
-
-    def go_back(self, step: int) -> None:
-        """Forgets the steps behind `step`, which a rollback has undone."""
-        self.metrics.close()
-        self.tensorboard.close()
-        self._open(step)
+            self._console.say(f"{config.run}: goes on at step {first_step} of {self._work.num_steps}")
+        if is_restart:
+            self._record_event(first_step, "restart")
 
     def step(
         self,
@@ -54,56 +77,106 @@ class Log:
         learning_rate: float,
         norm: float,
         seconds: float,
-        now_and_then: dict[str, dict[str, Any]],
+        now_and_then: dict[str, Any],
+        vitals: Vitals,
     ) -> None:
         """`now_and_then`: what only some steps measure: "validation", "layer_norms", "fp8_shadow"."""
-        tokens = phases.consumed_tokens(self.config.phases, step)
-        speed = (tokens - phases.consumed_tokens(self.config.phases, step - 1)) / seconds
+        tokens, work = (of(step) - of(step - 1) for of in (self._work.tokens, self._work.flops))
+        num_gpus = dist.get_world_size()
+        flops_per_gpu = work / seconds / num_gpus
         record: dict[str, Any] = {
+            "time": time.time(),
             "step": step,
-            "tokens": tokens,
+            "tokens": self._work.tokens(step),
             "phase": phase,
             "loss": losses.mean,
-            "loss_by_source": losses.by_source,
-            "tokens_by_source": losses.tokens_by_source,
-            "z_loss": losses.z_loss,
             "lr": learning_rate,
             "grad_norm": norm,
             "seconds": seconds,
-            "tokens_per_second": speed,
-            "memory_gib": parallel.memory_gib(),
+            "tokens_per_second": tokens / seconds,
+            "tokens_per_second_per_gpu": tokens / seconds / num_gpus,
+            "tflops_per_gpu": flops_per_gpu / 1e12,
+            "mfu": self._peak and flops_per_gpu / self._peak,
+            **vitals.fields,
+            **_details(losses),
+            **now_and_then,
+            **self._notes,
         }
-        for key in ("loss", "lr", "grad_norm", "tokens_per_second"):
-            self.tensorboard.add_scalar(key, record[key], step)
-        for source, loss in losses.by_source.items():
-            self.tensorboard.add_scalar(f"loss/{source}", loss, step)
-        load = losses.expert_load
-        if load.numel():
-            record["expert_load"] = (load / load.sum(1, keepdim=True)).tolist()
-            record["load_balancing_loss"], record["router_z_loss"] = losses.load_balancing_loss, losses.router_z_loss
-        record |= now_and_then
-        for source, loss in now_and_then.get("validation", {}).items():
-            self.tensorboard.add_scalar(f"validation/{source}", loss, step)
-        if "fp8_shadow" in now_and_then and (warning := fp8_warning(now_and_then["fp8_shadow"])):
-            print(f"warning: step {step}: {warning}", flush=True)
-        self.metrics.write(json.dumps(record) + "\n")
-        if time.monotonic() - self.shown > 5 or step == self.num_steps:
-            self.shown = time.monotonic()
-            left = (self.shown - self.began) / (step - self.first_step) * (self.num_steps - step)
-            print(
-                f"step {step}/{self.num_steps}  {phase}  {tokens:,} tokens  loss {losses.mean:.4f}  lr {learning_rate:.2e}  "
-                f"norm {norm:.3f}  {speed:,.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left",
-                flush=True,
-            )
+        self._notes = {}
+        self._metrics.write(json.dumps(record) + "\n")
+        self._send(record, step)
+        self._console.step(record)
+        for warning in vitals.warnings:
+            self.event(step, "gpu", reason=warning)
+
+    def saved(self, step: int, seconds: float, whole_seconds: float) -> None:
+        """A checkpoint of `step` is whole: training stood still for `seconds` of the `whole_seconds` that it took."""
+        self._notes["checkpoint_seconds"] = self._notes.get("checkpoint_seconds", 0.0) + seconds
+        self._record_event(step, "checkpoint", seconds=seconds, whole_seconds=whole_seconds)
+
+    def event(self, step: int, what: str, **facts: Any) -> None:
+        """A line in events.jsonl, and one on the console: "spike", "skip", "rollback", …; `reason` among the facts is what people read."""
+        self._record_event(step, what, **facts)
+        told = facts.get("reason") or ", ".join(f"{key} {value}" for key, value in facts.items())
+        self._console.say(f"step {step:,}: {what}{told and ': '}{told}")
+
+    def rewind(self, step: int) -> None:
+        """Cuts metrics.jsonl and TensorBoard back to `step`, the last one that still holds; the steps behind it will come again."""
+        self._metrics.close()
+        self._tensorboard.close()
+        self._notes = {}
+        self._open(step)
 
     def close(self) -> None:
-        self.metrics.close()
-        self.tensorboard.close()
-        print(f"{self.config.run}: all {self.num_steps} steps are done", flush=True)
+        self._metrics.close()
+        self._tensorboard.close()
+        if self._wandb:
+            self._wandb.close()
+        self._console.say(f"{self.config.run}: all {self._work.num_steps} steps are done")
+
+    def _open(self, last_step: int) -> None:
+        """Goes on behind `last_step`. A line that a killed process left unfinished goes too."""
+        path, events = (self.config.run / name for name in ("metrics.jsonl", "events.jsonl"))
+        if events.exists():
+            write_whole(events, events.read_bytes()[: events.read_bytes().rfind(b"\n") + 1])
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= last_step] if path.exists() else []
+        write_whole(path, "".join(line + "\n" for line in kept).encode())
+        self._metrics = path.open("a", buffering=1)
+        self._tensorboard = SummaryWriter(str(self.config.run / "tensorboard"), purge_step=last_step + 1)
+
+    def _send(self, record: dict[str, Any], step: int) -> None:
+        values = dict(_scalars(record)) | {f"loss_by_phase/{record['phase']}": record["loss"]}
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values | {"step": step})
+
+    def _record_event(self, step: int, what: str, **facts: Any) -> None:
+        facts = {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in facts.items()}
+        with (self.config.run / "events.jsonl").open("a") as file:
+            file.write(json.dumps({"time": time.time(), "step": step, "what": what, **facts}, ensure_ascii=False) + "\n")
 
 
-def _is_before(line: str, first_step: int) -> bool:
+def _details(losses: Losses) -> dict[str, Any]:
+    """What an objective tells beside the mean."""
+    names = ("loss_by_source", "tokens_by_source", "z_loss", "load_balancing_loss", "router_z_loss")
+    values = (losses.by_source, losses.tokens_by_source, losses.z_loss, losses.load_balancing_loss, losses.router_z_loss)
+    details = {name: value for name, value in zip(names, values, strict=True) if value is not None}
+    load = losses.expert_load
+    return details | ({"expert_load": (load / load.sum(1, keepdim=True)).tolist()} if load.numel() else {})
+
+
+def _scalars(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """(name, value) of every number in a record, as the module's docstring says."""
+    for name, value in record.items():
+        if isinstance(value, dict) and name != "layer_norms":
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name not in ("time", "step"):
+            yield prefix + name, value
+
+
+def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"] <= first_step
-    except ValueError:  # a line that a killed process left unfinished
-        return False
+        return json.loads(line)["step"]
+    except ValueError:  # unfinished
+        return math.inf

@@ -107,7 +107,7 @@ def test_the_page_loads_nothing_and_is_well_formed(tmp_path: Path) -> None:
     tags = Tags(html).seen
     assert not re.search(r"https?:|url\(|@import|fetch\(", html)
     assert not [attributes for _, attributes in tags if attributes.keys() & {"src", "href", "srcset"}]
-    assert [tag for tag, _ in tags].count("svg") == 7  # loss, three small ones, sources, heat map, imbalance
+    assert [tag for tag, _ in tags].count("svg") == 8  # loss, gradient norm, two small ones, load balancing, sources, heat map, imbalance
     assert "prefers-color-scheme: dark" in html and "@media print" in html
 
 
@@ -191,6 +191,93 @@ def test_the_footer_says_how_it_was_made(tmp_path: Path) -> None:
 def test_a_run_of_few_steps(tmp_path: Path, steps: int) -> None:
     html = build(tmp_path, make_run(tmp_path / "run", {"web": steps}, num_experts=2))
     assert "nan" not in html and f"{9 - steps / 100:.3f}" in html
+
+
+def make_full_run(folder: Path) -> Path:
+    """A run of today's records: 40 steps, with a source that comes in the second phase only, events, saves and a GPU that was slowed."""
+    run = make_run(folder, {"web": 30, "chat": 10}, num_experts=4)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        loss, in_chat = row["loss"], row["phase"] == "chat"
+        row |= {"loss_by_source": {"<qa>": loss - 1} if in_chat else {"web_ja": loss, "code": loss - 2}, "z_loss": 0.0}
+        row |= {"tokens_by_source": {source: 4096 for source in row["loss_by_source"]}, "router_z_loss": 0.25, "memory_gib": 61.5}
+        row |= {"data_seconds": 0.01, "tokens_per_second_per_gpu": 4096.0, "tflops_per_gpu": 412.5, "mfu": 0.417}
+        if row["step"] % 10 == 0:
+            row |= {"validation": {"web_ja": loss + 0.5, "code": loss}}
+            row |= {"layer_norms": {name: {"gradient": 0.1, "weight": 20.0} for name in ("embedding", "layers.0", "layers.1")}}
+            slowed = {"slowed": {"3": ["thermal slowdown (driver)"]}} if row["step"] == 20 else {}
+            row |= {"gpu": {"hottest_c": 71.0, "hottest_rank": 3, "power_w": 690.0, "slowest_mhz": 1755.0, "ecc_errors": 0, **slowed}}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    events = [
+        {"time": 1.8e9, "step": 12, "what": "skip", "reason": "the loss is 99 & rising", "loss": 99.0, "samples": [["web_ja", 5]]},
+        {"time": 1.8e9, "step": 20, "what": "checkpoint", "seconds": 0.25, "whole_seconds": 4.5},
+        {"time": 1.8e9, "step": 20, "what": "restart"},
+        {"time": 1.8e9, "step": 31, "what": "rollback", "reason": "the gradient norm is nan", "loss": "nan"},
+    ]
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"time": 1.8')
+    return run
+
+
+def charts(html: str) -> dict[str, str]:
+    return {re.search('aria-label="([^"]*)"', svg).group(1): svg for svg in re.findall("<svg.*?</svg>", html)}
+
+
+def section(html: str, title: str) -> str:
+    return re.split("<h2>|<footer>", html.partition(f"<h2>{title}</h2>")[2])[0]
+
+
+def test_all_that_is_recorded_is_drawn(tmp_path: Path) -> None:
+    html = build(tmp_path, make_full_run(tmp_path / "run"))
+    Tags(html)
+    names = charts(html).keys()
+    assert {"Tokens per second and GPU (or process)", "Model TFLOP/s per GPU (or process)", "Model FLOPs utilisation (MFU)"} <= names
+    assert {"Step, seconds", "Wait for data, seconds a step", "Standstill for a checkpoint, seconds"} <= names
+    assert {"Hottest GPU, °C", "Highest power, W", "Slowest SM clock, MHz", "Norm of the gradient", "Norm of the weights"} <= names
+    # nothing is drawn of what is not there, or zero throughout
+    assert not {"Uncorrectable ECC errors", "Memory that PyTorch holds, GiB", "z-loss of the output: mean (log Z)²"} & names
+    assert "<td>412 (median)</td>" in html and "<td>41.7% (median)</td>" in html
+    assert "1: training stood still for 0.25 s, whole after 4.50 s (medians)" in html
+    assert '3</td><td>thermal slowdown (driver)</td><td class="number">25.0%</td>' in section(html, "GPUs")
+
+
+def test_each_source_has_its_line_and_the_same_colour_everywhere(tmp_path: Path) -> None:
+    html = build(tmp_path, make_full_run(tmp_path / "run"))
+    colours = []
+    for title, sources in (("Loss by source", {"web_ja", "code", "&lt;qa&gt;"}), ("Validation", {"web_ja", "code"})):
+        (chart,) = charts(section(html, title)).values()
+        lines = dict(re.findall(r'stroke="([^"]*)" data-label="([^"]*)"', chart))
+        assert set(lines.values()) == sources
+        colours.append({label: colour for colour, label in lines.items()})
+        assert all(f"background:{colour}" in section(html, title) for colour in lines)
+    assert colours[0] | colours[1] == colours[0] and len(set(colours[0].values())) == 3
+    (chart,) = charts(section(html, "Loss by source")).values()
+    assert float(re.search(r'qa&gt;" d="M([\d.]+)', chart).group(1)) > 700  # its first sample comes after three quarters
+
+
+def test_events_are_marked_where_they_happened_and_told_below(tmp_path: Path) -> None:
+    html = build(tmp_path, make_full_run(tmp_path / "run"))
+    chart = charts(html)["Gradient norm, before clipping"]
+    start, end, low, high = map(float, re.search(r'data-x="([^"]*)"', chart).group(1).split())
+    marks = re.findall(r'<g class="mark" stroke="var\(--event-(\d)\)".*?<title>(.*?)</title><path d="M(\d+)', chart)
+    assert sorted(marks, key=lambda mark: int(mark[2])) == [
+        ("1", "step 12, skip: the loss is 99 &amp; rising", str(round(start + (end - start) * 12 / 40))),
+        ("3", "step 20, restart", str(round(start + (end - start) * 20 / 40))),
+        ("2", "step 31, rollback: the gradient norm is nan", str(round(start + (end - start) * 31 / 40))),
+    ]
+    assert "skip (1)" in section(html, "Gradient norm")
+    table = section(html, "Events")
+    assert table.index("skip</span>") < table.index("restart</span>") < table.index("rollback</span>")
+    assert "2027-01-15 08:00:00" in table and "checkpoint" not in table
+
+
+def test_an_old_run_stands_beside_one_of_today(tmp_path: Path) -> None:
+    html = build(tmp_path, make_run(tmp_path / "old", {"web": 20}), make_full_run(tmp_path / "new"))
+    Tags(html)
+    assert "<td>–</td><td>41.7% (median)</td>" in html
+    for title in ("Loss by source", "Validation", "Events"):
+        assert ">new</span>" in section(html, title) and ">old</span>" not in section(html, title)
+    both = charts(html)["Model FLOPs utilisation (MFU)"]
+    assert re.search(r'data-label="old" d=""', both) and not re.search(r'data-label="new" d=""', both)
 
 
 def test_a_last_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:

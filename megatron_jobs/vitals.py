@@ -1,0 +1,132 @@
+"""What the ranks tell of themselves after each step: the wait for data, their memory, and the health of their GPUs.
+
+The health comes from NVML (nvidia-ml-py). NVML and the memory are asked every ten seconds, since each question costs some time; the
+exchange between the ranks is one small all-gather a step.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_jobs import parallel
+
+INTERVAL = 10.0  # seconds between two looks at memory and GPU
+
+# NVML's reasons why a clock is below its maximum (nvmlClocksEventReason…). An idle GPU, a clock that an administrator has set, and
+# the power cap, at which a busy GPU always runs, are no trouble.
+REASONS = {
+    0x04: "power cap",
+    0x08: "hardware slowdown",
+    0x20: "thermal slowdown (driver)",
+    0x40: "thermal slowdown (hardware)",
+    0x80: "power brake (power supply)",
+}
+TROUBLE = 0x08 | 0x20 | 0x40 | 0x80
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """What rank 0 knows of all ranks after a step."""
+
+    fields: dict[str, Any]  # for the step's record; the worst of all ranks in each
+    warnings: list[str]  # what is new since the last look
+
+
+class Watch:
+    """This rank's part in it. `pynvml` is the module of that name where there is a GPU, else None."""
+
+    def __init__(self, pynvml: Any = None, uuid: str = "") -> None:
+        self._nvml, self._uuid = pynvml, uuid
+        self._asked, self._sample = -math.inf, [math.nan] * 7
+        self._errors: dict[int, float] = {}  # uncorrectable ECC errors of each rank when last looked at
+        self._troubled: set[int] = set()  # the ranks whose GPUs were slowed down when last looked at
+
+    @classmethod
+    def of_this_process(cls) -> "Watch":
+        if not torch.cuda.is_available():
+            return cls()
+        import pynvml
+
+        pynvml.nvmlInit()
+        return cls(pynvml, f"GPU-{torch.cuda.get_device_properties().uuid}")  # the number would be another under CUDA_VISIBLE_DEVICES
+
+    def vitals(self, data_seconds: float) -> Vitals:
+        """Every rank calls this after a step, with the seconds that it waited for data. `gpu` is told when rank 0 has just looked."""
+        is_new = time.monotonic() - self._asked >= INTERVAL
+        if is_new:
+            self._asked, self._sample = time.monotonic(), [parallel.memory_gib(), _reserved_gib(), *self._health()]
+        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        mine = torch.tensor([data_seconds, *self._sample], dtype=torch.float64, device=device)
+        rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, mine)
+        waits, memory, reserved, *health = torch.stack(rows).cpu().T.tolist()
+        fields: dict[str, Any] = {"data_seconds": max(waits), "memory_gib": max(memory)}
+        if torch.cuda.is_available():
+            fields["memory_reserved_gib"] = max(reserved)
+        if not (is_new and self._nvml):
+            return Vitals(fields, [])
+        return Vitals(fields | {"gpu": over_ranks(*health)}, self._warnings(*health))
+
+    def _health(self) -> list[float]:
+        """Temperature (°C), power (W), SM clock (MHz), reasons for a lower clock (bits), uncorrectable ECC errors since the last reboot."""
+        if not self._nvml:
+            return [math.nan] * 5
+        nvml = self._nvml
+        questions = [
+            lambda gpu: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
+            lambda gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+            lambda gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
+            lambda gpu: nvml.nvmlDeviceGetCurrentClocksEventReasons(gpu),
+            lambda gpu: nvml.nvmlDeviceGetTotalEccErrors(gpu, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC),
+        ]
+        answers = []
+        for question in questions:
+            try:
+                answers.append(float(question(nvml.nvmlDeviceGetHandleByUUID(self._uuid))))
+            except nvml.NVMLError:  # not every GPU and not every container tells everything
+                answers.append(math.nan)
+        return answers
+
+    def _warnings(
+        self, temperatures: list[float], powers: list[float], clocks: list[float], reasons: list[float], errors: list[float]
+    ) -> list[str]:
+        """What is new since the last look, on every rank."""
+        warnings, troubled = [], set()
+        for rank, (bits, count) in enumerate(zip(reasons, errors, strict=True)):
+            if words := in_words(bits, TROUBLE):
+                troubled.add(rank)
+                if rank not in self._troubled:
+                    what = f"{clocks[rank]:.0f} MHz, {temperatures[rank]:.0f} °C, {powers[rank]:.0f} W"
+                    warnings.append(f"the GPU of rank {rank} is slowed down: {', '.join(words)} ({what})")
+            if count > self._errors.get(rank, 0):
+                warnings.append(f"the GPU of rank {rank} has {count:.0f} uncorrectable ECC errors: drain its node and reset the GPU")
+        self._troubled, self._errors = troubled, dict(enumerate(errors))
+        return warnings
+
+
+def over_ranks(
+    temperatures: list[float], powers: list[float], clocks: list[float], reasons: list[float], errors: list[float]
+) -> dict[str, Any]:
+    """The worst of the ranks, and what slows which rank down; what no GPU told is left out."""
+    fields: dict[str, Any] = {}
+    for name, values, worst in (("hottest_c", temperatures, max), ("power_w", powers, max), ("slowest_mhz", clocks, min)):
+        if told := [(value, rank) for rank, value in enumerate(values) if not math.isnan(value)]:
+            fields[name], rank = worst(told)
+            fields[name.split("_")[0] + "_rank"] = rank
+    if told := [count for count in errors if not math.isnan(count)]:
+        fields["ecc_errors"] = int(sum(told))
+    slowed = {str(rank): words for rank, bits in enumerate(reasons) if (words := in_words(bits))}
+    return fields | ({"slowed": slowed} if slowed else {})
+
+
+def in_words(bits: float, mask: int = -1) -> list[str]:
+    """The reasons that stand in NVML's bit field (NaN: not told)."""
+    return [] if math.isnan(bits) else [words for bit, words in REASONS.items() if int(bits) & bit & mask]
+
+
+def _reserved_gib() -> float:
+    return torch.cuda.memory_reserved() / 2**30 if torch.cuda.is_available() else math.nan
