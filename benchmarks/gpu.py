@@ -141,7 +141,9 @@ def main(
             f"| {row['memory_gib']:.1f} |"
         )
     if json_file:
-        json_file.write_text(json.dumps({"device": parallel.device_name(), "kernels": kernels, "versions": versions(), "rows": rows}, indent=1))
+        json_file.write_text(
+            json.dumps({"device": parallel.device_name(), "kernels": kernels, "versions": versions(), "rows": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

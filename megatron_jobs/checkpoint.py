@@ -82,11 +82,6 @@ class Checkpoint:
     def ledger(self) -> dict[str, Any]:
         return json.loads((self.folder / "ledger.json").read_text())
 
-    @property
-    def updates(self) -> int:
-        """Updates that AdamW has made: fewer than steps where some were skipped."""
-        return self.ledger.get("interventions", {}).get("updates", self.step)
-
     def read(self, name: str, box: Box, state: str = "master") -> torch.Tensor:
         """float32 on the CPU, shape [box.rows, box.columns]. Raises UserError when a part of the box was not saved."""
         result = torch.empty(box.rows, box.columns)

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -58,13 +58,6 @@ def documents(binaries: dict[str, TokenBinary], where: Sequence[tuple[str, int]]
     return np.stack([binaries[name].documents(offset, length) for name, offset in where])
 
 
-def positions(documents: np.ndarray) -> np.ndarray:
-    """How many tokens of its document stand before each token in the sample: int64, shape of `documents` [samples, length]."""
-    steps = np.broadcast_to(np.arange(documents.shape[1]), documents.shape)
-    begins = np.diff(documents, axis=1, prepend=documents[:, :1]) != 0
-    return steps - np.maximum.accumulate(np.where(begins, steps, 0), axis=1)
-
-
 @dataclass(frozen=True)
 class MicroBatch:
     """What one forward pass reads: B samples of L tokens."""
@@ -72,18 +65,14 @@ class MicroBatch:
     tokens: np.ndarray  # int64 [B, L + 1], the last one of a sample a label only
     sources: np.ndarray  # int64 [B], numbers of names in DataOrder.names
     documents: np.ndarray | None  # int32 [B, L], see `documents`; None unless the phase separates documents
-    positions: np.ndarray | None  # int64 [B, L], see `positions`; None likewise
 
 
 def micro_batch(order: DataOrder, binaries: dict[str, TokenBinary], where: Sequence[tuple[str, int]], phase: Phase) -> MicroBatch:
     """The samples at (source, offset), as `phase` wants them."""
-    length = phase.sequence_length
-    inside = documents(binaries, where, length) if phase.separate_documents else None
     return MicroBatch(
-        tokens=read(binaries, where, length),
+        tokens=read(binaries, where, phase.sequence_length),
         sources=np.array([order.number_of[name] for name, _ in where]),
-        documents=inside,
-        positions=None if inside is None else positions(inside),
+        documents=documents(binaries, where, phase.sequence_length) if phase.separate_documents else None,
     )
 
 
@@ -119,6 +108,27 @@ class Feeder:
         numbers = np.arange(phase.batch_size(step_in_phase)).reshape(-1, self._ranks, size)[:, self._rank].ravel()
         where = self._order.samples(step, numbers)
         return [micro_batch(self._order, self._binaries, where[n : n + size], phase) for n in range(0, len(where), size)]
+
+    def validation(self, phase: Phase) -> tuple[Iterator[MicroBatch], int]:
+        """This rank's share of all held-out samples at the phase's sequence length: micro-batches, and how many there are.
+
+        Samples that fill up the last ones have the source number len(order.names), and do not count.
+        """
+        names, size = self._order.names, self._config.train.micro_batch_size
+        where = [(name, int(offset)) for name in names for offset in self._order.validation(name, phase.sequence_length)]
+        group = size * self._ranks * self._config.parallel.pipeline  # the interleaved schedule takes micro-batches in groups
+        num_micro_batches = -(-len(where) // group) * self._config.parallel.pipeline
+
+        def micro_batches() -> Iterator[MicroBatch]:
+            for number in range(num_micro_batches):
+                first = (number * self._ranks + self._rank) * size
+                mine = where[first : first + size]
+                fill = size - len(mine)
+                batch = micro_batch(self._order, self._binaries, mine + fill * where[:1], phase)
+                batch.sources[len(mine) :] = len(names)
+                yield batch
+
+        return micro_batches(), num_micro_batches
 
     def _begin(self, step: int) -> Future[list[MicroBatch]]:
         future: Future[list[MicroBatch]] = Future()

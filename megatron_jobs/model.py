@@ -8,7 +8,7 @@ Shapes: B micro-batch, W whole sequence, S a context-parallel rank's part of it,
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -78,13 +78,17 @@ def check_machine(config: RunConfig) -> None:
 
 
 def forward(
-    gpt: torch.nn.Module, tokens_BW: torch.Tensor, labels_BW: torch.Tensor | None = None, documents_BW: torch.Tensor | None = None
+    gpt: torch.nn.Module,
+    tokens_BW: torch.Tensor,
+    labels_BW: torch.Tensor | None = None,
+    documents_BW: torch.Tensor | None = None,
+    output_processor: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """One micro-batch through this rank's part of the model.
 
-    The last pipeline stage returns the loss of each label of its part of the sequence [B, S] (nats), or without labels
-    the logits [B, S, V / tensor]; the others return what the next stage takes. `documents_BW` (the number of each position's
-    document) keeps attention within documents.
+    The last pipeline stage returns what `output_processor` makes of its part of the sequence, else the loss of each label [B, S] (nats),
+    or without labels the logits [B, S, V / tensor]; the others return what the next stage takes. `documents_BW` (the number of each
+    position's document) keeps attention within documents; with Transformer Engine the B sequences then lie in one row.
     """
     shape_BW, packed = tokens_BW.shape, None
     tokens, labels = (x if x is None else attention.this_part(x) for x in (tokens_BW, labels_BW))
@@ -92,7 +96,7 @@ def forward(
         packed, documents_BW = attention.packed(documents_BW), None
         tokens, labels = (x if x is None else x.reshape(1, -1) for x in (tokens, labels))
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)  # not looked at: see attention.py
-    output = gpt(tokens, positions, documents_BW, labels=labels, packed_seq_params=packed)
+    output = gpt(tokens, positions, documents_BW, labels=labels, packed_seq_params=packed, output_processor=output_processor)
     return output if packed is None or output.shape[0] != 1 else output.view(shape_BW[0], -1, *output.shape[2:])
 
 

@@ -1,6 +1,5 @@
 """What a step minimises, and what is measured of it: the loss of the next token, by source, over a global batch.
 
-A micro-batch is (tokens [B, L + 1], source of each sample [B] as an index, document of each position [B, L] or None).
 Another objective is another function in the place of `next_token_loss`, and other micro-batches.
 
 Shapes: B micro-batch, L sequence length (this rank's part of it), N sources and one more for samples that do not count;
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -24,9 +24,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron_jobs import model
 from megatron_jobs.config import Phase, RunConfig
 from megatron_jobs.cross_entropy import cross_entropy_and_log_z
+from megatron_jobs.data import MicroBatch
 from megatron_jobs.state import TrainingState
-
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -50,21 +49,20 @@ class Objective:
         self.config, self.state, self.sources = config, state, list(sources)
         self._mixture = _Mixture(config, state)
         self._forward_backward = get_forward_backward_func()
-        # The interleaved schedule takes micro-batches in groups of so many.
-        self.micro_batch_multiple = parallel_state.get_pipeline_model_parallel_world_size() if len(state.chunks) > 1 else 1
 
-    def gradients(self, phase: Phase, batches: Iterable[Batch], num_micro_batches: int) -> Losses:
+    def gradients(self, phase: Phase, batches: Sequence[MicroBatch]) -> Losses:
         """Leaves the gradients of the global batch in the state. `batches` are this rank's micro-batches."""
         self.state.zero_grad()
-        return self._pass(phase, batches, num_micro_batches, forward_only=False)
+        return self._pass(phase, batches, len(batches), forward_only=False)
 
-    def losses(self, phase: Phase, batches: Iterable[Batch], num_micro_batches: int) -> Losses:
+    def losses(self, phase: Phase, batches: Iterable[MicroBatch], num_micro_batches: int) -> Losses:
         """Forward only: nothing that training goes on from is touched. Samples of the index behind the last source do not count."""
         with torch.no_grad():
             return self._pass(phase, batches, num_micro_batches, forward_only=True)
 
-    def fp8_shadow(self, phase: Phase, batches: list[Batch]) -> dict[str, float]:
-        """The loss of the same micro-batches in fp8 and with fp8 turned off, and their relative difference."""
+    def fp8_shadow(self, phase: Phase, batches: Sequence[MicroBatch]) -> dict[str, float]:
+        """The loss of the first of these micro-batches in fp8 and with fp8 turned off, and their relative difference."""
+        batches = batches[: self.config.parallel.pipeline]  # the interleaved schedule takes them in groups of so many
         loss_fp8 = self.losses(phase, batches, len(batches)).mean
         with contextlib.ExitStack() as turned_off:
             for chunk in self.state.chunks:
@@ -72,14 +70,13 @@ class Objective:
             loss_bf16 = self.losses(phase, batches, len(batches)).mean
         return {"loss_bf16": loss_bf16, "loss_fp8": loss_fp8, "difference": abs(loss_fp8 - loss_bf16) / loss_bf16}
 
-    def _pass(self, phase: Phase, batches: Iterable[Batch], num_micro_batches: int, forward_only: bool) -> Losses:
+    def _pass(self, phase: Phase, batches: Iterable[MicroBatch], num_micro_batches: int, forward_only: bool) -> Losses:
         sums = self._forward_backward(
             forward_step_func=partial(_forward, len(self.sources) + 1, phase.z_loss),
             data_iterator=list(itertools.tee(batches, len(self.state.chunks))),  # every chunk of a rank reads every micro-batch
             model=self.state.chunks,
             num_microbatches=num_micro_batches,
-            seq_length=phase.sequence_length,
-            micro_batch_size=self.config.train.micro_batch_size,
+            **model.message_shape(phase, self.config.train.micro_batch_size),
             forward_only=forward_only,
         )
         return self._over_all_ranks(sums, num_micro_batches)
@@ -127,20 +124,24 @@ def next_token_loss(
     if z_loss:
         loss = loss + z_loss * log_z_BL.square().mean()
     values_3BL = torch.stack([torch.ones_like(log_z_BL), cross_entropy_BL, log_z_BL.square()]).detach().double()
-    of_source_BN = torch.nn.functional.one_hot(sources_B, num_sources).double()
-    return loss, values_3BL.sum(2) @ of_source_BN
+    sums_3N = torch.zeros(3, num_sources, dtype=torch.float64, device=log_z_BL.device)
+    return loss, sums_3N.index_add_(1, sources_B, values_3BL.sum(2))
 
 
-def _forward(num_sources: int, z_loss: float, batches: Iterator[Batch], gpt: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    tokens, sources, documents = next(batches)
-    positions = torch.arange(tokens.shape[1] - 1, device=tokens.device).expand(tokens.shape[0], -1)
-    output = gpt(tokens[:, :-1], positions, documents, labels=tokens[:, 1:], output_processor=_outputs)
+def _forward(num_sources: int, z_loss: float, batches: Iterator[MicroBatch], gpt: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    batch = next(batches)
+    tokens, sources, documents = (_on_device(values) for values in (batch.tokens, batch.sources, batch.documents))
+    output = model.forward(gpt, tokens[:, :-1], tokens[:, 1:], documents, _outputs)
 
-    def loss(outputs_2BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, sums = next_token_loss(outputs_2BL, sources, num_sources, z_loss)
+    def loss(outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, sums = next_token_loss(outputs.view(2, len(sources), -1), sources, num_sources, z_loss)
         return mean / parallel_state.get_context_parallel_world_size(), sums  # by which megatron-core multiplies it
 
     return output, loss
+
+
+def _on_device(values: np.ndarray | None) -> torch.Tensor | None:
+    return None if values is None else torch.from_numpy(values).to(torch.cuda.current_device(), non_blocking=True)
 
 
 def _outputs(*, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, labels: torch.Tensor, **_: Any) -> torch.Tensor:

@@ -5,7 +5,9 @@ files: each puts its rectangles and their checksum into the temporary folder, an
 """
 
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +22,15 @@ from user_input import UserError
 POLL_SECONDS = 0.05
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is whole: training stood still for `seconds` of the `whole_seconds` that it took."""
+
+    step: int
+    seconds: float
+    whole_seconds: float
+
+
 class Saver:
     def __init__(self, config: RunConfig, phase_ends: set[int]) -> None:
         """Checkpoints of the steps in `phase_ends` are kept for ever."""
@@ -27,6 +38,7 @@ class Saver:
         self.folder = config.run / "checkpoints"
         self._host_copies: dict[str, torch.Tensor] = {}
         self._save: _Save | None = None
+        self._whole: list[Saved] = []  # that `check` has not told of
 
     def newest(self, keeps: Callable[[Checkpoint], bool]) -> Checkpoint | None:
         """The newest whole checkpoint of the run that `keeps` does not refuse, the same on every rank. Collective.
@@ -41,6 +53,7 @@ class Saver:
 
         Waits for the save before it, and for this one too without `train.asynchronous_save`. Raises as `wait` does.
         """
+        began = time.monotonic()
         self.wait()
         writer = Writer(self.folder, step)
         if dist.get_rank() == 0:
@@ -50,14 +63,18 @@ class Saver:
             pieces = self._copied(pieces)
         else:
             pieces = {key: piece.cpu() for key, piece in pieces.items()}
-        self._save = _Save(self, writer, tokens, updates, pieces, ledger)
+        self._save = _Save(self, writer, tokens, updates, pieces, ledger, began)
         if not self.config.train.asynchronous_save:
             self.wait()
 
-    def check(self) -> None:
-        """Raises the error of the save under way, if there is one by now; costs nothing, so that it can be called at every step."""
+    def check(self) -> Saved | None:
+        """The checkpoint that has become whole since the last call, told to rank 0 only; costs next to nothing, for every step.
+
+        Raises the error of the save under way, if there is one by now.
+        """
         if self._save and self._save.error:
             raise self._save.error
+        return self._whole.pop() if self._whole else None
 
     def wait(self) -> None:
         """Returns when the save under way, if any, is a whole checkpoint. Collective.
@@ -99,10 +116,18 @@ class _Save:
     """
 
     def __init__(
-        self, saver: Saver, writer: Writer, tokens: int, updates: int, pieces: dict[str, torch.Tensor], ledger: dict[str, Any]
+        self,
+        saver: Saver,
+        writer: Writer,
+        tokens: int,
+        updates: int,
+        pieces: dict[str, torch.Tensor],
+        ledger: dict[str, Any],
+        began: float,
     ) -> None:
         self.saver, self.writer = saver, writer
         self.tokens, self.updates, self.pieces, self.ledger = tokens, updates, pieces, ledger
+        self.began, self.stood_still = began, time.monotonic() - began
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
         self.written, self.given_up = threading.Event(), threading.Event()
         self.error: Exception | None = None
@@ -129,3 +154,6 @@ class _Save:
         prune(
             self.saver.folder, train.keep_checkpoints, lambda step: step in ends or bool(train.keep_every and step % train.keep_every == 0)
         )
+        whole_seconds = time.monotonic() - self.began
+        stood_still = self.stood_still if train.asynchronous_save else whole_seconds
+        self.saver._whole.append(Saved(self.writer.step, stood_still, whole_seconds))

@@ -132,10 +132,3 @@ def write_rollbacks(run: Path, rollbacks: list[dict[str, Any]]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, run / "rollbacks.json")
-
-
-def record_event(run: Path, step: int, what: str, **facts: Any) -> None:
-    """Adds a line to RUN/events.jsonl. A number that is not finite, which JSON does not have, becomes a string."""
-    facts = {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in facts.items()}
-    with (run / "events.jsonl").open("a") as file:
-        file.write(json.dumps({"time": time.time(), "step": step, "what": what, **facts}, ensure_ascii=False, allow_nan=False) + "\n")

@@ -9,26 +9,27 @@ last bit; a run that is finished says so. After SIGTERM it finishes its step, sa
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import torch
 import torch.distributed as dist
 import typer
 from megatron.core import parallel_state
 
-from megatron_jobs import checkpoint, data, failures, parallel, phases, stability
 from megatron_jobs import config as configuration
+from megatron_jobs import data, failures, parallel, phases, stability
 from megatron_jobs.checkpoint import Checkpoint
-from megatron_jobs.config import RunConfig
+from megatron_jobs.config import Phase, RunConfig
 from megatron_jobs.hugging_face import HuggingFaceFolder
 from megatron_jobs.layout import TensorSource
 from megatron_jobs.metrics import Log
-from megatron_jobs.objective import Objective
+from megatron_jobs.objective import Objective, fp8_warning
 from megatron_jobs.order import DataOrder
+from megatron_jobs.saver import Saver
 from megatron_jobs.stability import Guard, Verdict
 from megatron_jobs.state import TrainingState
+from megatron_jobs.vitals import Watch
 from megatron_jobs.weights import InitialWeights, shapes
 from user_input import UserError, run
 
@@ -40,63 +41,163 @@ def train(config: RunConfig, mark: Callable[[], None] = lambda: None, stop_reque
 
     `mark` is called whenever the run has got on; once `stop_requested`, the run is saved after the step and SystemExit(STOPPED) raised.
     """
-    binaries = data.open_sources(config)
-    order = DataOrder(config, data.facts(binaries))
-    guard = Guard(config.stability, parallel.from_rank_0(stability.read_rollbacks(config.run)))
-    start = _newest(config, guard)
-    if start:
-        order.check_continues(start.ledger)
-    state = TrainingState(config, start or _initial(config))
-    objective = Objective(config, state)
-    step = _go_on_from(start, state, guard)
-    log = Log(config, step) if dist.get_rank() == 0 else None
-    phase_ends = {sum(phase.num_steps for phase in config.phases[: n + 1]) for n in range(len(config.phases))}
-    mark()
+    Trainer(config, mark).train(stop_requested)
 
-    while step < phases.num_steps(config.phases):
-        began = time.perf_counter()
-        if not guard.passes_over(step + 1):
-            phase = config.phases[phases.locate(config.phases, step)[0]]
-            num_micro_batches = phase.global_batch_size // (config.train.micro_batch_size * parallel_state.get_data_parallel_world_size())
-            batches = _micro_batches(config, order, binaries, step, num_micro_batches)
-            losses = objective.gradients(phase, batches, num_micro_batches)
-            gradient_norm = state.gradient_norm()
-            learning_rate = phases.learning_rate(config.phases, step)
-            verdict = guard.judge(step + 1, phase.name, losses.mean, gradient_norm)
-            if log and verdict.reason:
-                _record(config, order, step, verdict, losses.mean, gradient_norm, learning_rate)
-            if verdict.action == "stop":
-                raise UserError(_diagnosis(config, order, guard, step, verdict, learning_rate))
-            if verdict.action == "rollback":
-                step = _roll_back(config, guard, state, log)
-                mark()
-                continue
-            if verdict.action == "update":
-                state.update(learning_rate)
-            if log:
-                log.step(step + 1, phase.name, losses, learning_rate, gradient_norm, time.perf_counter() - began)
-        step += 1
-        mark()
-        stopping = parallel.from_rank_0(stop_requested())
-        if step % config.train.checkpoint_interval == 0 or step in phase_ends or stopping:
-            _save(config, order, guard, state, step, phase_ends)
-            mark()
+
+class Trainer:
+    """A run: what its steps work with, and where it stands (`step`: steps that are done)."""
+
+    def __init__(self, config: RunConfig, mark: Callable[[], None]) -> None:
+        binaries = data.open_sources(config)
+        sources = data.facts(binaries)
+        self.config = config = phases.resolve(config, sources)
+        self.mark = mark
+        self.order = DataOrder(config, sources)
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        self.feeder = data.Feeder(config, self.order, binaries, rank, ranks)
+        self.phase_ends = {phases.num_steps(config.phases[: n + 1]) for n in range(len(config.phases))}
+        self.saver = Saver(config, self.phase_ends)
+        self.guard = Guard(config.stability, parallel.from_rank_0(stability.read_rollbacks(config.run)))
+        start = self._newest()
+        self.state = TrainingState(config, start or _initial(config))
+        self.objective = Objective(config, self.state, self.order.names)
+        self.step = self._go_on_from(start)
+        self.log = Log(config, self.step) if dist.get_rank() == 0 else None
+        self.watch = Watch.of_this_process()
+        self.mark()
+
+    def train(self, stop_requested: Callable[[], bool]) -> None:
+        config, state = self.config, self.state
+        stopping = False
+        while self.step < phases.num_steps(config.phases) and not stopping:
+            if not self.guard.passes_over(self.step + 1):
+                phase = config.phases[phases.locate(config.phases, self.step)[0]]
+                learning_rate = phases.learning_rate(config.phases, self.step)
+                began = time.perf_counter()
+                batches, waited = self.feeder.take(self.step)
+                losses = self.objective.gradients(phase, batches)
+                gradient_norm = state.gradient_norm()
+                verdict = self.guard.judge(self.step + 1, phase.name, losses.mean, gradient_norm)
+                if verdict.reason:
+                    self._stands_out(verdict, phase, losses.mean, gradient_norm, learning_rate)
+                if verdict.action == "rollback":
+                    self._roll_back()
+                    continue
+                now_and_then = self._looked_at(phase, batches)
+                if verdict.action == "update":
+                    state.update(learning_rate)
+                seconds = time.perf_counter() - began
+                vitals = self.watch.vitals(waited, stop_requested())
+                stopping = vitals.stop_requested
+                if config.data.validation_tokens and self._is_due(config.train.validation_interval, or_phase_end=True):
+                    now_and_then["validation"] = self.objective.losses(phase, *self.feeder.validation(phase)).by_source
+                if self.log:
+                    self.log.step(self.step + 1, phase.name, losses, learning_rate, gradient_norm, seconds, now_and_then, vitals)
+            if self._is_due(config.train.checkpoint_interval, or_phase_end=True) or stopping:
+                self._save()
+            self.step += 1
+            self._tell_of_saves()
+            self.mark()
+        self.saver.wait()
+        self._tell_of_saves()
         if stopping:
             raise SystemExit(STOPPED)
-    if log:
-        log.close()
+        if self.log:
+            self.log.close()
 
+    def _is_due(self, interval: int | None, or_phase_end: bool = False) -> bool:
+        """At the end of the step that is under way."""
+        return bool(interval and (self.step + 1) % interval == 0) or (or_phase_end and self.step + 1 in self.phase_ends)
 
-def _micro_batches(
-    config: RunConfig, order: DataOrder, binaries: dict[str, data.TokenBinary], step: int, micro_batches: int
-) -> Iterator[torch.Tensor]:
-    """This rank's micro-batches of a step, each [micro_batch_size, sequence_length + 1] token ids."""
-    size, length = config.train.micro_batch_size, config.phases[phases.locate(config.phases, step)[0]].sequence_length
-    ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    for number in range(micro_batches):
-        first = (number * ranks + rank) * size
-        batch = data.read(binaries, order.samples(step, range(first, first + size)), length)
-        yield torch.from_numpy(batch).to(torch.cuda.current_device())
+    def _looked_at(self, phase: Phase, batches: list[data.MicroBatch]) -> dict[str, Any]:
+        """What only some steps measure, between the gradients and the update."""
+        found: dict[str, Any] = {}
+        train = self.config.train
+        if self._is_due(train.layer_norms_interval):
+            found["layer_norms"] = self.state.layer_norms()
+        if train.precision == "fp8" and self._is_due(train.fp8_shadow_interval):
+            found["fp8_shadow"] = self.objective.fp8_shadow(phase, batches)
+            if self.log and (warning := fp8_warning(found["fp8_shadow"])):
+                self.log.event(self.step + 1, "fp8", reason=warning)
+        return found
+
+    def _save(self) -> None:
+        """Saves the run as it stands after the step that is under way."""
+        step = self.step + 1
+        ledger = self.order.ledger(step) | {"interventions": self.guard.memory()}
+        tokens = phases.consumed_tokens(self.config.phases, step)
+        self.saver.save(step, tokens, self.state.updates, self.state.pieces(), ledger)
+
+    def _tell_of_saves(self) -> None:
+        saved = self.saver.check()
+        if saved and self.log:
+            self.log.saved(saved.step, saved.seconds, saved.whole_seconds)
+
+    def _newest(self) -> Checkpoint | None:
+        """The checkpoint to go on from, the same on every rank. Those that were rolled back are gone afterwards."""
+        start = self.saver.newest(lambda candidate: self.guard.agrees(candidate.step, candidate.ledger.get("interventions")))
+        if start:
+            phases.check_resumable(start.config, self.config, start.step)
+            self.order.check_continues(start.ledger)
+        return start
+
+    def _go_on_from(self, start: Checkpoint | None) -> int:
+        """What is not weights comes back from `start`; returns the number of steps that are done."""
+        self.guard.recall(start.ledger.get("interventions") if start else None)
+        if start is None:
+            return 0
+        self.state.restore(start)
+        return start.step
+
+    def _roll_back(self) -> None:
+        """Back to before the steps that the guard passes over from now on."""
+        if self.log:
+            # Written down before anything else: killed from here on, the run starts again as if it had just gone back.
+            stability.write_rollbacks(self.config.run, self.guard.rollbacks)
+        dist.barrier()
+        start = self._newest()
+        self.state.start_from(start or _initial(self.config))
+        self.step = self._go_on_from(start)
+        self.mark()
+        if self.log:
+            self.log.rewind(self.step)
+            back = self.guard.rollbacks[-1]
+            self.log.event(self.step, "back", reason=f"the data of steps {back['first']} to {back['last']} are passed over")
+
+    def _stands_out(self, verdict: Verdict, phase: Phase, loss: float, gradient_norm: float, learning_rate: float) -> None:
+        """Records a step with its samples' places in the data: (source, token offset). Raises UserError where the run must stop."""
+        in_phase = phases.locate(self.config.phases, self.step)[1]
+        samples = self.order.samples(self.step, range(phase.batch_size(in_phase)))
+        if self.log:
+            self.log.event(
+                self.step + 1,
+                verdict.action,
+                reason=verdict.reason,
+                loss=loss,
+                gradient_norm=gradient_norm,
+                median=verdict.median,
+                deviation=verdict.deviation,
+                lr=learning_rate,
+                samples=samples,
+            )
+        if verdict.action != "stop":
+            return
+        sources = Counter(source for source, _ in samples)
+        latest = self.config.run / "checkpoints/latest"
+        raise UserError(
+            "\n".join(
+                [
+                    f"step {self.step + 1} of phase {phase.name}: {verdict.reason}",
+                    *(f"  before it: {line}" for line in self.guard.history()),
+                    f"  learning rate {learning_rate:.3g}; its batch: {', '.join(f'{count} of {name}' for name, count in sources.items())}",
+                    f"  last checkpoint: {latest.resolve() if latest.exists() else 'none'}; the samples are in "
+                    f"{self.config.run / 'events.jsonl'}",
+                    f"  try: a lower phases.{phase.name}.learning_rate, another train.precision, or look at these samples with `mujina "
+                    "inspect`; if the data is bad for longer, raise stability.pass_over; if the step was harmless, raise "
+                    "stability.deviations",
+                ]
+            )
+        )
 
 
 def _initial(config: RunConfig) -> TensorSource:
@@ -113,100 +214,6 @@ def _initial(config: RunConfig) -> TensorSource:
             "the one of this run: name another checkpoint, or upcycle it first"
         )
     return found
-
-
-def _newest(config: RunConfig, guard: Guard) -> Checkpoint | None:
-    """The checkpoint to go on from, the same on every rank. Those that were rolled back are gone afterwards."""
-
-    def keeps(candidate: Checkpoint) -> bool:
-        return guard.agrees(candidate.step, candidate.ledger.get("interventions"))
-
-    found = checkpoint.newest_whole(config.run / "checkpoints", keeps) if dist.get_rank() == 0 else None
-    folder = parallel.from_rank_0(found and found.folder)
-    if folder is None:
-        return None
-    start = found or Checkpoint(folder)
-    phases.check_resumable(start.config, config, start.step)
-    return start
-
-
-def _go_on_from(start: Checkpoint | None, state: TrainingState, guard: Guard) -> int:
-    """What is not weights comes back from `start`; returns the number of steps that are done."""
-    guard.recall(start.ledger.get("interventions") if start else None)
-    if start is None:
-        return 0
-    state.restore(start)
-    return start.step
-
-
-def _roll_back(config: RunConfig, guard: Guard, state: TrainingState, log: Log | None) -> int:
-    """Back to before the steps that the guard passes over from now on; returns the number of steps that are done."""
-    if log:
-        # Written down before anything else: killed from here on, the run starts again as if it had just gone back.
-        stability.write_rollbacks(config.run, guard.rollbacks)
-    dist.barrier()
-    start = _newest(config, guard)
-    state.start_from(start or _initial(config))
-    step = _go_on_from(start, state, guard)
-    if log:
-        log.go_back(step)
-        back = guard.rollbacks[-1]
-        print(f"{config.run}: back at step {step}; the data of steps {back['first']} to {back['last']} are passed over", flush=True)
-    return step
-
-
-def _record(
-    config: RunConfig, order: DataOrder, step: int, verdict: Verdict, loss: float, gradient_norm: float, learning_rate: float
-) -> None:
-    """A step that stands out, on the console and in events.jsonl, with its samples' places in the data: (source, token offset)."""
-    print(f"step {step + 1}: {verdict.reason}: {verdict.action}", flush=True)
-    stability.record_event(
-        config.run,
-        step + 1,
-        verdict.action,
-        reason=verdict.reason,
-        loss=loss,
-        gradient_norm=gradient_norm,
-        median=verdict.median,
-        deviation=verdict.deviation,
-        lr=learning_rate,
-        samples=_samples(config, order, step),
-    )
-
-
-def _diagnosis(config: RunConfig, order: DataOrder, guard: Guard, step: int, verdict: Verdict, learning_rate: float) -> str:
-    phase = config.phases[phases.locate(config.phases, step)[0]]
-    sources = Counter(source for source, _ in _samples(config, order, step))
-    latest = config.run / "checkpoints/latest"
-    return "\n".join(
-        [
-            f"step {step + 1} of phase {phase.name}: {verdict.reason}",
-            *(f"  before it: {line}" for line in guard.history()),
-            f"  learning rate {learning_rate:.3g}; its batch: {', '.join(f'{count} of {source}' for source, count in sources.items())}",
-            f"  last checkpoint: {latest.resolve() if latest.exists() else 'none'}; the samples are in {config.run / 'events.jsonl'}",
-            f"  try: a lower phases.{phase.name}.learning_rate, another train.precision, or look at these samples with `mujina inspect`; "
-            "if the data is bad for longer, raise stability.pass_over; if the step was harmless, raise stability.deviations",
-        ]
-    )
-
-
-def _samples(config: RunConfig, order: DataOrder, step: int) -> list[tuple[str, int]]:
-    return order.samples(step, range(config.phases[phases.locate(config.phases, step)[0]].global_batch_size))
-
-
-def _save(config: RunConfig, order: DataOrder, guard: Guard, state: TrainingState, step: int, phase_ends: set[int]) -> None:
-    folder = config.run / "checkpoints"
-    writer = checkpoint.Writer(folder, step)
-    if dist.get_rank() == 0:
-        writer.clear()
-    dist.barrier()
-    files = dict(parallel.gathered(writer.add_rank_file(dist.get_rank(), state.pieces())))
-    if dist.get_rank() == 0:
-        tokens = phases.consumed_tokens(config.phases, step)
-        ledger = order.ledger(step) | {"interventions": guard.memory(step)}
-        writer.finish(config, tokens, dict(shapes(config.model, config.moe)), ledger, files)
-        checkpoint.prune(folder, config.train.keep_checkpoints, phase_ends)
-    dist.barrier()
 
 
 def main(

@@ -34,6 +34,7 @@ class Vitals:
 
     fields: dict[str, Any]  # for the step's record; the worst of all ranks in each
     warnings: list[str]  # what is new since the last look
+    stop_requested: bool  # of any rank
 
 
 class Watch:
@@ -54,22 +55,25 @@ class Watch:
         pynvml.nvmlInit()
         return cls(pynvml, f"GPU-{torch.cuda.get_device_properties().uuid}")  # the number would be another under CUDA_VISIBLE_DEVICES
 
-    def vitals(self, data_seconds: float) -> Vitals:
-        """Every rank calls this after a step, with the seconds that it waited for data. `gpu` is told when rank 0 has just looked."""
+    def vitals(self, data_seconds: float, stop_requested: bool) -> Vitals:
+        """Every rank calls this after a step, with the seconds that it waited for data, and whether it was asked to stop.
+
+        `gpu` is told when rank 0 has just looked.
+        """
         is_new = time.monotonic() - self._asked >= INTERVAL
         if is_new:
             self._asked, self._sample = time.monotonic(), [parallel.memory_gib(), _reserved_gib(), *self._health()]
         device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-        mine = torch.tensor([data_seconds, *self._sample], dtype=torch.float64, device=device)
+        mine = torch.tensor([data_seconds, stop_requested, *self._sample], dtype=torch.float64, device=device)
         rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(rows, mine)
-        waits, memory, reserved, *health = torch.stack(rows).cpu().T.tolist()
+        waits, stops, memory, reserved, *health = torch.stack(rows).cpu().T.tolist()
         fields: dict[str, Any] = {"data_seconds": max(waits), "memory_gib": max(memory)}
         if torch.cuda.is_available():
             fields["memory_reserved_gib"] = max(reserved)
         if not (is_new and self._nvml):
-            return Vitals(fields, [])
-        return Vitals(fields | {"gpu": over_ranks(*health)}, self._warnings(*health))
+            return Vitals(fields, [], any(stops))
+        return Vitals(fields | {"gpu": over_ranks(*health)}, self._warnings(*health), any(stops))
 
     def _health(self) -> list[float]:
         """Temperature (°C), power (W), SM clock (MHz), reasons for a lower clock (bits), uncorrectable ECC errors since the last reboot."""
