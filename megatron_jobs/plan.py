@@ -1,6 +1,6 @@
 """Shows what a configuration asks for, before anything runs.
 
-python -m megatron_jobs.plan CONFIG.yaml [key=value …] [--gpus 128 [--gpu h100]] [--tokens-per-day 60e9]           (what `mujina plan` calls)
+python -m megatron_jobs.plan CONFIG.yaml [key=value …] [--gpus 128 [--gpu h100]] [--tokens-per-day 60e9]  (`mujina plan`)
 """
 
 from datetime import datetime, timedelta

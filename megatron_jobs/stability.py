@@ -10,7 +10,6 @@ import json
 import math
 import os
 import statistics
-import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
