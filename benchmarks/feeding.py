@@ -137,7 +137,7 @@ def feed_peer(data: Path, cache: Path, names: list[str], length: int, steps: int
         reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False, mid_level_dataset_surplus=0.05,
         tokenizer=SimpleNamespace(eod=0, pad=-1, vocab_size=65_000, unique_identifiers={"name": "none"}),
     )  # fmt: skip
-    dataset = BlendedMegatronDatasetBuilder(GPTDataset, [steps * 1024, None, None], lambda: True, config).build()[0]
+    dataset = BlendedMegatronDatasetBuilder(GPTDataset, [steps * 1024, 0, 0], lambda: True, config).build()[0]
 
     def batch(number: int) -> torch.Tensor:
         rows = [dataset[n] for n in range(number * MICRO_BATCH, (number + 1) * MICRO_BATCH)]

@@ -187,7 +187,8 @@ class TokenBinary:
         return np.bincount(self._starts(first, last) - offset, minlength=length).cumsum(dtype=np.int32)
 
     def _start(self, document: int) -> int:
-        return int(self._starts(document, document + 1)[0])
+        entry = os.pread(_opened(self, "idx").descriptor, 8, self._starts_at + 8 * document)
+        return int.from_bytes(entry, "little") // self._dtype.itemsize
 
     def _starts(self, first: int, last: int) -> np.ndarray:
         """The offsets, in tokens, of the first tokens of documents `first` … `last` - 1."""
