@@ -2,8 +2,7 @@
 
     python -m evaluation.report RUN_FOLDER… --output report.html [--evaluation LABEL=result.json …]
 
-Reads `config.yaml`, `metrics.jsonl` and `checkpoints/latest/ledger.json` of each run folder (a run may still be going on), and the result
-files of `mujina evaluate` in the order given. The page is one file that loads nothing.
+Reads run folders (runs.py; a run may still be going on) and the result files of `mujina evaluate`, in the order given. The page is one file that loads nothing.
 """
 
 import math
@@ -63,8 +62,7 @@ def build(runs: list[Run], evaluations: list[Evaluation], command: str) -> str:
         _by_source(runs, "loss_by_source", "Loss by source", "Smoothed within a phase.", smoothed=True),
         _by_source(runs, "validation", "Validation", "On what is held out of each source.", smoothed=False),
         _gradients(runs),
-        _optimizer_and_speed(runs),
-        _time_and_memory(runs),
+        _over_time(runs),
         _gpus(runs),
         _auxiliary_losses(runs),
         _experts([run for run in runs if run.steps[-1].expert_load]),
@@ -101,7 +99,7 @@ def _facts(run: Run) -> dict[str, str]:
         "Attention": f"{model.num_attention_heads} heads, {model.num_query_groups} query groups",
         "Vocabulary": f"{model.vocab_size:,}",
         "Experts": f"{moe.num_experts} in each layer, top {moe.top_k}" if moe else "–",
-        "Parallel": ", ".join(f"{dimension} {size}" for dimension, size in run.config.parallel.items()) or "–",
+        "Parallel": ", ".join(f"{dimension} {size}" for dimension, size in run.config.parallel.items() if size > 1) or "–",
         "Weights from": run.config.train.init_from or "–",
         "Steps": f"{last.step:,}",
         "Tokens": f"{last.tokens:,} of {sum(phase.tokens for phase in run.config.phases):,} planned",
@@ -179,26 +177,21 @@ def _gradients(runs: list[Run]) -> str:
     return f'<h2>Gradient norm</h2><p class="note">{note}</p>{_side_by_side(charts)}'
 
 
-def _optimizer_and_speed(runs: list[Run]) -> str:
+def _over_time(runs: list[Run]) -> str:
+    is_old = any(run.steps[-1].tokens_per_second_per_gpu is None for run in runs)
     charts = [
         _small_chart(runs, "Learning rate", "lr", smoothed=False),  # has no noise, and corners that should be seen
-        _small_chart(runs, "Tokens per second", "tokens_per_second"),
+        _small_chart(runs, "Tokens per second", "tokens_per_second") if is_old else "",
         _small_chart(runs, "Tokens per second and GPU (or process)", "tokens_per_second_per_gpu"),
         _small_chart(runs, "Model TFLOP/s per GPU (or process)", "tflops_per_gpu"),
         _small_chart(runs, "Model FLOPs utilisation (MFU)", "mfu"),
-    ]
-    return _small_section("Optimizer and speed", runs, charts)
-
-
-def _time_and_memory(runs: list[Run]) -> str:
-    charts = [
         _small_chart(runs, "Step, seconds", lambda step: step.seconds if step.data_seconds is not None else None),
         _small_chart(runs, "Wait for data, seconds a step", "data_seconds"),
         _save_chart(runs),
         _small_chart(runs, "Memory, GiB, of the rank with most", "memory_gib", smoothed=False),
         _small_chart(runs, "Memory that PyTorch holds, GiB", "memory_reserved_gib", smoothed=False),
     ]
-    return _small_section("Time and memory", runs, charts)
+    return _small_section("Learning rate, speed, time and memory", runs, charts)
 
 
 def _save_chart(runs: list[Run]) -> str:
@@ -254,7 +247,8 @@ def _layers(runs: list[Run]) -> str:
         names = list(dict.fromkeys(name for step in run.steps for name in step.layer_norms))
         layers, outside = [name for name in names if name.startswith("layers.")], [name for name in names if not name.startswith("layers.")]
         shade = {
-            name: f"color-mix(in srgb, {run.colour} {30 + 70 * k / len(layers):.0f}%, var(--surface))" for k, name in enumerate(layers)
+            name: f"color-mix(in srgb, {run.colour} {30 + 70 * k / max(1, len(layers) - 1):.0f}%, var(--surface))"
+            for k, name in enumerate(layers)
         }
         shade |= {name: SOURCE_COLOURS[k % len(SOURCE_COLOURS)] for k, name in enumerate(outside)}
         for what, title in (("gradient", "Norm of the gradient"), ("weight", "Norm of the weights")):

@@ -251,6 +251,8 @@ def read_run(folder: Path, name: str, colour: str) -> Run:
         raise UserError(f"{folder / 'metrics.jsonl'}: holds no finished step: wait for the first one, or start the run with `mujina train`")
     events_path = folder / "events.jsonl"
     events = _read_lines(events_path, Event, remedy) if events_path.exists() else []
+    # "update" is the verdict on a spike that is only logged: the step's update is made.
+    events = [event.model_copy(update={"what": "spike"}) if event.what == "update" else event for event in events]
     saves = [event for event in events if event.what == "checkpoint"]
     return Run(name, colour, config, config_text, steps, [event for event in events if event.what != "checkpoint"], saves, ledger)
 

@@ -212,6 +212,7 @@ def make_full_run(folder: Path) -> Path:
         {"time": 1.8e9, "step": 12, "what": "skip", "reason": "the loss is 99 & rising", "loss": 99.0, "samples": [["web_ja", 5]]},
         {"time": 1.8e9, "step": 20, "what": "checkpoint", "seconds": 0.25, "whole_seconds": 4.5},
         {"time": 1.8e9, "step": 20, "what": "restart"},
+        {"time": 1.8e9, "step": 25, "what": "update", "reason": "the loss is 9"},
         {"time": 1.8e9, "step": 31, "what": "rollback", "reason": "the gradient norm is nan", "loss": "nan"},
     ]
     (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"time": 1.8')
@@ -262,6 +263,7 @@ def test_events_are_marked_where_they_happened_and_told_below(tmp_path: Path) ->
     assert sorted(marks, key=lambda mark: int(mark[2])) == [
         ("1", "step 12, skip: the loss is 99 &amp; rising", str(round(start + (end - start) * 12 / 40))),
         ("3", "step 20, restart", str(round(start + (end - start) * 20 / 40))),
+        ("0", "step 25, spike: the loss is 9", str(round(start + (end - start) * 25 / 40))),
         ("2", "step 31, rollback: the gradient norm is nan", str(round(start + (end - start) * 31 / 40))),
     ]
     assert "skip (1)" in section(html, "Gradient norm")
