@@ -19,11 +19,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 
 from megatron_jobs import flops, model, parallel
 from megatron_jobs.config import RunConfig, load
+from megatron_jobs.data import MicroBatch
 from megatron_jobs.objective import Objective
 from megatron_jobs.state import TrainingState
 from megatron_jobs.weights import InitialWeights
@@ -39,7 +41,7 @@ REPEATS, ROUNDS = 10, 5
 def measure(config: RunConfig, profile: Path | None) -> list[dict[str, Any]]:
     """A row for the layers and one for the step."""
     state = TrainingState(config, InitialWeights(config.model, config.moe, config.seed))
-    objective = Objective(config, state)
+    objective = Objective(config, state, ["random"])
     phase = config.phases[0]
     whole = flops.per_token(config.model, config.moe, phase.sequence_length)
     output = 6 * config.model.padded_vocab_size * config.model.hidden_size
@@ -48,13 +50,14 @@ def measure(config: RunConfig, profile: Path | None) -> list[dict[str, Any]]:
     rotary = gpt.rotary_pos_emb(phase.sequence_length)
     hidden = torch.randn(phase.sequence_length, 1, config.model.hidden_size, dtype=gpt.config.params_dtype, device=device)
     gradient = torch.randn_like(hidden)
-    tokens = torch.randint(config.model.vocab_size, (NUM_MICRO_BATCHES, 1, phase.sequence_length + 1), device=device)
+    tokens = np.random.default_rng(1).integers(config.model.vocab_size, size=(NUM_MICRO_BATCHES, 1, phase.sequence_length + 1))
+    batches = [MicroBatch(tokens_1L, np.zeros(1, np.int64), None) for tokens_1L in tokens]
 
     def layers() -> None:
         gpt.decoder(hidden.requires_grad_(), attention_mask=None, rotary_pos_emb=rotary).backward(gradient)
 
     def step() -> None:
-        objective.gradients(phase, iter(tokens), NUM_MICRO_BATCHES)
+        objective.gradients(phase, batches)
         state.gradient_norm()
         state.update(1e-5)
 
@@ -141,9 +144,8 @@ def main(
             f"| {row['memory_gib']:.1f} |"
         )
     if json_file:
-        json_file.write_text(
-            json.dumps({"device": parallel.device_name(), "kernels": kernels, "versions": versions(), "rows": rows}, indent=1)
-        )
+        about = {"device": parallel.device_name(), "kernels": kernels, "versions": versions()}
+        json_file.write_text(json.dumps(about | {"rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
