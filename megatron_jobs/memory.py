@@ -2,7 +2,7 @@
 
 Counted are the tensors of `state.py` and those that the layers of `model.py` keep for the backward pass. Two kinds of layers are known:
 Transformer Engine's (on a GPU), and the local ones (on a CPU, and on a GPU without Transformer Engine), which keep more: RMSNorm its
-input and the normalised input in float32, SwiGLU every step, attention a copy of keys and values for each head.
+input and the normalised input in float32, SwiGLU every step.
 tests/megatron_jobs/test_memory.py holds the local ones against what a training step allocates.
 
 Letters: T tokens of a micro-batch on a rank (split over `context`; `tensor` splits everything else, as it is sequence parallel too).
@@ -69,9 +69,12 @@ def of_stage(config: RunConfig, gpus: int, stage: int, sequence_length: int, glo
     if stage == parallel.pipeline - 1:
         logits = tokens * model.padded_vocab_size / parallel.tensor
         weight = model.padded_vocab_size * model.hidden_size / parallel.tensor
-        activations += 4 * logits + _norm(config, tokens, size, fused)
-        # in bf16 the float32 softmax makes way for the gradient of the logits before that of the weight is made
-        buffers = max(buffers, 4 * weight if size == 4 else max(2 * logits, 2 * weight - 2 * logits))
+        activations += size * logits + _norm(config, tokens, size, fused)
+        # the softmax in float32 (and its bf16 copy), then the gradient of the output layer's matrix
+        buffers = max(buffers, (4 if size == 4 else 6) * logits, size * weight)
+    message = tokens * model.hidden_size * size / parallel.tensor
+    buffers += 2 * message * parallel.tensor * (parallel.tensor > 1)  # gathered input, and its gradient
+    buffers += 4 * message * (parallel.pipeline > 1)  # received and sent, and their gradients
     weights = num_parameters * (4 if train.precision == "fp8" else size)  # fp8: Transformer Engine's copies, as they are and transposed
     return Memory(weights, 4 * num_parameters, owned(config, gpus, stage) * (8 if size == 4 else 12), activations, buffers)
 
@@ -96,13 +99,11 @@ def layer(config: RunConfig, tokens: float, fused: bool) -> float:
     model, moe = config.model, config.moe
     size = 4 if config.train.precision == "fp32" else 2
     heads, groups = model.num_attention_heads * model.head_size, model.num_query_groups * model.head_size
-    projected = heads + 2 * groups  # stays as a whole where the values are a view of it
-    if fused:
-        attention = projected + heads + groups + heads  # and rotated queries and keys, and the output
-    elif heads > groups and config.train.recompute != "attention":
-        attention = 4 * heads  # queries, keys and values of every head, output
-    else:
-        attention = projected + heads + groups + heads
+    attention = 2 * heads + 2 * groups  # queries, keys, values, output
+    if fused or config.train.recompute == "attention":
+        attention += heads + groups  # the product that they were cut from, of which the values are a view
+    elif config.parallel.context > 1:  # gathered, and a copy for each head
+        attention = 2 * heads * (1 + config.parallel.context)
     attention = attention * size + 4 * model.num_attention_heads  # and the softmax's normaliser
     per_token = attention / config.parallel.tensor
     result = tokens * per_token + 2 * _norm(config, tokens, size, fused)

@@ -12,7 +12,6 @@ fitted to published runs. tests/megatron_jobs/test_planner.py holds the predicti
 Not in the model: experts with unequal loads, documents that are kept apart (less attention), a batch ramp, and the network's congestion.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_jobs import flops, memory
-from megatron_jobs.config import ParallelConfig, RunConfig, nearest
+from megatron_jobs.config import RunConfig, nearest
 from megatron_jobs.flops import GPU
 from megatron_jobs.memory import Memory
 from user_input import UserError
@@ -127,9 +126,10 @@ def machine(gpus: int | None, gpu_name: str, gpus_per_node: int, stack_name: str
 def predict(config: RunConfig, machine: Machine) -> Prediction:
     """Memory and speed of the run as it is configured, on as many processes as there are GPUs; its layout is not checked here."""
     needed = _memory(config, machine.gpus)
+    timings = {shape: _Timing(config, machine, *shape) for shape in _shapes(config)}
     tokens, seconds, bubble, exchange, operations = 0, 0.0, 0.0, 0.0, 0.0
     for phase in config.phases:
-        timing = _Timing(config, machine, phase.sequence_length, phase.global_batch_size)
+        timing = timings[phase.sequence_length, phase.global_batch_size]
         steps = phase.num_steps
         tokens += steps * phase.tokens_per_step
         seconds += steps * timing.step
@@ -140,39 +140,20 @@ def predict(config: RunConfig, machine: Machine) -> Prediction:
 
 
 def _memory(config: RunConfig, gpus: int) -> Memory:
-    shapes = {(phase.sequence_length, phase.global_batch_size) for phase in config.phases}
-    return max((memory.fullest(config, gpus, *shape) for shape in shapes), key=lambda needed: needed.total)
+    return max((memory.fullest(config, gpus, *shape) for shape in _shapes(config)), key=lambda needed: needed.total)
+
+
+def _shapes(config: RunConfig) -> set[tuple[int, int]]:
+    return {(phase.sequence_length, phase.global_batch_size) for phase in config.phases}
 
 
 def layouts(config: RunConfig, gpus: int) -> Iterator[RunConfig]:
     """The configuration at every layout, micro-batch size and recomputation that its `check` accepts for so many processes."""
-    divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
-    experts = [1] if config.moe is None else [n for n in range(1, config.moe.num_experts + 1) if config.moe.num_experts % n == 0]
-    expert_tensors = [1] if config.moe is None else divisors
-    for tensor, pipeline, context in itertools.product(divisors, repeat=3):
-        if gpus % (tensor * pipeline * context) or config.model.num_layers % pipeline:
-            continue
-        per_stage = config.model.num_layers // pipeline
-        virtuals = [n for n in range(1, per_stage + 1) if per_stage % n == 0] if pipeline > 1 else [1]
-        for virtual, expert, expert_tensor, size in itertools.product(virtuals, experts, expert_tensors, MICRO_BATCH_SIZES):
-            if gpus // pipeline % (expert * expert_tensor):
-                continue
-            parallel = ParallelConfig(
-                tensor=tensor,
-                pipeline=pipeline,
-                virtual_pipeline=virtual,
-                context=context,
-                expert=expert,
-                expert_tensor=expert_tensor,
-            )
-            train = config.train.model_copy(update={"micro_batch_size": size})
-            candidate = config.model_copy(update={"parallel": parallel, "train": train})
-            try:
-                candidate.check(gpus)
-            except UserError:
-                continue
+    for size in MICRO_BATCH_SIZES:
+        train = config.train.model_copy(update={"micro_batch_size": size})
+        for parallel in config.model_copy(update={"train": train}).nearest_layouts(gpus):
             for recompute in ("none", "layers"):  # a fused attention keeps nothing that "attention" would save
-                yield candidate.model_copy(update={"train": train.model_copy(update={"recompute": recompute})})
+                yield config.model_copy(update={"parallel": parallel, "train": train.model_copy(update={"recompute": recompute})})
 
 
 @dataclass(frozen=True)
@@ -183,13 +164,10 @@ class Search:
 
 
 def search(config: RunConfig, machine: Machine) -> Search:
-    """Raises UserError when no layout at all is possible on so many GPUs."""
+    """Raises UserError when no layout is possible on so many GPUs."""
     candidates = [(_memory(layout, machine.gpus).total, layout) for layout in layouts(config, machine.gpus)]
     if not candidates:
-        raise UserError(
-            f"--gpus ({machine.gpus}): no layout divides the layers, heads and batches of this run over so many: take a multiple of "
-            f"{machine.gpus_per_node} that divides global_batch_size times a few"
-        )
+        config.check(machine.gpus)  # says why, and what is near
     room = (machine.gpu.memory_gib - memory.FRAMEWORK_GIB) * 2**30
     fitting = [predict(layout, machine) for needed, layout in candidates if needed <= room]
     fitting.sort(key=lambda prediction: -prediction.tokens_per_second_per_gpu)
@@ -243,8 +221,9 @@ class _Timing:
             values += stack.dispatch_passes * routed * hidden + stack.ffn_passes * local * rows * width
             kernels += EXPERT_KERNELS * (1 if stack.grouped_gemm else local)
             collectives = 4
-            to_experts = self._exchange(routed * hidden * 2, 1, parallel.expert * parallel.expert_tensor)
-            exchange += 4 * to_experts * (1 if parallel.expert > 1 or parallel.expert_tensor > 1 else 0)
+            # to the experts and back, forward and backward; the ranks that split an expert share their tokens
+            exchange += 4 * self._all_to_all(routed * hidden * 2, parallel.expert_tensor, parallel.expert)
+            exchange += 4 * self._exchange(routed * parallel.expert_tensor * hidden * 2, 1, parallel.expert_tensor)
         attention = self._attention()
         computed = products + attention + self._stream(2 * values) + KERNEL_SECONDS * kernels
         gather = collectives * self._exchange(tokens * hidden * 2, 1, tensor)
@@ -305,7 +284,7 @@ class _Timing:
         return num_bytes / (MEMORY_SHARE * self.gpu.memory_bandwidth)
 
     def _exchange(self, num_bytes: float, stride: int, size: int) -> float:
-        """A gather, scatter or all-to-all of `num_bytes` in all on each rank, among `size` ranks that lie `stride` apart."""
+        """A gather or scatter of `num_bytes` in all, among `size` ranks that lie `stride` apart; a ring uses all their network cards."""
         if size == 1:
             return 0.0
         link = self.gpu.nvlink
@@ -313,14 +292,21 @@ class _Timing:
             link = min(link, self.gpu.network * max(1, self.machine.gpus_per_node // stride))
         return num_bytes * (size - 1) / size / (LINK_SHARE * link)
 
+    def _all_to_all(self, num_bytes: float, stride: int, size: int) -> float:
+        """Each of `size` ranks that lie `stride` apart sends `num_bytes`, evenly to all; what leaves the node takes its own card."""
+        near = min(size, max(1, self.machine.gpus_per_node // stride))
+        return num_bytes / LINK_SHARE * ((near - 1) / size / self.gpu.nvlink + (size - near) / size / self.gpu.network)
+
 
 def show(config: RunConfig, machine: Machine, gpu_name: str, console: Console, best: int = 10) -> None:
     """Prints the run's own layout and the fastest ones that fit. Raises UserError, with what is missing, when none does."""
     found = search(config, machine)
     if not found.fitting:
         raise UserError(_nothing_fits(found, machine, gpu_name))
-    table = Table(title=f"{machine.gpus} × {gpu_name}, {machine.gpus_per_node} a node")
-    headings = "layout|micro-batch|recompute|GiB|bubble|exchange|tokens/s/GPU|TFLOP/s|MFU|tokens a day|days"
+    table = Table(
+        title=f"{machine.gpus} × {gpu_name}, {machine.gpus_per_node} a node; tokens/s and TFLOP/s of a GPU, batch: micro-batch size"
+    )
+    headings = "layout|batch|recompute|GiB|bubble|exchange|tokens/s|TFLOP/s|MFU|a day|days"
     for number, heading in enumerate(headings.split("|")):
         table.add_column(heading, justify="left" if number in (0, 2) else "right")
     try:

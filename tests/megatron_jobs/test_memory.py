@@ -1,0 +1,111 @@
+"""The predicted memory against what real training steps allocate: every allocation of torch's CPU allocator, recorded by its profiler."""
+
+import gc
+from typing import Any
+
+import pytest
+
+from megatron_jobs import memory
+from megatron_jobs.config import RunConfig, from_dict
+from tests.conftest import MOE
+from tests.ranks import run_ranks
+
+CASES = {
+    "one process": (1, dict()),
+    "mixture": (1, dict(moe=MOE)),
+    "bf16, data 2": (2, dict(train=dict(micro_batch_size=3, precision="bf16"))),
+    "tensor 2": (2, dict(parallel=dict(tensor=2))),
+    "pipeline 2": (2, dict(parallel=dict(pipeline=2))),
+    "pipeline 2, virtual 2": (2, dict(parallel=dict(pipeline=2, virtual_pipeline=2))),
+    "context 2": (2, dict(parallel=dict(context=2))),
+    "layers again": (1, dict(train=dict(micro_batch_size=3, precision="fp32", recompute="layers"))),
+    "attention again": (1, dict(train=dict(micro_batch_size=3, precision="fp32", recompute="attention"))),
+}
+
+
+def run_of(**sections: Any) -> RunConfig:
+    """A dense model of 27 million parameters, a mixture of 51."""
+    return from_dict(
+        {
+            "run": "x",
+            "tokenizer": "x",
+            "model": dict(
+                num_layers=4, hidden_size=512, ffn_hidden_size=1280, num_attention_heads=8, num_query_groups=4, vocab_size=16_000
+            ),
+            "data": dict(folder="x", block_length=256),
+            "train": dict(micro_batch_size=3, precision="fp32"),
+            "phases": [
+                dict(
+                    name="web",
+                    tokens=12 * 256,
+                    sequence_length=256,
+                    global_batch_size=12,
+                    sources={"web": 1.0},
+                    learning_rate=dict(start=1e-3, end=1e-4),
+                )
+            ],
+        }
+        | sections,
+        "test",
+    )
+
+
+def allocated(config: RunConfig) -> dict[str, int]:
+    """Bytes of a rank: what stays from step to step, and the most that a step adds to it."""
+    import torch
+    from megatron.core import parallel_state
+
+    from megatron_jobs import parallel
+    from megatron_jobs.objective import Objective
+    from megatron_jobs.state import TrainingState
+    from megatron_jobs.weights import InitialWeights
+
+    phase, size = config.phases[0], config.train.micro_batch_size
+
+    def step() -> None:
+        micro_batches = phase.global_batch_size // (size * parallel_state.get_data_parallel_world_size())
+        shape = (size, phase.sequence_length + 1)
+        batches = ((torch.randint(config.model.vocab_size, shape), torch.zeros(size, dtype=torch.long), None) for _ in range(micro_batches))
+        objective.gradients(phase, batches, micro_batches)
+        state.gradient_norm()
+        state.update(learning_rate=1e-4)
+
+    with parallel.groups(config.parallel, config.seed):
+        state = TrainingState(config, InitialWeights(config.model, config.moe, config.seed))
+        objective = Objective(config, state, ["web"])
+        step()
+        gc.collect()
+        storages = [thing.untyped_storage() for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+        stays = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            step()
+    now = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return {"stays": stays, "comes and goes": most}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_memory_of_a_real_step(case):
+    world_size, sections = CASES[case]
+    config = run_of(**sections)
+    phase = config.phases[0]
+    for rank, found in enumerate(run_ranks(world_size, allocated, config)):
+        stage = rank if config.parallel.pipeline > 1 else 0
+        predicted = memory.of_stage(config, world_size, stage, phase.sequence_length, phase.global_batch_size, fused=False)
+        stays = predicted.weights + predicted.gradients + predicted.optimizer
+        print(f"{case}, rank {rank}: stays {stays / found['stays'] - 1:+.1%}, ", end="")
+        print(f"comes and goes {(predicted.activations + predicted.buffers) / found['comes and goes'] - 1:+.1%}")
+        assert stays == pytest.approx(found["stays"], rel=0.02)
+        assert predicted.activations + predicted.buffers == pytest.approx(found["comes and goes"], rel=0.1)
+
+
+def test_chunks_in_flight():
+    """One forward, one backward: as many micro-batches as stages behind this one, and its own; interleaved, more of smaller ones."""
+    config = run_of(parallel=dict(pipeline=4))
+    assert [memory.chunks_in_flight(config, 8, stage) for stage in range(4)] == [4, 3, 2, 1]
+    assert memory.chunks_in_flight(config, 2, 0) == 2
+    interleaved = run_of(parallel=dict(pipeline=2, virtual_pipeline=2))
+    assert [memory.chunks_in_flight(interleaved, 8, stage) for stage in range(2)] == [5, 3]
