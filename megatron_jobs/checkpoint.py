@@ -12,6 +12,7 @@ A checkpoint is written under a temporary name and renamed when all its files ar
 No process group is needed here: `saver.py` is what the ranks of a run do together.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -24,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from files import sha256_of, write_whole
 from megatron_jobs import config as configuration
@@ -56,22 +56,24 @@ class Checkpoint:
                     f"{folder / name}: {'is missing' if size is None else f'has {size:,} bytes'}, and the checkpoint was saved "
                     f"with {facts['bytes']:,}: the checkpoint is damaged; take an older one"
                 )
-        self._pieces: dict[tuple[str, str], list[tuple[Box, Any, str]]] = {}
-        for name in self.files:
-            if name.endswith(".safetensors"):
-                try:
-                    self._index(safe_open(folder / name, framework="pt"))
-                except (SafetensorError, ValueError) as error:
-                    raise UserError(
-                        f"{folder / name}: is no list of matrices ({error}): the checkpoint is damaged; take an older one"
-                    ) from None
 
-    def _index(self, file: Any) -> None:
-        for key in file.keys():
-            state, name, row0, column0 = key.split("/")
-            rows, columns = file.get_slice(key).get_shape()
-            box = Box(int(row0), int(row0) + rows, int(column0), int(column0) + columns)
-            self._pieces.setdefault((state, name), []).append((box, file, key))
+    @functools.cached_property
+    def _pieces(self) -> dict[tuple[str, str], list[tuple[Box, Path, int]]]:
+        """Where everything is, by state and name of the matrix: box, file, and position of its first byte in the file."""
+        found: dict[tuple[str, str], list[tuple[Box, Path, int]]] = {}
+        for path in (self.folder / name for name in self.files if name.endswith(".safetensors")):
+            try:
+                with open(path, "rb") as file:
+                    length = min(int.from_bytes(file.read(8), "little"), self.files[path.name]["bytes"])
+                    header = json.loads(file.read(length))
+                for key, about in header.items():
+                    state, name, row0, column0 = key.split("/")
+                    rows, columns = about["shape"]
+                    box = Box(int(row0), int(row0) + rows, int(column0), int(column0) + columns)
+                    found.setdefault((state, name), []).append((box, path, 8 + length + about["data_offsets"][0]))
+            except ValueError as error:
+                raise UserError(f"{path}: is no list of matrices ({error}): the checkpoint is damaged; take an older one") from None
+        return found
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -86,10 +88,15 @@ class Checkpoint:
         """float32 on the CPU, shape [box.rows, box.columns]. Raises UserError when a part of the box was not saved."""
         result = torch.empty(box.rows, box.columns)
         found = 0
-        for piece, file, key in self._pieces.get((state, name), []):
+        for piece, path, position in self._pieces.get((state, name), []):
             both = piece.meet(box)
             if both.rows > 0 and both.columns > 0:
-                result[both.within(box)] = file.get_slice(key)[both.within(piece)]
+                target = result[both.within(box)]
+                is_direct = both.columns == piece.columns == box.columns  # else through whole rows of the piece
+                rows = target if is_direct else torch.empty(both.rows, piece.columns)
+                _read_into(rows, path, position + (both.row0 - piece.row0) * piece.columns * 4)
+                if not is_direct:
+                    target.copy_(rows[:, both.column0 - piece.column0 : both.column1 - piece.column0])
                 found += both.rows * both.columns
         if found != box.rows * box.columns:
             raise UserError(f"{self.folder}: holds {found:,} of the {box.rows * box.columns:,} values of {state} {name} that are asked for")
@@ -256,6 +263,14 @@ def rectangles(start: int, end: int, columns: int) -> Iterator[tuple[int, int, B
             yield first, last, Box(row, row + 1, column, column + last - first)
         else:
             yield first, last, Box(row, last // columns, 0, columns)
+
+
+def _read_into(rows: torch.Tensor, path: Path, position: int) -> None:
+    # Not by mapping the file into memory: that reads in small steps where the page cache does not hold it yet.
+    with open(path, "rb") as file:
+        file.seek(position)
+        if file.readinto(memoryview(rows.numpy()).cast("B")) != rows.nbytes:
+            raise UserError(f"{path}: ends before its time: the checkpoint is damaged; take an older one")
 
 
 def _safetensors(pieces: dict[str, torch.Tensor]) -> list[Any]:

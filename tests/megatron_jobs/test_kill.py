@@ -29,11 +29,11 @@ def rank_process(rank: int, port: int, config) -> None:
     train_here(config)
 
 
-def test_killed_at_any_moment(prepared, tmp_path):
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_killed_at_any_moment(prepared, tmp_path, asynchronous):
     """SIGKILL before the first step, within steps and within saves: nothing differs from an undisturbed run."""
-    whole, parts = (
-        tiny(prepared, tmp_path / run, train=dict(checkpoint_interval=1), parallel=dict(tensor=2)) for run in ("whole", "parts")
-    )
+    train = dict(checkpoint_interval=1, asynchronous_save=asynchronous)
+    whole, parts = (tiny(prepared, tmp_path / run, train=train, parallel=dict(tensor=2)) for run in ("whole", "parts"))
     run_ranks(2, train_here, whole)
     draw = random.Random(1)
     saving = tmp_path / "parts/checkpoints"
