@@ -46,10 +46,11 @@ setup(
             "unidic-lite",
             "xxhash<4",  # as datatrove asks for, where pip would take datasets' word
         ],
+        "gguf": ["accelerate", "gguf"],  # `mujina import` of a GGUF file, which transformers reads with them
         # NVIDIA Apex is used where it is found and is built from source; the package called "apex" on PyPI is another project.
         "gpu": ["transformer-engine[core_cu13,pytorch]==2.20.2"],
         "ray": ["ray"],
-        "test": ["hypothesis", "pytest", "ruff"],
+        "test": ["accelerate", "gguf", "hypothesis", "pytest", "ruff"],
         "wandb": ["wandb>=0.31"],
     },
 )

@@ -48,8 +48,10 @@ def _cuda_means_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch
 
 
 def _current_device() -> None:
-    """Buffers and pipeline messages are allocated on `torch.cuda.current_device()`."""
+    """Buffers and pipeline messages are allocated on `torch.cuda.current_device()`, and weights moved there."""
     torch.cuda.current_device = lambda: CPU
+    # A tied output layer on a last stage of its own is moved there, to be made equal to the first stage's.
+    torch.Tensor.cuda = lambda self, *_, **__: self
 
 
 def _tensor_to_cuda() -> None:

@@ -169,6 +169,7 @@ def config_values(model: ModelConfig, moe: MoEConfig | None) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> tuple[ModelConfig, MoEConfig | None, int | None]:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
@@ -179,12 +180,17 @@ def _read_config(path: Path) -> tuple[ModelConfig, MoEConfig | None, int | None]
     if kind not in MODEL_TYPES:
         raise UserError(f"{path}: model_type ({kind}) must be {', '.join(MODEL_TYPES[:-1])} or {MODEL_TYPES[-1]}: take another model")
     # transformers knows what a field that is missing means, and the older spellings of the rotary positions.
-    values = AutoConfig.for_model(**values).to_dict()
+    try:
+        values = AutoConfig.for_model(**values).to_dict()
+    except StrictDataclassError as error:
+        raise UserError(f"{path}: is no configuration that transformers reads ({error}): mend it") from None
     rope = values["rope_parameters"]
     values["partial_rotary_factor"] = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     for field, only in ONLY.items():
         if (values.get(field) or only) != only:
             raise UserError(f"{path}: {field} ({values[field]}) is not supported, only {only}: take another model")
+    if rope["rope_theta"] != int(rope["rope_theta"]):
+        raise UserError(f"{path}: rope_theta ({rope['rope_theta']}) is not supported, only a whole number: take another model")
     if rope["rope_type"] != "default":
         raise UserError(f"{path}: rope_scaling of the type {rope['rope_type']} is not supported, only none: take another model")
     model_values = {ours: values[theirs] for ours, theirs in MODEL_FIELDS.items()} | {"rope_theta": rope["rope_theta"]}

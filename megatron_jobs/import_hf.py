@@ -70,7 +70,7 @@ def main(
         if used.vocab_size > source.model.vocab_size:
             raise UserError(f"{model}: its tokenizer has {used.vocab_size} pieces, more than its vocab_size ({source.model.vocab_size})")
         if not no_check:
-            compare(source, source, folder, _sample(used), "import")
+            compare(source, source, folder, _sample(used)[:, : source.sliding_window], "import")
         (partial / PRESET).write_text(_preset(source, model, output, output if folder == partial else model), encoding="utf-8")
     print(f"{output}: a run's YAML may now say extends: {output / PRESET} (relative to itself), and add run, data, train and phases")
 
@@ -88,9 +88,10 @@ def _open_tokenizer(folder: Path) -> Tokenizer:
 def _unpack_gguf(file: Path, folder: Path) -> None:
     """A GGUF file as a Hugging Face folder in float32, its tokenizer with it; folder/config.json says what it is."""
     try:
+        import accelerate  # noqa: F401  transformers wants it for this
         from gguf import GGUFReader
-    except ImportError:
-        raise UserError(f"{file}: reading GGUF needs a package: pip install gguf") from None
+    except ImportError as error:
+        raise UserError(f"{file}: reading GGUF needs packages ({error}): pip install -c constraints.txt -e '.[gguf]'") from None
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
