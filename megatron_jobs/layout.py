@@ -60,11 +60,13 @@ def local_parameters(gpt: GPTModel, model: ModelConfig, moe: MoEConfig | None) -
 def fill(parameters: Iterable[LocalParameter], source: TensorSource) -> None:
     """Gives every parameter the values that `source` has for it."""
     for local in parameters:
-        with torch.no_grad():
-            local.parameter.copy_(torch.cat([source.read(part.name, part.box) for part in local.parts]).view_as(local.parameter))
+        rows = local.parameter.detach().view(-1, local.columns)
+        for part in local.parts:
+            rows[part.local_row : part.local_row + part.box.rows] = source.read(part.name, part.box).to(rows.device)
 
 
-# Parameter names of megatron-core's local layers and of Transformer Engine's, which fold a norm into the linear behind it.
+# Parameter names of megatron-core's local layers, of GroupedExperts, which holds the experts of a rank in one parameter, and of
+# Transformer Engine's layers, which fold a norm into the linear behind it.
 _NAMES = [
     (r"embedding\.word_embeddings\.weight", "embedding"),
     (r"output_layer\.weight", "output"),
@@ -76,8 +78,8 @@ _NAMES = [
     (r"mlp\.linear_fc1\.weight", "gate_up"),
     (r"mlp\.linear_fc2\.weight", "down"),
     (r"mlp\.router\.weight", "router"),
-    (r"mlp\.experts\.(local_experts\.(?P<a>\d+)\.linear_fc1\.weight|linear_fc1\.weight(?P<b>\d+))", "gate_up"),
-    (r"mlp\.experts\.(local_experts\.(?P<a>\d+)\.linear_fc2\.weight|linear_fc2\.weight(?P<b>\d+))", "down"),
+    (r"mlp\.experts\.(gate_up|linear_fc1\.weight(?P<expert>\d+))", "gate_up"),
+    (r"mlp\.experts\.(down|linear_fc2\.weight(?P<expert>\d+))", "down"),
 ]
 
 
@@ -85,31 +87,33 @@ def _parameters_of(gpt: GPTModel, model: ModelConfig, moe: MoEConfig | None) -> 
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     for name, parameter in gpt.named_parameters():
         layer = re.match(r"decoder\.layers\.(\d+)\.", name)
-        prefix = f"layers.{gpt.decoder.layers[int(layer[1])].layer_number - 1}." if layer else ""
-        role, expert = _role(name[layer.end() :] if layer else name)
-        if expert is not None:
+        prefixes = [f"layers.{gpt.decoder.layers[int(layer[1])].layer_number - 1}."] if layer else [""]
+        own_name = name[layer.end() :] if layer else name
+        role, expert = _role(own_name)
+        if own_name.startswith("mlp.experts."):
             assert moe is not None
             experts_here = moe.num_experts // parallel_state.get_expert_model_parallel_world_size()
-            expert += experts_here * parallel_state.get_expert_model_parallel_rank()
-            prefix += f"experts.{expert}."
+            first = experts_here * parallel_state.get_expert_model_parallel_rank()
+            prefixes = [f"{prefixes[0]}experts.{first + n}." for n in (range(experts_here) if expert is None else [expert])]
             # all of an expert's matrices are cut; megatron-core marks them as cut by the other tensor parallelism
             is_cut, shard = True, parallel_state.get_expert_tensor_parallel_rank()
         else:
             is_cut = getattr(parameter, "tensor_model_parallel", False)
             shard = tp_rank if is_cut else 0
         tied_copy = role == "output" and model.tie_embeddings
-        yield LocalParameter(
-            parameter,
-            tuple(_parts(prefix, "embedding" if tied_copy else role, parameter, shard, model)),
-            is_first_copy=(is_cut or tp_rank == 0) and not (tied_copy and not gpt.pre_process),
-        )
+        parts = []
+        for n, (prefix, rows) in enumerate(zip(prefixes, parameter.chunk(len(prefixes)), strict=True)):
+            for part in _parts(prefix, "embedding" if tied_copy else role, rows, shard, model):
+                parts.append(part._replace(local_row=part.local_row + n * len(rows)))
+        yield LocalParameter(parameter, tuple(parts), is_first_copy=(is_cut or tp_rank == 0) and not (tied_copy and not gpt.pre_process))
 
 
 def _role(name: str) -> tuple[str, int | None]:
+    """What a parameter of a layer is, and which expert's if it is of one alone."""
     for pattern, role in _NAMES:
         if found := re.fullmatch(pattern, name):
-            index = next((value for value in found.groupdict().values() if value is not None), None)
-            return role, None if index is None else int(index)
+            expert = found.groupdict().get("expert")
+            return role, None if expert is None else int(expert)
     raise AssertionError(f"megatron-core has a parameter that layout.py does not know: {name}")
 
 

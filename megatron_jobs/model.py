@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_jobs import attention
 from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig, Phase, RunConfig
+from moe.experts import GroupedExperts
 from user_input import UserError
 
 Recompute = Literal["none", "attention", "layers"]
@@ -212,6 +213,8 @@ def _layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerB
             layer.submodules.input_layernorm = Norm
             layer.submodules.pre_mlp_layernorm = Norm
             layer.submodules.self_attention.submodules.core_attention = ModuleSpec(attention.FusedAttention)
+            if config.num_moe_experts:
+                layer.submodules.mlp.keywords["submodules"].experts = GroupedExperts
     return block
 
 

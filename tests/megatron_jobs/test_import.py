@@ -151,7 +151,7 @@ def test_no_rank_reads_more_than_its_boxes(folders):
 
 @pytest.mark.parametrize("name", ["llama", "tied-bf16", "mixtral"])
 def test_there_and_back_every_tensor_is_the_same(prepared, folders, imported, tmp_path, name):
-    """Import, a training step at a rate that float32 takes for zero, and conversion: the tensors of the folder that it came from, and its config."""
+    """Import, a training step at a rate that float32 takes for zero, and conversion: the tensors and config that it came from."""
     precision = "bf16" if name == "tied-bf16" else "fp32"
     run = run_from(prepared, imported[name], tmp_path / "run", train=dict(precision=precision))
     still = run.phases[0].learning_rate.model_copy(update=dict(start=1e-300))
