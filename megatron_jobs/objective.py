@@ -124,8 +124,9 @@ def next_token_loss(
     if z_loss:
         loss = loss + z_loss * log_z_BL.square().mean()
     values_3BL = torch.stack([torch.ones_like(log_z_BL), cross_entropy_BL, log_z_BL.square()]).detach().double()
-    sums_3N = torch.zeros(3, num_sources, dtype=torch.float64, device=log_z_BL.device)
-    return loss, sums_3N.index_add_(1, sources_B, values_3BL.sum(2))
+    # not index_add_, whose order on a GPU is another one each time; not a product, which takes a NaN over to other sources
+    is_of_source_NB = sources_B == torch.arange(num_sources, device=sources_B.device)[:, None]
+    return loss, values_3BL.sum(2)[:, None].where(is_of_source_NB, 0.0).sum(2)
 
 
 def _forward(num_sources: int, z_loss: float, batches: Iterator[MicroBatch], gpt: torch.nn.Module) -> tuple[torch.Tensor, Any]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,13 +12,14 @@ from megatron_jobs import checkpoint
 from megatron_jobs.config import RunConfig
 from megatron_jobs.weights import Box, InitialWeights
 from tests.conftest import MOE, tiny
-from tests.megatron_jobs.test_train import name, plain_loop, train_here
+from tests.megatron_jobs.test_parallel import name
+from tests.megatron_jobs.test_train import plain_loop, train_here
 from tests.ranks import run_ranks
 
 Z_LOSS = 0.1
-HELD_OUT = {"chat": 1, "code": 3, "web": 5}  # samples: 9 fill no two micro-batches of 2, nor four
 
 DENSE = [(1, dict(), None), (2, dict(), None), (2, dict(tensor=2), None), (2, dict(pipeline=2), None)]
+DENSE += [(2, dict(context=2), None), (2, dict(pipeline=2, virtual_pipeline=2), None)]
 MIXTURE = [(2, dict(expert=2), MOE), (2, dict(tensor=2), MOE), (2, dict(pipeline=2), MOE)]
 
 
@@ -97,31 +99,34 @@ def _compare_cross_entropy(sizes: dict[str, int]) -> None:
         torch.testing.assert_close(part.grad, gradient.bfloat16(), rtol=1e-2, atol=1e-6)
 
 
-def train_with_held_out(config: RunConfig) -> None:
-    from megatron_jobs.order import DataOrder
+def train_without_validation(config: RunConfig) -> None:
+    from megatron_jobs.objective import Objective
 
-    DataOrder.validation = lambda self, source, length: range(0, HELD_OUT[source] * length, length)
+    Objective.losses = lambda *_: SimpleNamespace(by_source={})
     train_here(config)
 
 
 def validating(prepared: Path, run: Path, **sections: Any) -> RunConfig:
-    """Validates after steps 4 and 8, and at the ends of the phases, 6 and 10."""
+    """Validates after steps 4 and 8, and at the ends of the phases, 6 and 10.
+
+    Three blocks of each source make 18 samples of length 32 and 9 of length 64: they do not fill the micro-batches of two ranks.
+    """
     train = dict(validation_interval=4) | sections.pop("train", {})
-    return tiny(prepared, run, data=dict(validation_tokens=64), train=train, **sections)
+    return tiny(prepared, run, data=dict(validation_tokens=3 * 64), train=train, **sections)
 
 
 @pytest.fixture(scope="module")
 def validated(prepared, tmp_path_factory):
     """One process with micro-batches of one: nothing is padded."""
     run = tmp_path_factory.mktemp("validated")
-    run_ranks(1, train_with_held_out, validating(prepared, run, train=dict(micro_batch_size=1)))
+    run_ranks(1, train_here, validating(prepared, run, train=dict(micro_batch_size=1)))
     return {step["step"]: step["validation"] for step in records(run) if "validation" in step}
 
 
 @pytest.mark.parametrize("case", DENSE, ids=name)
 def test_validation_is_the_same_at_every_layout(prepared, tmp_path, validated, case):
     world, parallel, _ = case
-    run_ranks(world, train_with_held_out, validating(prepared, tmp_path, parallel=parallel))
+    run_ranks(world, train_here, validating(prepared, tmp_path, parallel=parallel))
     got = {step["step"]: step["validation"] for step in records(tmp_path) if "validation" in step}
     assert list(got) == [4, 6, 8, 10]
     for step, losses in validated.items():
@@ -133,7 +138,7 @@ def test_validation_losses_are_those_of_the_held_out_samples(prepared, tmp_path)
     """At a learning rate of almost 0 they are the losses of the initial weights."""
     still = dict(start=1e-30, end=1e-30, shape="constant")
     config = validating(prepared, tmp_path, phases=one_phase(1, learning_rate=still))
-    run_ranks(2, train_with_held_out, config)
+    run_ranks(2, train_here, config)
     assert records(tmp_path)[0]["validation"] == pytest.approx(run_ranks(1, _held_out_losses, config)[0], rel=1e-5)
 
 
@@ -141,12 +146,16 @@ def _held_out_losses(config: RunConfig) -> dict[str, float]:
     import torch
 
     from megatron_jobs import data, gate, parallel
+    from megatron_jobs.order import DataOrder
 
     binaries = data.open_sources(config)
+    order = DataOrder(config, data.facts(binaries))
     losses = {}
     with parallel.alone():
-        for source, samples in HELD_OUT.items():
-            tokens = torch.from_numpy(data.read(binaries, [(source, n * 32) for n in range(samples)], 32))
+        for source in order.names:
+            where = [(source, int(offset)) for offset in order.validation(source, 32)]
+            assert len(where) == 6
+            tokens = torch.from_numpy(data.read(binaries, where, 32))
             logits = gate.megatron_logits(config.model, None, InitialWeights(config.model, None, config.seed), tokens[:, :-1])
             losses[source] = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
     return losses
@@ -156,11 +165,11 @@ def _held_out_losses(config: RunConfig) -> dict[str, float]:
 def test_validation_does_not_disturb_training(prepared, tmp_path, case):
     """To the last bit, the counts of the experts and the routers' losses included."""
     world, parallel, moe = case
-    run_ranks(world, train_with_held_out, validating(prepared, tmp_path / "with", parallel=parallel, moe=moe))
-    run_ranks(world, train_here, tiny(prepared, tmp_path / "without", parallel=parallel, moe=moe))
-    differ = {"seconds", "tokens_per_second", "memory_gib", "validation"}
-    one, other = ([{k: v for k, v in step.items() if k not in differ} for step in records(tmp_path / run)] for run in ("with", "without"))
-    assert one == other
+    for run, function in (("with", train_here), ("without", train_without_validation)):
+        run_ranks(world, function, validating(prepared, tmp_path / run, parallel=parallel, moe=moe))
+    same = {"loss", "loss_by_source", "z_loss", "grad_norm"} | ({"expert_load", "load_balancing_loss", "router_z_loss"} if moe else set())
+    one, other = ([{key: step[key] for key in same} for step in records(tmp_path / run)] for run in ("with", "without"))
+    assert len(one) == 10 and one == other
 
 
 @pytest.mark.parametrize("case", [*DENSE, *MIXTURE, (2, dict(pipeline=2), "tied")], ids=name)
@@ -229,7 +238,7 @@ def test_the_losses_of_the_routers_are_those_computed_by_hand(prepared, tmp_path
 def test_a_mixture_without_router_losses_reports_none(prepared, tmp_path):
     moe = MOE | {"load_balancing_loss": 0, "router_z_loss": 0}
     run_ranks(1, train_here, tiny(prepared, tmp_path, moe=moe, phases=one_phase(1)))
-    assert records(tmp_path)[0]["load_balancing_loss"] is None and records(tmp_path)[0]["router_z_loss"] is None
+    assert "expert_load" in records(tmp_path)[0] and not {"load_balancing_loss", "router_z_loss"} & set(records(tmp_path)[0])
 
 
 @pytest.mark.parametrize("case", [(1, dict(), None), (2, dict(pipeline=2), None)], ids=name)
@@ -245,17 +254,19 @@ def test_fp8_shadow_compares_the_same_micro_batches(prepared, tmp_path, case):
 def _shadow(config: RunConfig) -> tuple[dict[str, float], float, float]:
     import torch
 
-    from megatron_jobs import data, model, parallel, train
+    from megatron_jobs import data, model, parallel
     from megatron_jobs.objective import Objective
     from megatron_jobs.order import DataOrder
     from megatron_jobs.state import TrainingState
 
     with parallel.groups(config.parallel, config.seed):
         binaries = data.open_sources(config)
+        order = DataOrder(config, data.facts(binaries))
         state = TrainingState(config, InitialWeights(config.model, None, config.seed))
-        objective = Objective(config, state, list(binaries))
-        batches = list(train._micro_batches(config, DataOrder(config, data.facts(binaries)), binaries, 0, 2))
-        objective.gradients(config.phases[0], iter(batches), 2)
+        objective = Objective(config, state, order.names)
+        batches = data.Feeder(config, order, binaries, 0, 1).read(0)[:2]
+        objective.gradients(config.phases[0], batches)
+        first = batches[: config.parallel.pipeline]
         parameters = [local.parameter for local in state.parameters]
         gradients = [parameter.main_grad.clone() for parameter in parameters]
 
@@ -269,10 +280,10 @@ def _shadow(config: RunConfig) -> tuple[dict[str, float], float, float]:
                 parameter.data.copy_(value)
 
         exact = [parameter.detach().clone() for parameter in parameters]
-        exact_loss = objective.losses(config.phases[0], batches, 2).mean
+        exact_loss = objective.losses(config.phases[0], first, len(first)).mean
         model.without_fp8 = lambda gpt: weights(exact)
         with weights([value.to(torch.float8_e4m3fn).to(value.dtype) for value in exact]):
-            rounded_loss = objective.losses(config.phases[0], batches, 2).mean
+            rounded_loss = objective.losses(config.phases[0], first, len(first)).mean
             shadow = objective.fp8_shadow(config.phases[0], batches)
         assert all(parameter.main_grad.equal(gradient) for parameter, gradient in zip(parameters, gradients, strict=True))
         assert all(parameter.equal(value) for parameter, value in zip(parameters, exact, strict=True))

@@ -43,7 +43,6 @@ def test_one_process_follows_transformers(prepared, tmp_path, alone):
 
 def plain_loop(config: RunConfig) -> list[dict[str, Any]]:
     """What `metrics.jsonl` should hold of each step's losses."""
-    import numpy as np
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -66,8 +65,7 @@ def plain_loop(config: RunConfig) -> list[dict[str, Any]]:
     for step in range(phases.num_steps(config.phases)):
         phase = config.phases[phases.locate(config.phases, step)[0]]
         where = order.samples(step, range(phase.global_batch_size))
-        rows = np.stack([binaries[name].tokens[at : at + phase.sequence_length + 1] for name, at in where])
-        tokens = torch.from_numpy(rows.astype(np.int64))
+        tokens = torch.from_numpy(data.read(binaries, where, phase.sequence_length))
         logits = llama(tokens[:, :-1]).logits
         of_samples = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
         z_loss = logits.logsumexp(-1).square().mean()
@@ -78,10 +76,10 @@ def plain_loop(config: RunConfig) -> list[dict[str, Any]]:
             group["lr"] = phases.learning_rate(config.phases, step)
         adamw.step()
         by_source = {
-            name: [float(loss) for loss, (source, _) in zip(of_samples, where, strict=True) if source == name] for name in binaries
+            name: [float(loss) for loss, (source, _) in zip(of_samples.detach(), where, strict=True) if source == name] for name in binaries
         }
         means = {name: sum(values) / len(values) for name, values in by_source.items() if values}
-        result.append({"loss": float(of_samples.mean()), "loss_by_source": means, "z_loss": float(z_loss)})
+        result.append({"loss": float(of_samples.detach().mean()), "loss_by_source": means, "z_loss": float(z_loss.detach())})
     return result
 
 
