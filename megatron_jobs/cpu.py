@@ -48,14 +48,12 @@ def _cuda_means_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch
 
 
 def _current_device() -> None:
-    """Buffers and pipeline messages are allocated on `torch.cuda.current_device()`, and weights moved there."""
+    """Buffers and pipeline messages are allocated on `torch.cuda.current_device()`."""
     torch.cuda.current_device = lambda: CPU
-    # A tied output layer on a last stage of its own is moved there, to be made equal to the first stage's.
-    torch.Tensor.cuda = lambda self, *_, **__: self
 
 
 def _tensor_to_cuda() -> None:
-    """Rotary embeddings move the index of a context-parallel rank's part to the GPU."""
+    """Rotary embeddings move the index of a context-parallel rank's part to the GPU; a tied output layer moves its weight there."""
     torch.Tensor.cuda = lambda self, *_, **__: self
 
 
@@ -89,10 +87,15 @@ def _tensor_type() -> None:
 
 
 def _rng_tracker() -> None:
-    """Layers fork CUDA's random state around dropout; Mujina has no dropout, and draws its initial weights itself."""
-    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+    """Layers fork CUDA's random state around dropout, and recomputation restores it.
 
-    CudaRNGStatesTracker.fork = lambda self, name="": contextlib.nullcontext()
+    Mujina has no dropout, and draws its initial weights itself.
+    """
+    from megatron.core.tensor_parallel import random
+
+    random.CudaRNGStatesTracker.fork = lambda self, name="": contextlib.nullcontext()
+    random._get_all_rng_states = lambda: ()
+    random._set_all_rng_states = lambda: None
 
 
 def _token_dispatcher() -> None:
