@@ -87,7 +87,7 @@ class Watchdog:
         """The run has got on: a step, a checkpoint or a validation has ended."""
         self._marked = time.monotonic()
         # Where C code hangs and holds the interpreter, no Python thread runs any more; this one is not Python's.
-        faulthandler.dump_traceback_later(self.hang_seconds + 2 * GRACE, file=self._log, exit=True)
+        faulthandler.dump_traceback_later(self.hang_seconds + GRACE / 2, file=self._log, exit=True)
 
     def close(self) -> None:
         self._closed.set()
@@ -104,6 +104,7 @@ class Watchdog:
                 self._hung()
 
     def _hung(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
         faulthandler.dump_traceback(self._log, all_threads=True)
         (self.attempt / f"hung-{self.rank}").write_text(_place())
         if self.rank == 0:
@@ -111,8 +112,8 @@ class Watchdog:
             while len(list(self.attempt.glob("hung-*"))) < self.world_size and time.monotonic() < deadline:
                 time.sleep(0.1)
             text = f"hung: no step ended for {self.hang_seconds / 60:.3g} minutes (train.hang_minutes): {self._places()}"
-            if claim(self.attempt, "rank 0", text):
-                _say(f"{text}; the stacks are in {self.attempt}", self.rank, self.console)
+            claim(self.attempt, "rank 0", text)
+            _say(f"{text}; the stacks are in {self.attempt}", self.rank, self.console)
         else:
             time.sleep(2 * GRACE)  # rank 0 speaks, and ends the run
         _end(1)
@@ -122,9 +123,9 @@ class Watchdog:
         ranks = defaultdict(list)
         for rank in range(self.world_size):
             path = self.attempt / f"hung-{rank}"
-            ranks[path.read_text() if path.exists() else "somewhere: it did not answer"].append(rank)
+            ranks[f"in {path.read_text()}" if path.exists() else "without an answer"].append(rank)
         return "; ".join(
-            f"rank{'s' * (len(there) > 1)} {', '.join(map(str, there))} in {place}"
+            f"rank{'s' * (len(there) > 1)} {', '.join(map(str, there))} {place}"
             for place, there in sorted(ranks.items(), key=lambda item: len(item[1]))
         )
 

@@ -45,15 +45,19 @@ def main(
     ranks = _start([sys.executable, "-m", "megatron_jobs.train", str(config), *(overrides or [])], processes)
     stopping = _forward_signals(ranks)
     failed = _first_to_fail(ranks)
-    if failed is not None:
-        _take_down(ranks)
-        status = ranks[failed].returncode
-        if stopping.is_set() and status < 0:  # before it could save, or at the second signal
-            status = 128 + signal.SIGTERM
-        if status not in (2, 128 + signal.SIGTERM):  # 2: an error of the user's, which stands on the console in one line
-            attempt = next(iter(failures.attempts(settings.run)[before:]), None)
-            print(_first_error(failed, status, attempt), file=sys.stderr)
-        sys.exit(status if status > 0 else 1)
+    if failed is None:
+        return
+    status = ranks[failed].returncode
+    if stopping.is_set() and status < 0:  # before it could save, or at the second signal
+        status = 128 + signal.SIGTERM
+    is_told = status in (2, 128 + signal.SIGTERM)  # 2: an error of the user's, which stands on the console in one line
+    attempt = next(iter(failures.attempts(settings.run)[before:]), None)
+    # Before the others are taken down: they wait for this, or would take their lost connections for the first error.
+    block = None if is_told else _first_error(failed, status, attempt)
+    _take_down(ranks)
+    if block:
+        print(block, file=sys.stderr)
+    sys.exit(status if status > 0 else 1)
 
 
 def _start(command: list[str], processes: int) -> list[subprocess.Popen[bytes]]:

@@ -52,7 +52,7 @@ class Guard:
     def memory(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, as plain values."""
         return {
-            "skipped": self.skipped,
+            "skipped": list(self.skipped),  # a save beside training writes it down later
             "skips_in_a_row": self.skips_in_a_row,
             "rollbacks": self.rollbacks,
             "phase": self.phase,

@@ -182,6 +182,7 @@ class Trainer:
             )
         if verdict.action != "stop":
             return
+        self.saver.wait()
         sources = Counter(source for source, _ in samples)
         latest = self.config.run / "checkpoints/latest"
         raise UserError(
