@@ -70,8 +70,9 @@ def of_stage(config: RunConfig, gpus: int, stage: int, sequence_length: int, glo
         logits = tokens * model.padded_vocab_size / parallel.tensor
         weight = model.padded_vocab_size * model.hidden_size / parallel.tensor
         activations += size * logits + _norm(config, tokens, size, fused)
-        # the softmax in float32 (and its bf16 copy), then the gradient of the output layer's matrix
-        buffers = max(buffers, (4 if size == 4 else 6) * logits, size * weight)
+        # The softmax in float32 and its bf16 copy (on a CPU bf16 logits are copied to float32 first); then the gradient of the matrix.
+        softmax = 4 if size == 4 else 6 if fused else 8
+        buffers = max(buffers, softmax * logits, size * weight)
     message = tokens * model.hidden_size * size / parallel.tensor
     buffers += 2 * message * parallel.tensor * (parallel.tensor > 1)  # gathered input, and its gradient
     buffers += 4 * message * (parallel.pipeline > 1)  # received and sent, and their gradients
@@ -112,9 +113,8 @@ def layer(config: RunConfig, tokens: float, fused: bool) -> float:
     ffn = model.ffn_hidden_size * size
     if moe is None:
         return result + tokens * ffn * (3 if fused else 5) / config.parallel.tensor
-    # a routed copy keeps the expert's input as well, and the product with its weight
-    routed = tokens * moe.top_k / config.parallel.tensor
-    return result + routed * (model.hidden_size * size * config.parallel.expert_tensor + ffn * (3 if fused else 6))
+    routed = tokens * moe.top_k / config.parallel.tensor  # a copy keeps the experts' input as well
+    return result + routed * (model.hidden_size * size * config.parallel.expert_tensor + ffn * (3 if fused else 5))
 
 
 def _norm(config: RunConfig, tokens: float, size: int, fused: bool) -> float:
@@ -123,6 +123,9 @@ def _norm(config: RunConfig, tokens: float, size: int, fused: bool) -> float:
 
 
 def _largest_gradients(config: RunConfig, tokens: float, size: int) -> float:
-    """Of the inputs of SwiGLU and of its matrix, while both are there."""
-    model, tensor = config.model, config.parallel.tensor
-    return (tokens + model.hidden_size) * 2 * model.ffn_hidden_size / tensor * size
+    """Of the inputs of SwiGLU and of its matrix, while both are there; the matrices of a rank's experts have one gradient."""
+    model, moe, parallel = config.model, config.moe, config.parallel
+    rows, matrices, shares = tokens, 1.0, parallel.tensor
+    if moe is not None:
+        rows, matrices, shares = tokens * moe.top_k, moe.num_experts / parallel.expert, parallel.expert_tensor
+    return (rows / parallel.tensor + matrices * model.hidden_size / shares) * 2 * model.ffn_hidden_size * size

@@ -3,6 +3,7 @@
 import gc
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_jobs import memory
@@ -56,6 +57,7 @@ def allocated(config: RunConfig) -> dict[str, int]:
     from megatron.core import parallel_state
 
     from megatron_jobs import parallel
+    from megatron_jobs.data import MicroBatch
     from megatron_jobs.objective import Objective
     from megatron_jobs.state import TrainingState
     from megatron_jobs.weights import InitialWeights
@@ -65,8 +67,9 @@ def allocated(config: RunConfig) -> dict[str, int]:
     def step() -> None:
         micro_batches = phase.global_batch_size // (size * parallel_state.get_data_parallel_world_size())
         shape = (size, phase.sequence_length + 1)
-        batches = ((torch.randint(config.model.vocab_size, shape), torch.zeros(size, dtype=torch.long), None) for _ in range(micro_batches))
-        objective.gradients(phase, batches, micro_batches)
+        sources = np.zeros(size, dtype=np.int64)
+        batches = [MicroBatch(np.random.randint(config.model.vocab_size, size=shape), sources, None) for _ in range(micro_batches)]
+        objective.gradients(phase, batches)
         state.gradient_norm()
         state.update(learning_rate=1e-4)
 
@@ -98,7 +101,10 @@ def test_memory_of_a_real_step(case):
         stays = predicted.weights + predicted.gradients + predicted.optimizer
         print(f"{case}, rank {rank}: stays {stays / found['stays'] - 1:+.1%}, ", end="")
         print(f"comes and goes {(predicted.activations + predicted.buffers) / found['comes and goes'] - 1:+.1%}")
-        assert stays == pytest.approx(found["stays"], rel=0.02)
+        # Ranks keep the last messages from each other; a message is the residual stream of a micro-batch, in float32.
+        alone = config.parallel.tensor * config.parallel.pipeline == 1
+        messages = 0 if alone else 4 * config.train.micro_batch_size * phase.sequence_length * config.model.hidden_size * 4
+        assert stays * 0.999 < found["stays"] < stays * 1.001 + messages
         assert predicted.activations + predicted.buffers == pytest.approx(found["comes and goes"], rel=0.1)
 
 
