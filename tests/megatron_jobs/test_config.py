@@ -40,7 +40,7 @@ def file(prepared, tmp_path):
         (dict(model=dict(num_layers=0)), "model.num_layers (0): Input should be greater than 0"),
         (dict(model=dict(num_query_groups=3)), "num_query_groups (3) must divide num_attention_heads (4)"),
         (dict(moe=dict(num_experts=2, top_k=3)), "top_k (3) must not exceed num_experts (2)"),
-        (dict(train=dict(precision="fp16")), "train.precision ('fp16'): Input should be 'fp32' or 'bf16'"),
+        (dict(train=dict(precision="fp16")), "train.precision ('fp16'): Input should be 'fp32', 'bf16' or 'fp8'"),
     ],
 )
 def test_a_wrong_file_is_refused_with_field_value_and_remedy(file, sections, message):
@@ -136,7 +136,7 @@ def mujina(*arguments: str) -> subprocess.CompletedProcess:
 def test_the_command_and_its_verbs():
     listing = mujina("--help")
     verbs = re.findall(r"^  (\w+) ", listing.stdout, re.MULTILINE)
-    assert verbs == ["tokenizer", "prepare", "inspect", "plan", "train", "upcycle", "convert", "generate", "evaluate", "report"]
+    assert verbs == ["tokenizer", "prepare", "inspect", "import", "plan", "train", "upcycle", "convert", "generate", "evaluate", "report"]
     for verb in verbs:
         shown = mujina(verb, "--help")
         assert shown.returncode == 0 and f"mujina {verb}" in shown.stdout and len(shown.stdout) > 200, verb

@@ -34,12 +34,10 @@ def test_every_token_knows_its_document(binary):
     for length in (1, 3, 16, 64):
         offsets = range(len(owner) - length)
         found = data.documents({"a": binary}, [("a", offset) for offset in offsets], length)
-        places = data.positions(found)
-        assert found.dtype == np.int32 and found.shape == places.shape == (len(offsets), length)
+        assert found.dtype == np.int32 and found.shape == (len(offsets), length)
         for offset in offsets:
             inside = owner[offset : offset + length]
             assert found[offset].tolist() == (inside - inside[0]).tolist()
-            assert places[offset].tolist() == [sum(inside[:n] == inside[n]) for n in range(length)]
 
 
 def test_a_search_for_documents_reads_little(tmp_path, monkeypatch):
@@ -88,7 +86,7 @@ def test_the_ranks_share_each_step_in_order(opened):
                 batch.tokens.shape == (config.train.micro_batch_size, length + 1) and batch.tokens.dtype == np.int64 for batch in batches
             )
             for batch in batches:
-                assert (batch.documents is None, batch.positions is None) == (index == 0, index == 0)
+                assert (batch.documents is None) == (index == 0)
             if index == 1:
                 assert (np.concatenate([batch.documents for batch in batches]) == data.documents(binaries, where, length)).all()
         assert feeders[0].take(3)[0][0].tokens.tolist() == feeders[0].read(3)[0].tokens.tolist()  # back to an earlier step

@@ -81,7 +81,7 @@ def logged(config: RunConfig, act: Any) -> Any:
 
     def step(log: Log, number: int, loss: float, **now_and_then: Any) -> None:
         losses = Losses(loss, {"web": loss - 1, "code": loss + 1}, {"web": 160, "code": 96}, 0.5, None, None, torch.zeros(0, 0))
-        log.step(number, "web" if number <= 6 else "chat", losses, 1e-3, 2.0, 0.5, now_and_then, watch.vitals(0.125))
+        log.step(number, "web" if number <= 6 else "chat", losses, 1e-3, 2.0, 0.5, now_and_then, watch.vitals(0.125, False))
 
     with parallel.groups(config.parallel, config.seed):
         return act(Log(config, 0), step)
@@ -224,7 +224,8 @@ def watched() -> list[Any]:
         for number, look in enumerate(looks):
             mine._nvml = nvml(*(look if rank else (70, 1500, 0x00, None)))
             mine._asked -= 0 if number == 4 else vitals.INTERVAL
-            found = mine.vitals(0.25 * rank)
+            found = mine.vitals(0.25 * rank, rank == 1 and number == 3)
+            assert found.stop_requested == (number == 3)
             seen.append((found.fields, found.warnings))
     return seen
 

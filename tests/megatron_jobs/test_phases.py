@@ -90,7 +90,7 @@ def test_a_ramp_that_cannot_be_is_refused(ramp, message):
 def test_every_batch_of_a_ramp_is_laid_out_over_the_processes():
     config = run_config([ramped()])
     config.check(2)
-    with pytest.raises(UserError, match=r"the data-parallel size \(4\) must divide phases.p.batch_ramp: a batch size \(2\)"):
+    with pytest.raises(UserError, match=r"the data-parallel size \(4\) must divide phases.p.batch_ramp.start \(2\)"):
         config.check(4)
 
 
