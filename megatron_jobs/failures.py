@@ -87,7 +87,7 @@ class Watchdog:
         """The run has got on: a step, a checkpoint or a validation has ended."""
         self._marked = time.monotonic()
         # Where C code hangs and holds the interpreter, no Python thread runs any more; this one is not Python's.
-        faulthandler.dump_traceback_later(self.hang_seconds + GRACE / 2, file=self._log, exit=True)
+        faulthandler.dump_traceback_later(self.hang_seconds + GRACE, file=self._log, exit=True)
 
     def close(self) -> None:
         self._closed.set()
@@ -108,12 +108,14 @@ class Watchdog:
         faulthandler.dump_traceback(self._log, all_threads=True)
         (self.attempt / f"hung-{self.rank}").write_text(_place())
         if self.rank == 0:
-            deadline = time.monotonic() + GRACE
+            deadline = time.monotonic() + GRACE / 2
             while len(list(self.attempt.glob("hung-*"))) < self.world_size and time.monotonic() < deadline:
                 time.sleep(0.1)
             text = f"hung: no step ended for {self.hang_seconds / 60:.3g} minutes (train.hang_minutes): {self._places()}"
             claim(self.attempt, "rank 0", text)
             _say(f"{text}; the stacks are in {self.attempt}", self.rank, self.console)
+            if "without an answer" in text:
+                time.sleep(GRACE)  # until faulthandler has written the stacks of those
         else:
             time.sleep(2 * GRACE)  # rank 0 speaks, and ends the run
         _end(1)
@@ -134,7 +136,7 @@ def _place() -> str:
     """Where the main thread is: its innermost frame, and the innermost one of this package."""
     frame = sys._current_frames()[threading.main_thread().ident]
     innermost = frame
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] != __package__:
+    while frame.f_back and frame.f_globals.get("__package__") != __package__:
         frame = frame.f_back
     names = [f"{at.f_code.co_name} ({Path(at.f_code.co_filename).name}:{at.f_lineno})" for at in (innermost, frame)]
     return names[0] if innermost is frame else f"{names[0]}, called by {names[1]}"

@@ -139,9 +139,11 @@ def test_killed_at_every_change_of_the_disk(prepared, tmp_path):
             prune(folder, 1, lambda step: False)
             os._exit(0)
         _, status = os.waitpid(child, 0)
-        found = newest_whole(folder)
-        assert is_whole(found, found.step) and is_whole(Checkpoint(folder / "latest"), Checkpoint(folder / "latest").step)
-        seen.add(found.step)
+        for named in (*folder.glob("step-*"), folder / "latest"):
+            found = Checkpoint(named)
+            found.verify()
+            assert is_whole(found, found.step)
+        seen.add(newest_whole(folder).step)
         if os.waitstatus_to_exitcode(status) == 0:
             break
         assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL

@@ -36,7 +36,7 @@ def scalars(run: Path, name: str) -> list[tuple[int, float]]:
 
 def test_a_run_and_its_restart_leave_every_step_once(prepared, tmp_path):
     """Two processes; stopped after step 4, of which the newest checkpoint knows three."""
-    config = tiny(prepared, tmp_path, moe=MOE)
+    config = tiny(prepared, tmp_path, moe=MOE, train=dict(asynchronous_save=False))
     run_ranks(2, train_here, config, 4)
     shutil.rmtree(tmp_path / "checkpoints/step-00000004", ignore_errors=True)
     with (tmp_path / "metrics.jsonl").open("a") as file:
