@@ -8,6 +8,7 @@ Loop overhead is what Mujina's steps take outside forward and backward, the grad
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from megatron_jobs.config import RunConfig, load
 
 ROOT = Path(__file__).parents[1]
 STEPS_NOT_COUNTED = 3
-STEPS = 12
+STEPS = 8
 MODEL = ["num_layers=8", "hidden_size=512", "ffn_hidden_size=1408", "num_attention_heads=8", "num_query_groups=4"]
 
 
@@ -71,7 +72,7 @@ def transformers(folder: str) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from megatron_jobs import data, phases
-    from megatron_jobs.convert import LLAMA, hugging_face_name
+    from megatron_jobs.hugging_face import LLAMA, hugging_face_name
     from megatron_jobs.order import DataOrder
     from megatron_jobs.weights import Box, InitialWeights
 
@@ -82,7 +83,7 @@ def transformers(folder: str) -> dict[str, Any]:
     order = DataOrder(config, data.facts(binaries))
     llama = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=model.padded_vocab_size,
+            vocab_size=model.vocab_size,
             hidden_size=model.hidden_size,
             intermediate_size=model.ffn_hidden_size,
             num_hidden_layers=model.num_layers,
@@ -93,18 +94,20 @@ def transformers(folder: str) -> dict[str, Any]:
             attn_implementation="sdpa",
         )
     )
-    tensors = {
-        hugging_face_name(name, LLAMA): weights.read(name, Box(0, rows, 0, columns)) for name, (rows, columns) in weights.shapes.items()
-    }
+    tensors = {}
+    for name, (rows, columns) in weights.shapes.items():
+        box = Box(0, model.vocab_size if name in ("embedding", "output") else rows, 0, columns)
+        tensors[hugging_face_name(name, LLAMA)] = weights.read(name, box)
     llama.load_state_dict({name: tensor.flatten() if "norm" in name else tensor for name, tensor in tensors.items()})
     matrices, norms = ([p for p in llama.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
     groups = [dict(params=matrices, weight_decay=config.optimizer.weight_decay), dict(params=norms, weight_decay=0.0)]
     adamw = torch.optim.AdamW(groups, betas=(config.optimizer.beta1, config.optimizer.beta2), eps=config.optimizer.epsilon, fused=True)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     losses, ends = [], []
     for step in range(STEPS_NOT_COUNTED + STEPS):
         tokens = torch.from_numpy(data.read(binaries, order.samples(step, range(4)), 512))
         logits = llama(tokens[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits[..., : model.vocab_size].flatten(0, 1), tokens[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         adamw.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(llama.parameters(), config.optimizer.clip_grad)
