@@ -49,6 +49,8 @@ class Checkpoint:
         self.config: RunConfig = configuration.from_dict(about["config"], str(folder / "checkpoint.json"))
         self.shapes: dict[str, tuple[int, int]] = {name: (rows, columns) for name, (rows, columns) in about["shapes"].items()}
         self.files: dict[str, dict[str, Any]] = about["files"]
+        # Files are read from and not mapped, and stay open, so that the kernel reads ahead.
+        self._opened = functools.lru_cache(maxsize=8)(lambda path: open(path, "rb"))
         for name, facts in self.files.items():
             size = (folder / name).stat().st_size if (folder / name).exists() else None
             if size != facts["bytes"]:
@@ -94,7 +96,10 @@ class Checkpoint:
                 target = result[both.within(box)]
                 is_direct = both.columns == piece.columns == box.columns  # else through whole rows of the piece
                 rows = target if is_direct else torch.empty(both.rows, piece.columns)
-                _read_into(rows, path, position + (both.row0 - piece.row0) * piece.columns * 4)
+                file = self._opened(path)
+                file.seek(position + (both.row0 - piece.row0) * piece.columns * 4)
+                if file.readinto(memoryview(rows.numpy()).cast("B")) != rows.nbytes:
+                    raise UserError(f"{path}: ends before its time: the checkpoint is damaged; take an older one")
                 if not is_direct:
                     target.copy_(rows[:, both.column0 - piece.column0 : both.column1 - piece.column0])
                 found += both.rows * both.columns
@@ -263,14 +268,6 @@ def rectangles(start: int, end: int, columns: int) -> Iterator[tuple[int, int, B
             yield first, last, Box(row, row + 1, column, column + last - first)
         else:
             yield first, last, Box(row, last // columns, 0, columns)
-
-
-def _read_into(rows: torch.Tensor, path: Path, position: int) -> None:
-    # Not by mapping the file into memory: that reads in small steps where the page cache does not hold it yet.
-    with open(path, "rb") as file:
-        file.seek(position)
-        if file.readinto(memoryview(rows.numpy()).cast("B")) != rows.nbytes:
-            raise UserError(f"{path}: ends before its time: the checkpoint is damaged; take an older one")
 
 
 def _safetensors(pieces: dict[str, torch.Tensor]) -> list[Any]:

@@ -84,14 +84,13 @@ class TrainingState:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Takes the moments and the number of updates from a checkpoint; the weights came from it already."""
         self.updates = checkpoint.updates
-        for local, start, end, main, inner in self._owned():
-            state = inner.state[main]
-            for key in STATES[1:]:
-                state[key] = torch.empty_like(main, requires_grad=False)
+        for key in STATES[1:]:
+            for local, start, end, main, inner in self._owned():
+                moment = inner.state[main][key] = torch.empty_like(main, requires_grad=False)
                 for first, last, name, box in _owned_boxes(local, start, end):
-                    state[key][first - start : last - start] = checkpoint.read(name, box, key).flatten()
-            if isinstance(inner, torch.optim.AdamW):
-                state["step"] = torch.tensor(float(self.updates), device=main.device)
+                    moment[first - start : last - start] = checkpoint.read(name, box, key).flatten()
+                if isinstance(inner, torch.optim.AdamW):
+                    inner.state[main]["step"] = torch.tensor(float(self.updates), device=main.device)
         for inner in self._inner():
             if not isinstance(inner, torch.optim.AdamW):  # Transformer Engine's FusedAdam counts per group
                 for group in inner.param_groups:
@@ -100,12 +99,12 @@ class TrainingState:
     def pieces(self) -> dict[str, torch.Tensor]:
         """What this rank owns, as rectangles for `saver.Saver.save`: views of the state itself, on its device."""
         result = {}
-        for local, start, end, main, inner in self._owned():
-            if local.is_first_copy:
-                moments = inner.state[main] or {key: torch.zeros_like(main) for key in STATES[1:]}  # empty before the first update
-                values = {"master": main.detach()} | {key: moments[key] for key in STATES[1:]}
-                for first, last, name, box in _owned_boxes(local, start, end):
-                    for state, flat in values.items():
+        for state in STATES:  # one after the other, as they are read
+            for local, start, end, main, inner in self._owned():
+                if local.is_first_copy:
+                    values = inner.state[main] or {key: torch.zeros_like(main) for key in STATES[1:]}  # empty before the first update
+                    flat = main.detach() if state == "master" else values[state]
+                    for first, last, name, box in _owned_boxes(local, start, end):
                         result[piece_key(state, name, box)] = flat[first - start : last - start].view(box.rows, box.columns)
         return result
 
