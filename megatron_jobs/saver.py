@@ -40,7 +40,7 @@ class Saver:
         self._save: _Save | None = None
         self._whole: list[Saved] = []  # that `check` has not told of
 
-    def newest(self, keeps: Callable[[Checkpoint], bool]) -> Checkpoint | None:
+    def newest(self, keeps: Callable[[Checkpoint], bool] = lambda checkpoint: True) -> Checkpoint | None:
         """The newest whole checkpoint of the run that `keeps` does not refuse, the same on every rank. Collective.
 
         Waits for the save under way; each rank verifies a share of the files.

@@ -7,6 +7,7 @@ A run that was interrupted goes on from its newest whole checkpoint when it is s
 last bit; a run that is finished says so. After SIGTERM it finishes its step, saves and ends with status 143.
 """
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -55,7 +56,7 @@ class Trainer:
         self.order = DataOrder(config, sources)
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         self.feeder = data.Feeder(config, self.order, binaries, rank, ranks)
-        self.phase_ends = {phases.num_steps(config.phases[: n + 1]) for n in range(len(config.phases))}
+        self.phase_ends = set(itertools.accumulate(phase.num_steps for phase in config.phases))
         self.saver = Saver(config, self.phase_ends)
         self.guard = Guard(config.stability, parallel.from_rank_0(stability.read_rollbacks(config.run)))
         start = self._newest()

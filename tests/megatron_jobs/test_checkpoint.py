@@ -101,7 +101,7 @@ def test_every_file_is_verified_by_exactly_one_share(prepared, tmp_path):
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(prepared, tmp_path):
     assert newest_whole(tmp_path) is None
     halve(save(tiny(prepared, tmp_path), tmp_path, 1) / "ledger.json")
-    with pytest.raises(UserError, match="none of the 1 checkpoints is whole: bring one back, or remove the folder to start anew"):
+    with pytest.raises(UserError, match="none of its 1 checkpoints is whole: bring one back, or remove the folder to start anew"):
         newest_whole(tmp_path)
 
 
