@@ -62,8 +62,9 @@ def measure(config: RunConfig, profile: Path | None) -> list[dict[str, Any]]:
         state.update(1e-5)
 
     rows = [
-        _row("layers", layers, phase.sequence_length, whole - output),
+        # The step first: megatron-core's schedule sets the scale that the routers' losses have in every backward pass.
         _row("step", step, phase.sequence_length * NUM_MICRO_BATCHES, whole),
+        _row("layers", layers, phase.sequence_length, whole - output),
     ]
     if profile:
         with torch.profiler.profile() as profiler, profile.open("a") as file:
