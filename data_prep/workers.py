@@ -60,7 +60,8 @@ class Workers:
                 yield result
             if not busy and upcoming is None:
                 return
-            for connection in multiprocessing.connection.wait(list(busy)):
+            # None may be busy: all that was given out may have come back before the oldest result was taken.
+            for connection in multiprocessing.connection.wait(list(busy)) if busy else ():
                 ready[busy.pop(connection)] = self._talk(connection, connection.recv)
                 idle.append(connection)
 

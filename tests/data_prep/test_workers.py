@@ -22,6 +22,12 @@ def late(number: int) -> int:
     return number
 
 
+def test_all_results_come_when_none_may_be_ahead():
+    """All that was given out is back, and nobody is busy, while tasks are left."""
+    with Workers(2) as workers:
+        assert list(workers.map(abs, [(-n,) for n in range(20)], ahead=0.5)) == list(range(20))
+
+
 def test_results_come_in_order_and_a_mistake_at_its_turn() -> None:
     given, taken = [], []
     with Workers(3) as workers, pytest.raises(UserError, match="seventy"):
