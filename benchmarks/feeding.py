@@ -218,7 +218,7 @@ def main() -> None:
             run = run_file(folder, folder / "tokenizer", folder / "real", names, tokens, length)
             rows["ours"] = in_a_process("ours", run, steps)
             run = run_file(folder, folder / "tokenizer", folder / "real", names, tokens, length, separate_documents=True)
-            rows["ours, documents and positions too"] = in_a_process("ours", run, steps)
+            rows["ours, documents too"] = in_a_process("ours", run, steps)
             for cache in ("peer, empty cache", "peer, index cached"):
                 rows[cache] = in_a_process("peer", folder / "real", folder / f"cache-{length}", ",".join(names), length, steps)
             for what, row in rows.items():
