@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 def test_every_station_and_a_second_call(tmp_path):
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     for file in (tmp_path / "examples/quickstart").glob("*_phases.yaml"):
-        file.write_text(re.sub(r"tokens: ([\d_]+)", lambda found: f"tokens: {int(found[1].replace('_', '')) // 20}", file.read_text()))
+        file.write_text(re.sub(r"(tokens|warmup_steps): ([\d_]+)", a_twentieth, file.read_text()))
     first = call(tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
 
@@ -34,6 +34,10 @@ def test_every_station_and_a_second_call(tmp_path):
     second = call(tmp_path)
     assert second.returncode == 0 and second.stdout.count("is there already") == 5 and second.stdout.count("steps are done") == 2
     assert (result / "hf/moe/model.safetensors").stat().st_mtime == weights
+
+
+def a_twentieth(found: re.Match[str]) -> str:
+    return f"{found[1]}: {int(found[2].replace('_', '')) // 20}"
 
 
 def call(folder: Path) -> subprocess.CompletedProcess:

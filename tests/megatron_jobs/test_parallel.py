@@ -149,9 +149,10 @@ def test_what_cannot_be_is_refused_with_the_nearest_that_can(prepared, tmp_path,
 
 
 def test_the_nearest_layouts_come_first(prepared, tmp_path):
-    config = tiny(prepared, tmp_path, parallel=dict(tensor=2, pipeline=4))
-    assert next(config.nearest_layouts(4)) == ParallelConfig(tensor=2, pipeline=2)
-    with pytest.raises(UserError, match=re.escape("the nearest layouts of 4 processes that can be: tensor 2, pipeline 2; ")):
+    config = tiny(prepared, tmp_path, parallel=dict(tensor=2, pipeline=2, virtual_pipeline=4))
+    assert next(config.nearest_layouts(4)) == ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2)
+    first = "the nearest layouts of 4 processes that can be: tensor 2, pipeline 2, virtual_pipeline 2; "
+    with pytest.raises(UserError, match=re.escape(first)):
         config.check(4)
     with pytest.raises(UserError, match="no layout of 3 processes can be; the nearest number that can is 2 "):
         config.check(3)
