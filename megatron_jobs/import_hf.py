@@ -53,6 +53,8 @@ def main(
     no_check: Annotated[bool, typer.Option("--no-check", help="leave out the comparison of logits at the end")] = False,
 ) -> None:
     """Writes a preset, the tokenizer, and weights where they change, for runs that start from a Hugging Face model."""
+    if not (model.is_file() or (model / "config.json").is_file()):
+        raise UserError(f"{model}: is neither a GGUF file nor a folder with a config.json: check the path")
     with whole_folder(output, PRESET) as partial:
         folder = model
         if model.is_file():

@@ -309,3 +309,9 @@ def test_a_gguf_that_transformers_would_misread_is_refused(tmp_path, key, value,
     with pytest.raises(UserError, match="is not a GGUF file"):
         import_hf.main(tmp_path / "no.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_there_is_said_to_be_missing(tmp_path):
+    with pytest.raises(UserError, match="nothing: is neither a GGUF file nor a folder with a config.json"):
+        import_hf.main(tmp_path / "nothing", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
