@@ -22,12 +22,11 @@ from typing import Any
 
 import torch
 
-from megatron_jobs import layout, parallel
+from megatron_jobs import parallel
 from megatron_jobs.checkpoint import Checkpoint
 from megatron_jobs.config import RunConfig, from_dict
 from megatron_jobs.saver import Saver
-from megatron_jobs.state import STATES, TrainingState
-from megatron_jobs.weights import InitialWeights
+from megatron_jobs.state import TrainingState
 
 ROUNDS = 5
 
@@ -66,10 +65,9 @@ def forget(file: Path) -> None:
 def measure(folder: Path) -> tuple[float, dict[str, list[float]]]:
     """The gigabytes of the checkpoint, and the seconds of every round."""
     settings = {name: config(folder, name == "beside") for name in ("waiting", "beside")}
-    weights = InitialWeights(settings["beside"].model, None, 1)
-    state = TrainingState(settings["beside"], weights)
-    for _, _, _, main, inner in state._owned():
-        inner.state[main] = {key: torch.rand_like(main) for key in STATES[1:]}
+    state = TrainingState(settings["beside"])
+    for _, _, _, _, values in state._rectangles():
+        values.uniform_()
     savers = {name: Saver(settings[name], set()) for name in settings}
     seconds: dict[str, list[float]] = {}
 
@@ -109,9 +107,7 @@ def measure(folder: Path) -> tuple[float, dict[str, list[float]]]:
 
 
 def load(state: TrainingState, folder: Path) -> None:
-    checkpoint = Checkpoint(folder)
-    layout.fill(state.parameters, checkpoint)
-    state.restore(checkpoint)
+    state.restore(Checkpoint(folder))
 
 
 def main(folder: Path) -> None:

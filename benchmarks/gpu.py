@@ -40,7 +40,8 @@ REPEATS, ROUNDS = 10, 5
 
 def measure(config: RunConfig, profile: Path | None) -> list[dict[str, Any]]:
     """A row for the layers and one for the step."""
-    state = TrainingState(config, InitialWeights(config.model, config.moe, config.seed))
+    state = TrainingState(config)
+    state.start_from(InitialWeights(config.model, config.moe, config.seed))
     objective = Objective(config, state, ["random"])
     phase = config.phases[0]
     whole = flops.per_token(config.model, config.moe, phase.sequence_length)

@@ -144,6 +144,7 @@ def main(
             command = [sys.executable, "-m", "benchmarks.training", "--side", name]
             output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT).stdout
             measured.append(json.loads(output.splitlines()[-1]))
+            print(f"{name}: {measured[-1]['tokens_per_second']:,.0f} tokens/s", flush=True)
     difference = max(abs(a - b) / b for a, b in zip(*(results[name][0]["losses"] for name in results), strict=True))
     speed = {name: statistics.median(one["tokens_per_second"] for one in measured) for name, measured in results.items()}
     ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(*results.values(), strict=True)]

@@ -34,7 +34,6 @@ from user_input import UserError
 
 STATES = ("master", "exp_avg", "exp_avg_sq")  # float32 weights, and AdamW's two moments
 FORMAT = 2
-READ_AHEAD = 2**26  # bytes
 
 
 class Checkpoint:
@@ -50,8 +49,6 @@ class Checkpoint:
         self.config: RunConfig = configuration.from_dict(about["config"], str(folder / "checkpoint.json"))
         self.shapes: dict[str, tuple[int, int]] = {name: (rows, columns) for name, (rows, columns) in about["shapes"].items()}
         self.files: dict[str, dict[str, Any]] = about["files"]
-        # Files are read from and not mapped, and stay open, so that the kernel reads ahead.
-        self._opened = functools.lru_cache(maxsize=8)(lambda path: open(path, "rb"))
         for name, facts in self.files.items():
             size = (folder / name).stat().st_size if (folder / name).exists() else None
             if size != facts["bytes"]:
@@ -90,25 +87,41 @@ class Checkpoint:
     def read(self, name: str, box: Box, state: str = "master") -> torch.Tensor:
         """float32 on the CPU, shape [box.rows, box.columns]. Raises UserError when a part of the box was not saved."""
         result = torch.empty(box.rows, box.columns)
-        found = 0
-        for piece, path, position in self._pieces.get((state, name), []):
-            both = piece.meet(box)
-            if both.rows > 0 and both.columns > 0:
-                target = result[both.within(box)]
-                is_direct = both.columns == piece.columns == box.columns  # else through whole rows of the piece
-                rows = target if is_direct else torch.empty(both.rows, piece.columns)
-                file = self._opened(path)
-                file.seek(position + (both.row0 - piece.row0) * piece.columns * 4)
-                # What follows in the file is most often asked for next: the disk reads it while this is copied.
-                os.posix_fadvise(file.fileno(), file.tell(), rows.nbytes + READ_AHEAD, os.POSIX_FADV_WILLNEED)
-                if file.readinto(memoryview(rows.numpy()).cast("B")) != rows.nbytes:
-                    raise UserError(f"{path}: ends before its time: the checkpoint is damaged; take an older one")
-                if not is_direct:
-                    target.copy_(rows[:, both.column0 - piece.column0 : both.column1 - piece.column0])
-                found += both.rows * both.columns
-        if found != box.rows * box.columns:
-            raise UserError(f"{self.folder}: holds {found:,} of the {box.rows * box.columns:,} values of {state} {name} that are asked for")
+        self.read_into(state, name, box, result)
         return result
+
+    def read_into(self, state: str, name: str, box: Box, values: torch.Tensor) -> None:
+        """As `read`, into a tensor of that shape, on any device. Several threads may do so at once."""
+        if values.is_cpu and values.is_contiguous() and values.dtype == torch.float32:
+            found = sum(
+                self._read_part(piece, box, path, position, values) for piece, path, position in self._pieces.get((state, name), [])
+            )
+            if found != box.rows * box.columns:
+                raise UserError(
+                    f"{self.folder}: holds {found:,} of the {box.rows * box.columns:,} values of {state} {name} that are asked for"
+                )
+        else:
+            values.copy_(self.read(name, box, state))
+
+    def _read_part(self, piece: Box, box: Box, path: Path, position: int, values: torch.Tensor) -> int:
+        """What a piece of a file has of the box, into its place in `values`; returns how many values that are."""
+        both = piece.meet(box)
+        if both.rows <= 0 or both.columns <= 0:
+            return 0
+        target = values[both.within(box)]
+        is_direct = both.columns == piece.columns == box.columns  # else through whole rows of the piece
+        rows = target if is_direct else torch.empty(both.rows, piece.columns)
+        position += (both.row0 - piece.row0) * piece.columns * 4
+        left = memoryview(rows.numpy()).cast("B")
+        with open(path, "rb", buffering=0) as file:
+            while left:
+                count = os.preadv(file.fileno(), [left], position)
+                if count == 0:
+                    raise UserError(f"{path}: ends before its time: the checkpoint is damaged; take an older one")
+                left, position = left[count:], position + count
+        if not is_direct:
+            target.copy_(rows[:, both.column0 - piece.column0 : both.column1 - piece.column0])
+        return both.rows * both.columns
 
     def verify(self, share: int = 0, num_shares: int = 1) -> None:
         """Raises UserError when a file is not what was saved. Several processes may take a share of the files each.

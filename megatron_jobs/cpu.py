@@ -23,6 +23,7 @@ def install() -> None:
     _tensor_type()
     _rng_tracker()
     _token_dispatcher()
+    _groups_of_one()
     # "Apex is not installed", "Transformer Engine is not installed" and their like say nothing new on a CPU.
     logging.getLogger("megatron").setLevel(logging.ERROR)
 
@@ -109,3 +110,21 @@ def _token_dispatcher() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = as_numpy
+
+
+def _groups_of_one() -> None:
+    """Gloo copies the whole buffer of gradients and of weights once a step for a group of one process; NCCL does nothing."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        setattr(param_and_grad_buffer, name, _only_among_several(getattr(param_and_grad_buffer, name)))
+
+
+def _only_among_several(collective: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(collective)
+    def wrapped(output: torch.Tensor, values: torch.Tensor, *args: Any, group: Any, **kwargs: Any) -> Any:
+        if group.size() == 1 and output.data_ptr() == values.data_ptr():
+            return None  # the result is in its place
+        return collective(output, values, *args, group=group, **kwargs)
+
+    return wrapped

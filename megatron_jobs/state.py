@@ -4,8 +4,10 @@ What is saved is, for every matrix of the model, the float32 weights and AdamW's
 There is no dropout and the data order is a pure function, so there is no random state to keep.
 """
 
+import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -21,12 +23,14 @@ from megatron_jobs.config import RunConfig
 from megatron_jobs.layout import LocalParameter, TensorSource
 from megatron_jobs.weights import Box, shapes
 
+READERS = min(4, os.cpu_count() or 1)  # one alone leaves the disk waiting while it copies
+
 
 class TrainingState:
     """This rank's part of the model and of the optimizer."""
 
-    def __init__(self, config: RunConfig, weights: TensorSource) -> None:
-        """Builds the model with the values in `weights`, and an optimizer that has not made an update.
+    def __init__(self, config: RunConfig) -> None:
+        """Builds the model and the optimizer, moments included; the values come from `start_from` or `restore`.
 
         Raises UserError when this machine cannot do what the configuration asks for.
         """
@@ -66,47 +70,43 @@ class TrainingState:
                 group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
                 if isinstance(inner, torch.optim.AdamW):
                     group["fused"] = True  # one pass over the memory instead of a dozen
-        self.start_from(weights)
+        for _, _, _, main, inner in self._owned():
+            inner.state[main] = {key: torch.zeros_like(main, requires_grad=False) for key in STATES[1:]}
 
     def start_from(self, weights: TensorSource) -> None:
         """Takes the weights, and forgets all updates."""
-        self.updates = 0
-        layout.fill(self.parameters, weights)
-        with torch.no_grad():  # in bf16 the optimizer took its float32 weights from rounded ones
-            for local, start, end, main, _ in self._owned():
-                for first, last, name, box in _owned_boxes(local, start, end):
-                    main[first - start : last - start] = weights.read(name, box).flatten()
-        for inner in self._inner():
-            inner.state.clear()
-            for group in inner.param_groups:
-                group.pop("step", None)
+        for _, state, name, box, values in self._rectangles():
+            if state == "master":
+                values.copy_(weights.read(name, box))
+            else:
+                values.zero_()
+        self._is_filled(updates=0)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Takes the moments and the number of updates from a checkpoint; the weights came from it already."""
-        self.updates = checkpoint.updates
-        for key in STATES[1:]:
-            for local, start, end, main, inner in self._owned():
-                moment = inner.state[main][key] = torch.empty_like(main, requires_grad=False)
-                for first, last, name, box in _owned_boxes(local, start, end):
-                    moment[first - start : last - start] = checkpoint.read(name, box, key).flatten()
-                if isinstance(inner, torch.optim.AdamW):
-                    inner.state[main]["step"] = torch.tensor(float(self.updates), device=main.device)
+        """Takes weights, moments and the number of updates. This rank reads what it owns, whoever it was that wrote it."""
+        with ThreadPoolExecutor(READERS) as readers:
+            for _ in readers.map(lambda wanted: checkpoint.read_into(*wanted[1:]), self._rectangles()):
+                pass  # raises here what was raised there
+        self._is_filled(checkpoint.updates)
+
+    def _is_filled(self, updates: int) -> None:
+        """Gathers the weights that other ranks own, in the type of the model, and counts on from `updates`."""
+        for distributed in self._distributed():
+            distributed._copy_main_params_to_model_params()
+        for chunk in self.chunks:
+            chunk.start_param_sync(force_sync=True)
+        self.updates = updates
         for inner in self._inner():
-            if not isinstance(inner, torch.optim.AdamW):  # Transformer Engine's FusedAdam counts per group
+            if isinstance(inner, torch.optim.AdamW):
+                for main, values in inner.state.items():
+                    values["step"] = torch.tensor(float(updates), device=main.device)
+            else:  # Transformer Engine's FusedAdam counts per group
                 for group in inner.param_groups:
-                    group["step"] = self.updates
+                    group["step"] = updates
 
     def pieces(self) -> dict[str, torch.Tensor]:
         """What this rank owns, as rectangles for `saver.Saver.save`: views of the state itself, on its device."""
-        result = {}
-        for state in STATES:  # one after the other, as they are read
-            for local, start, end, main, inner in self._owned():
-                if local.is_first_copy:
-                    values = inner.state[main] or {key: torch.zeros_like(main) for key in STATES[1:]}  # empty before the first update
-                    flat = main.detach() if state == "master" else values[state]
-                    for first, last, name, box in _owned_boxes(local, start, end):
-                        result[piece_key(state, name, box)] = flat[first - start : last - start].view(box.rows, box.columns)
-        return result
+        return {piece_key(state, name, box): values for is_first, state, name, box, values in self._rectangles() if is_first}
 
     def zero_grad(self) -> None:
         for chunk in self.chunks:
@@ -150,6 +150,14 @@ class TrainingState:
 
     def _inner(self) -> Iterator[Any]:
         return (distributed.optimizer for distributed in self._distributed())
+
+    def _rectangles(self) -> Iterator[tuple[bool, str, str, Box, torch.Tensor]]:
+        """What this rank owns: (no other rank saves it, state, name of the matrix, box, its values), in the order of a file."""
+        for state in STATES:
+            for local, start, end, main, inner in self._owned():
+                flat = main.detach() if state == "master" else inner.state[main][state]
+                for first, last, name, box in _owned_boxes(local, start, end):
+                    yield local.is_first_copy, state, name, box, flat[first - start : last - start].view(box.rows, box.columns)
 
     def _owned(self) -> Iterator[tuple[LocalParameter, int, int, torch.Tensor, Any]]:
         """(parameter, start, end, float32 weights, inner optimizer): this rank owns the flat values start … end − 1."""

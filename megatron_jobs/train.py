@@ -60,7 +60,7 @@ class Trainer:
         self.saver = Saver(config, self.phase_ends)
         self.guard = Guard(config.stability, parallel.from_rank_0(stability.read_rollbacks(config.run)))
         start = self._newest()
-        self.state = TrainingState(config, start or _initial(config))
+        self.state = TrainingState(config)
         self.objective = Objective(config, self.state, self.order.names)
         self.step = self._go_on_from(start)
         self.log = Log(config, self.step) if dist.get_rank() == 0 else None
@@ -143,9 +143,10 @@ class Trainer:
         return start
 
     def _go_on_from(self, start: Checkpoint | None) -> int:
-        """What is not weights comes back from `start`; returns the number of steps that are done."""
+        """Takes everything from `start`, or begins anew; returns the number of steps that are done."""
         self.guard.recall(start.ledger.get("interventions") if start else None)
         if start is None:
+            self.state.start_from(_initial(self.config))
             return 0
         self.state.restore(start)
         return start.step
@@ -156,9 +157,7 @@ class Trainer:
             # Written down before anything else: killed from here on, the run starts again as if it had just gone back.
             stability.write_rollbacks(self.config.run, self.guard.rollbacks)
         dist.barrier()
-        start = self._newest()
-        self.state.start_from(start or _initial(self.config))
-        self.step = self._go_on_from(start)
+        self.step = self._go_on_from(self._newest())
         self.mark()
         if self.log:
             self.log.rewind(self.step)

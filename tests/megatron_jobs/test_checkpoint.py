@@ -309,7 +309,7 @@ def load_save_and_go_on(config: Any) -> None:
     from megatron_jobs.state import TrainingState
 
     start = Saver(config, set()).newest()
-    state = TrainingState(config, start)
+    state = TrainingState(config)
     state.restore(start)
     saver = Saver(config.model_copy(update={"run": config.run / "again"}), set())
     saver.save(start.step, start.tokens, state.updates, state.pieces(), start.ledger)
@@ -333,7 +333,7 @@ def counts_after_restoring(config: Any) -> tuple[int, set[float]]:
     from megatron_jobs.state import TrainingState
 
     start = Checkpoint(config.run / "checkpoints/latest")
-    state = TrainingState(config, start)
+    state = TrainingState(config)
     state.restore(start)
     return state.updates, {float(values["step"]) for inner in state._inner() for values in inner.state.values()}
 
@@ -355,7 +355,7 @@ def load_where_pickle_is_forbidden(config: Any) -> int:
     for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (pickle, "_Unpickler"), (torch, "load")):
         setattr(module, name, refuse)
     start = newest_whole(config.run / "checkpoints")
-    state = TrainingState(config, start)
+    state = TrainingState(config)
     state.restore(start)
     assert start.ledger
     return start.step

@@ -74,7 +74,8 @@ def allocated(config: RunConfig) -> dict[str, int]:
         state.update(learning_rate=1e-4)
 
     with parallel.groups(config.parallel, config.seed):
-        state = TrainingState(config, InitialWeights(config.model, config.moe, config.seed))
+        state = TrainingState(config)
+        state.start_from(InitialWeights(config.model, config.moe, config.seed))
         objective = Objective(config, state, ["web"])
         step()
         gc.collect()

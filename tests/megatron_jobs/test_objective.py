@@ -262,7 +262,8 @@ def _shadow(config: RunConfig) -> tuple[dict[str, float], float, float]:
     with parallel.groups(config.parallel, config.seed):
         binaries = data.open_sources(config)
         order = DataOrder(config, data.facts(binaries))
-        state = TrainingState(config, InitialWeights(config.model, None, config.seed))
+        state = TrainingState(config)
+        state.start_from(InitialWeights(config.model, None, config.seed))
         objective = Objective(config, state, order.names)
         batches = data.Feeder(config, order, binaries, 0, 1).read(0)[:2]
         objective.gradients(config.phases[0], batches)

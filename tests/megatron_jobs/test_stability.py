@@ -96,14 +96,13 @@ def train_with_faults(config: RunConfig, faults: dict[int, str], killed_at: str 
     import torch.distributed as dist
 
     from megatron_jobs.objective import Objective
-    from megatron_jobs.state import TrainingState
     from megatron_jobs.train import Trainer
 
     now = {"step": 0}
-    originals = passes_over, gradients, start_from, newest = (
+    originals = passes_over, gradients, go_on_from, newest = (
         Guard.passes_over,
         Objective.gradients,
-        TrainingState.start_from,
+        Trainer._go_on_from,
         Trainer._newest,
     )
 
@@ -134,18 +133,18 @@ def train_with_faults(config: RunConfig, faults: dict[int, str], killed_at: str 
             at("rollback written down")
         return newest(self)
 
-    def start_again(self: TrainingState, *arguments: Any) -> None:
+    def go_on_again(self: Trainer, *arguments: Any) -> int:
         if now["step"]:
             at("later checkpoints gone")
-        start_from(self, *arguments)
+        return go_on_from(self, *arguments)
 
-    Guard.passes_over, Objective.gradients, TrainingState.start_from, Trainer._newest = with_step, with_fault, start_again, newest_again
+    Guard.passes_over, Objective.gradients, Trainer._go_on_from, Trainer._newest = with_step, with_fault, go_on_again, newest_again
     try:
         train_here(config)
     except Killed:
         pass
     finally:
-        Guard.passes_over, Objective.gradients, TrainingState.start_from, Trainer._newest = originals
+        Guard.passes_over, Objective.gradients, Trainer._go_on_from, Trainer._newest = originals
 
 
 def several(runs: list[tuple[RunConfig, dict[int, str]]]) -> None:
