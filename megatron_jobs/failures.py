@@ -50,6 +50,12 @@ def claim(attempt: Path, who: str, text: str) -> bool:
         return False
 
 
+def first_rank(attempt: Path) -> int | None:
+    """The rank whose error was the first, where one has written it down."""
+    found = re.match(r"rank (\d+) on", (attempt / "first_error").read_text()) if (attempt / "first_error").exists() else None
+    return int(found[1]) if found else None
+
+
 @contextlib.contextmanager
 def supervised(attempt: Path, rank: int, world_size: int, hang_seconds: float) -> Iterator["Watchdog"]:
     """Sends this rank's output to its log, watches it, and ends the process at once when the block raises an error."""

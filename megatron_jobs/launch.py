@@ -47,11 +47,14 @@ def main(
     failed = _first_to_fail(ranks)
     if failed is None:
         return
+    attempt = next(iter(failures.attempts(settings.run)[before:]), None)
+    first = failures.first_rank(attempt) if attempt else None
+    if first is not None and ranks[first].poll():  # others may have ended because of it in the same moment
+        failed = first
     status = ranks[failed].returncode
     if stopping.is_set() and status < 0:  # before it could save, or at the second signal
         status = 128 + signal.SIGTERM
     is_told = status in (2, 128 + signal.SIGTERM)  # 2: an error of the user's, which stands on the console in one line
-    attempt = next(iter(failures.attempts(settings.run)[before:]), None)
     # Before the others are taken down: they wait for this, or would take their lost connections for the first error.
     block = None if is_told else _first_error(failed, status, attempt)
     _take_down(ranks)
