@@ -115,5 +115,7 @@ def test_sigterm_saves_after_the_step_and_the_next_start_goes_on(prepared, tmp_p
 
 def test_only_one_error_is_the_first(tmp_path):
     attempt = failures.new_attempt(tmp_path)
+    assert failures.first_rank(attempt) is None
     assert failures.claim(attempt, "rank 3", "one") and not failures.claim(attempt, "rank 0", "another")
     assert (attempt / "first_error").read_text().endswith("\none\n")
+    assert failures.first_rank(attempt) == 3
