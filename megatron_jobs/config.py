@@ -58,6 +58,16 @@ class ModelConfig(Section):
         """Rows of the embedding and of the output layer; the rows behind `vocab_size` are never looked up."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
+    def split_over(self, tensor: int) -> "ModelConfig":
+        """The model that `tensor` ranks compute, with as many query groups on each.
+
+        Where the groups do not divide, groups whose weights are all zero stand behind them. They add zero to what attention gives, all
+        their gradients are zero, and so no update moves them; checkpoints do not hold them.
+        """
+        groups = -(-self.num_query_groups // tensor) * tensor
+        heads = self.num_attention_heads // self.num_query_groups * groups
+        return self.model_copy(update={"num_query_groups": groups, "num_attention_heads": heads})
+
     @pydantic.model_validator(mode="before")
     @classmethod
     def _head_size(cls, values: Any) -> Any:
@@ -422,7 +432,12 @@ class RunConfig(Section):
             raise UserError(f"parallel.virtual_pipeline ({parallel.virtual_pipeline}) needs parallel.pipeline above 1: raise it, or set 1")
         model_parallel = parallel.tensor * parallel.pipeline * parallel.context
         _divides("parallel.tensor × parallel.pipeline × parallel.context", model_parallel, "the number of processes", world_size)
-        _divides("parallel.tensor", parallel.tensor, "model.num_query_groups", model.num_query_groups)
+        groups_each = model.split_over(parallel.tensor).num_query_groups // parallel.tensor
+        if groups_each * (parallel.tensor - 1) >= model.num_query_groups:
+            raise UserError(
+                f"parallel.tensor ({parallel.tensor}) is too much for model.num_query_groups ({model.num_query_groups}): at {groups_each} "
+                "on a process some would have none; lower it"
+            )
         _divides("parallel.tensor", parallel.tensor, "the padded vocabulary", model.padded_vocab_size)
         if parallel.virtual_pipeline == 1:
             _divides("parallel.pipeline", parallel.pipeline, "model.num_layers", model.num_layers)

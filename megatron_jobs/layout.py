@@ -36,11 +36,18 @@ class TensorSource(Protocol):
 
 
 class Part(NamedTuple):
-    """Rows `local_row` … of a parameter are the box of the named matrix."""
+    """Rows `local_row` … of a parameter, from its first column on, are the box of the named matrix.
+
+    What no part covers belongs to groups of heads that are there for tensor parallelism alone (`ModelConfig.split_over`).
+    """
 
     name: str
     local_row: int
     box: Box
+
+    def of(self, rows: torch.Tensor) -> torch.Tensor:
+        """This part of a parameter, a view, shape [box.rows, box.columns]."""
+        return rows[self.local_row : self.local_row + self.box.rows, : self.box.columns]
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ def fill(parameters: Iterable[LocalParameter], source: TensorSource) -> None:
     for local in parameters:
         rows = local.parameter.detach().view(-1, local.columns)
         for part in local.parts:
-            rows[part.local_row : part.local_row + part.box.rows] = source.read(part.name, part.box).to(rows.device)
+            part.of(rows).copy_(source.read(part.name, part.box))
 
 
 # Parameter names of megatron-core's local layers, of GroupedExperts, which holds the experts of a rank in one parameter, and of
@@ -142,7 +149,7 @@ def _parts(prefix: str, role: str, parameter: torch.Tensor, shard: int, model: M
         heads_per_group = model.num_attention_heads // model.num_query_groups
         groups_here = rows // ((heads_per_group + 2) * model.head_size)
         local_row, suffix = 0, role.removeprefix("query_key_value")
-        for group in range(shard * groups_here, (shard + 1) * groups_here):
+        for group in range(shard * groups_here, min((shard + 1) * groups_here, model.num_query_groups)):
             for kind, heads in (("query", heads_per_group), ("key", 1), ("value", 1)):
                 size = heads * model.head_size
                 yield Part(prefix + kind + suffix, local_row, Box(group * size, (group + 1) * size, 0, columns))
@@ -151,7 +158,10 @@ def _parts(prefix: str, role: str, parameter: torch.Tensor, shard: int, model: M
         half = rows // 2
         yield Part(prefix + "gate", 0, Box(shard * half, (shard + 1) * half, 0, columns))
         yield Part(prefix + "up", half, Box(shard * half, (shard + 1) * half, 0, columns))
-    elif role in ("attention_out", "down"):
+    elif role == "attention_out":
+        all_columns = model.num_attention_heads * model.head_size
+        yield Part(prefix + role, 0, Box(0, rows, shard * columns, min((shard + 1) * columns, all_columns)))
+    elif role == "down":
         yield Part(prefix + role, 0, Box(0, rows, shard * columns, (shard + 1) * columns))
     else:
         yield Part(prefix + role, 0, Box(shard * rows, (shard + 1) * rows, 0, columns))

@@ -34,7 +34,8 @@ class Memory:
 
 def parameters(config: RunConfig, stage: int) -> tuple[float, float]:
     """(dense, expert) parameters on a rank of a pipeline stage."""
-    model, moe, parallel = config.model, config.moe, config.parallel
+    moe, parallel = config.moe, config.parallel
+    model = config.model.split_over(parallel.tensor)
     hidden, mixtures = model.hidden_size, mixtures_of(config, stage)
     layers = model.num_layers // parallel.pipeline
     biases, norms = attention_vectors(model)
@@ -120,7 +121,7 @@ def chunks_in_flight(config: RunConfig, micro_batches: int, stage: int) -> int:
 
 def layer(config: RunConfig, tokens: float, fused: bool, mixture: bool) -> float:
     """Bytes that a layer, with or without experts, keeps of a micro-batch on a rank for its backward pass."""
-    model, moe = config.model, config.moe
+    model, moe = config.model.split_over(config.parallel.tensor), config.moe
     size = 4 if config.train.precision == "fp32" else 2
     heads, groups = model.num_attention_heads * model.head_size, model.num_query_groups * model.head_size
     attention = 2 * heads + 2 * groups  # queries, keys, values, output

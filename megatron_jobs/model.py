@@ -61,6 +61,8 @@ def build(
     gpt.rotary_pos_emb.inv_freq = rotary_frequencies(model).to(gpt.rotary_pos_emb.inv_freq.device)
     if gpt.post_process:
         gpt.output_layer.register_forward_hook(partial(_without_padding, model.vocab_size))
+    if config.num_query_groups > model.num_query_groups:  # those that `fill` knows nothing of
+        torch._foreach_zero_([parameter.detach() for parameter in gpt.parameters()])
     return gpt.to(_device())
 
 
@@ -141,6 +143,7 @@ def transformer_config(
     recompute: Recompute = "none",
     fp8: bool = False,
 ) -> TransformerConfig:
+    split = model.split_over(parallel.tensor)
     options: dict[str, Any] = {}
     if moe is not None:
         options |= dict(
@@ -179,8 +182,8 @@ def transformer_config(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
+        num_attention_heads=split.num_attention_heads,
+        num_query_groups=split.num_query_groups,
         kv_channels=model.head_size,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,

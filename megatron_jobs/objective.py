@@ -216,7 +216,6 @@ class _Mixture:
                 for part in local.parts:
                     if found := re.fullmatch(r"layers\.(\d+)\.experts\.(\d+)\.(\w+)", part.name):
                         layer, expert, matrix = found.groups()
-                        values = rows[part.local_row : part.local_row + part.box.rows]
-                        yield self.layers.index(int(layer)), int(expert), matrix, values
+                        yield self.layers.index(int(layer)), int(expert), matrix, part.of(rows)
 
         return statistics.similarity(matrices(), len(self.layers), self.num_experts)

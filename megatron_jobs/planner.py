@@ -201,8 +201,9 @@ class _Timing:
 
     def _layer(self, mixture: bool) -> tuple[float, float]:
         """(computation, exchange that is not hidden) of a micro-batch in a layer, with or without experts, both ways, in seconds."""
-        model, moe, parallel, stack = self.config.model, self.config.moe, self.config.parallel, self.stack
+        moe, parallel, stack = self.config.moe, self.config.parallel, self.stack
         tokens, tensor = self._tokens, parallel.tensor
+        model = self.config.model.split_over(tensor)
         hidden, head = model.hidden_size, model.head_size
         heads, groups = model.num_attention_heads / tensor, model.num_query_groups / tensor
 
@@ -253,7 +254,8 @@ class _Timing:
 
     def _attention(self) -> float:
         """Causal attention; the fused kernel computes the scores again in its backward pass: 3.5 times the forward pass, not 3."""
-        heads = self.config.model.num_attention_heads / self.config.parallel.tensor
+        tensor = self.config.parallel.tensor
+        heads = self.config.model.split_over(tensor).num_attention_heads / tensor
         forward = 2 * self._tokens * self.sequence_length * heads * self.config.model.head_size
         return 3.5 * forward / (self.stack.attention_share * self.gpu.bf16)
 

@@ -76,7 +76,7 @@ class TrainingState:
                 group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
                 if isinstance(inner, torch.optim.AdamW):
                     group["fused"] = True  # one pass over the memory instead of a dozen
-        for _, _, _, main, inner in self._owned():
+        for _, _, main, inner in self._owned():
             inner.state[main] = {key: torch.zeros_like(main, requires_grad=False) for key in STATES[1:]}
 
     def start_from(self, weights: TensorSource) -> None:
@@ -131,7 +131,7 @@ class TrainingState:
         For use between `gradient_norm` and `update`; each rank adds up what it owns of the optimizer.
         """
         squares = torch.zeros(len(self._groups), 2, dtype=torch.float64, device=torch.cuda.current_device())
-        for local, _, _, main, _ in self._owned():
+        for local, _, main, _ in self._owned():
             if local.is_first_copy:
                 norms = [torch.linalg.vector_norm(values.detach(), dtype=torch.float64) for values in (main.grad, main)]
                 squares[self._groups.index(_group(local.parts[0].name))] += torch.stack(norms).square()
@@ -160,22 +160,22 @@ class TrainingState:
     def _rectangles(self) -> Iterator[tuple[bool, str, str, Box, torch.Tensor]]:
         """What this rank owns: (no other rank saves it, state, name of the matrix, box, its values), in the order of a file."""
         for state in STATES:
-            for local, start, end, main, inner in self._owned():
+            for local, start, main, inner in self._owned():
                 flat = main.detach() if state == "master" else inner.state[main][state]
-                for first, last, name, box in _owned_boxes(local, start, end):
-                    yield local.is_first_copy, state, name, box, flat[first - start : last - start].view(box.rows, box.columns)
+                for name, box, values in _owned_boxes(local, start, flat):
+                    yield local.is_first_copy, state, name, box, values
             for local, values in self._biases:
                 [part] = local.parts
                 yield local.is_first_copy, state, part.name, part.box, values[state].view(part.box.rows, part.box.columns)
 
-    def _owned(self) -> Iterator[tuple[LocalParameter, int, int, torch.Tensor, Any]]:
-        """(parameter, start, end, float32 weights, inner optimizer): this rank owns the flat values start … end − 1."""
+    def _owned(self) -> Iterator[tuple[LocalParameter, int, torch.Tensor, Any]]:
+        """(parameter, start, float32 weights, inner optimizer): this rank owns the flat values from `start` on."""
         of = {local.parameter: local for local in self.parameters}
         for distributed in self._distributed():
             for parameter in distributed.model_param_gbuf_map:
                 owned = distributed._get_model_param_range_map(parameter)["param"]
                 main = distributed._get_main_param_and_optimizer_states(parameter)["param"]
-                yield of[parameter], owned.start, owned.end, main, distributed.optimizer
+                yield of[parameter], owned.start, main, distributed.optimizer
 
 
 def _group(name: str) -> str:
@@ -183,15 +183,18 @@ def _group(name: str) -> str:
     return re.match(r"layers\.\d+|\w+", name)[0]
 
 
-def _owned_boxes(local: LocalParameter, start: int, end: int) -> Iterator[tuple[int, int, str, Box]]:
-    """The flat values start … end − 1 of a parameter, cut into rectangles of named matrices: (start, end, name, box)."""
+def _owned_boxes(local: LocalParameter, start: int, flat: torch.Tensor) -> Iterator[tuple[str, Box, torch.Tensor]]:
+    """The flat values of a parameter from `start` on, cut into rectangles of named matrices: (name, box, a view of them)."""
     for part in local.parts:
         offset = part.local_row * local.columns
-        first, last = max(start, offset), min(end, offset + part.box.rows * local.columns)
+        first, last = max(start, offset), min(start + len(flat), offset + part.box.rows * local.columns)
         if first < last:
             for a, b, box in rectangles(first - offset, last - offset, local.columns):
-                down, right = part.box.row0, part.box.column0
-                yield offset + a, offset + b, part.name, Box(box.row0 + down, box.row1 + down, box.column0 + right, box.column1 + right)
+                box = box.meet(Box(0, part.box.rows, 0, part.box.columns))
+                if box.columns > 0:
+                    values = flat[offset + a - start : offset + b - start].view(box.rows, -1)[:, : box.columns]
+                    down, right = part.box.row0, part.box.column0
+                    yield part.name, Box(box.row0 + down, box.row1 + down, box.column0 + right, box.column1 + right), values
 
 
 def _optimizer_config(config: RunConfig, dtype: torch.dtype, overlap: bool) -> OptimizerConfig:

@@ -66,7 +66,11 @@ def test_an_unknown_key_inside_a_phase_names_the_nearest(file):
             "parallel.tensor × parallel.pipeline × parallel.context (2) must divide the number of processes (3)",
         ),
         (3, dict(parallel=dict(pipeline=3)), "parallel.pipeline (3) must divide model.num_layers (4): the nearest that do are 1, 2, 4"),
-        (4, dict(parallel=dict(tensor=4)), "parallel.tensor (4) must divide model.num_query_groups (2)"),
+        (
+            4,
+            dict(parallel=dict(tensor=4)),
+            "parallel.tensor (4) is too much for model.num_query_groups (2): at 1 on a process some would have none",
+        ),
         (2, dict(parallel=dict(expert=2)), "parallel.expert (2) needs a moe section"),
         (3, dict(parallel=dict(expert=3), moe=MOE), "parallel.expert (3) must divide moe.num_experts (4)"),
         (3, dict(), "train.micro_batch_size × the data-parallel size (6) must divide phases.web.global_batch_size (8)"),

@@ -119,6 +119,57 @@ def test_a_restart_at_the_same_layout_is_bit_identical(prepared, tmp_path, train
             )
 
 
+UNEVEN = dict(num_attention_heads=6, num_query_groups=3, head_size=8, qkv_bias=True, qk_norm=True)
+
+
+def test_query_groups_that_tensor_does_not_divide(prepared, tmp_path):
+    """3 groups on 2 ranks: one of zeros makes it 4. No loss or checkpoint knows of it, whatever the layout before and after."""
+    alone, split = tmp_path / "alone", tmp_path / "split"
+    for run, world in ((alone, 1), (split, 2)):
+        run_ranks(world, train_here, tiny(prepared, run, model=UNEVEN, parallel=dict(tensor=world)))
+    assert losses(split) == pytest.approx(losses(alone), rel=1e-4)
+    assert gradient_norms(split) == pytest.approx(gradient_norms(alone), rel=1e-4)
+    assert Checkpoint(split / "checkpoints/latest").shapes == Checkpoint(alone / "checkpoints/latest").shapes
+    for run, world in ((alone, 2), (split, 1)):
+        stopped_at_6(run, tmp_path / f"on-{world}")
+        run_ranks(world, train_here, tiny(prepared, tmp_path / f"on-{world}", model=UNEVEN, parallel=dict(tensor=world)))
+        assert losses(tmp_path / f"on-{world}") == pytest.approx(losses(alone), rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_groups_of_zeros_stay_zero(prepared, tmp_path, precision):
+    config = tiny(prepared, tmp_path, model=UNEVEN, parallel=dict(tensor=2), train=dict(precision=precision))
+    first, second = run_ranks(2, after_updates, config)
+    assert first == {"values without a part": 0}
+    hidden, head = config.model.hidden_size, config.model.head_size
+    # of a query group: 2 queries, a key and a value with their biases, and the columns that take in what the 2 heads give
+    assert second == {"values without a part": config.model.num_layers * (4 * head * (hidden + 1) + hidden * 2 * head), "largest": 0.0}
+
+
+def after_updates(config: RunConfig) -> dict[str, float]:
+    """What this rank's parameters and their optimizer's state hold outside of the named matrices, after three updates."""
+    import torch
+
+    from megatron_jobs import parallel, train
+    from megatron_jobs.state import TrainingState
+
+    states = []
+    made = TrainingState.__init__
+    TrainingState.__init__ = lambda self, config: (made(self, config), states.append(self))[0]
+    train.phases.num_steps = lambda phases: 3
+    with parallel.groups(config.parallel, config.seed):
+        train.train(config)
+        [state] = states
+        outside = []
+        for local in state.parameters:
+            is_outside = torch.ones(local.parameter.shape, dtype=torch.bool).view(-1, local.columns)
+            for part in local.parts:
+                part.of(is_outside).fill_(False)
+            outside.append(local.parameter.detach().view(-1, local.columns)[is_outside])
+    values = torch.cat(outside)
+    return {"values without a part": len(values)} | ({"largest": float(values.abs().max())} if len(values) else {})
+
+
 @pytest.mark.parametrize("recompute, case", [("attention", (2, dict(tensor=2), None)), ("layers", (2, dict(expert=2), MOE))])
 def test_recomputed_activations_change_nothing(prepared, tmp_path, trained, recompute, case):
     world, sizes, moe = case
