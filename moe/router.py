@@ -37,7 +37,9 @@ class Router(TopKRouter):
         logits = super().gating(input)
         if not self.normalize_logits:
             return logits
-        return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-5)
+        variance, mean = torch.var_mean(logits, -1, keepdim=True)
+        # equal logits have no deviation, whose gradient would be infinite
+        return (logits - mean) / (variance.clamp_min(1e-12).sqrt() + 1e-5)
 
     def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """The weights of the experts for each token, and whether it goes to them, both [T, E]."""

@@ -94,3 +94,25 @@ def test_a_router_does_what_torch_does(routed, case):
     assert torch.tensor(got_kept).equal(kept.bool())
     torch.testing.assert_close(torch.tensor(tally), torch.stack([chosen.sum(0), kept.sum(0), shares.sum(0)]).detach(), **close)
     torch.testing.assert_close(torch.tensor(gradient), weight.grad, **close)
+
+
+def test_normalized_logits_that_are_all_equal_have_a_gradient():
+    """Those of a token of zeros: they have no deviation to be divided by."""
+    gradient = run_ranks(1, _gradient_of_equal_logits)[0]
+    assert torch.tensor(gradient).isfinite().all() and any(map(any, gradient))
+
+
+def _gradient_of_equal_logits() -> list[list[float]]:
+    from megatron_jobs import model, parallel
+    from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig
+
+    shape = ModelConfig(num_layers=1, hidden_size=HIDDEN, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=2, vocab_size=9)
+    with parallel.alone():
+        moe = MoEConfig(num_experts=E, top_k=K, normalize_logits=True)
+        router = model.build(shape, moe, ParallelConfig(), torch.float32, 16).decoder.layers[0].mlp.router
+        hidden, weight = drawn()
+        hidden[0] = 0
+        router.weight.data.copy_(weight)
+        weights, _ = router(hidden)
+        weights.square().sum().backward()
+        return router.weight.grad.tolist()
