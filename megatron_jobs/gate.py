@@ -1,13 +1,17 @@
 """The gate at the end of upcycling and of conversion: logits of both sides on real text, and a bound that fails the command."""
 
+import copy
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_jobs import data, layout, model, phases
 from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig
+from megatron_jobs.hugging_face import COMPUTED
 from megatron_jobs.layout import TensorSource
 from megatron_jobs.order import DataOrder
 from megatron_jobs.weights import Box
@@ -110,6 +114,59 @@ class _Layer:
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         return self.weights.read(name.replace("layers.0.", f"layers.{self.number}.", 1), box)
+
+
+def transformers_logits(folder: Path, files: list[Path], tokens: torch.Tensor, what: str) -> torch.Tensor:
+    """Logits of transformers' model of a folder with these weight files: float32, shape [samples, sequence length, vocabulary].
+
+    Each layer is in memory alone, as the only one of a model that `from_pretrained` makes. Raises UserError, which begins with `what`, when
+    transformers finds tensors left over or missing.
+    """
+    import transformers
+    from safetensors import safe_open
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    tensors = {name: tensor for file in files for name, tensor in _slices(safe_open(file, framework="pt"))}
+    prefixes = [f"model.layers.{number}." for number in range(config.num_hidden_layers)]
+    outside = {name: tensor for name, tensor in tensors.items() if not name.startswith(tuple(prefixes))}
+    with torch.no_grad():
+        ends = _transformers_part(config, [], outside, what)
+        hidden_BSH = ends.get_input_embeddings()(tokens)
+        for number, prefix in enumerate(prefixes):
+            of_layer = {name.replace(prefix, "model.layers.0."): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            layer = _transformers_part(config, [number], of_layer, f"{what}, layer {number}")
+            hidden_BSH = layer.model(inputs_embeds=hidden_BSH, use_cache=False).last_hidden_state
+        return ends.lm_head(ends.model.norm(hidden_BSH))
+
+
+def _slices(file: Any) -> Iterator[tuple[str, Any]]:
+    return ((name, file.get_slice(name)) for name in file.keys() if not name.endswith(COMPUTED))
+
+
+def _transformers_part(whole: Any, numbers: list[int], tensors: dict[str, Any], what: str) -> Any:
+    """transformers' model of the layers `numbers` alone, without what stands outside of them; or, without any, of just that."""
+    import transformers
+
+    config = copy.deepcopy(whole)
+    config.num_hidden_layers = len(numbers)
+    if numbers:
+        config.vocab_size, config.pad_token_id = 1, None
+    if types := getattr(whole, "layer_types", None):
+        config.layer_types = [types[number] for number in numbers]
+    if hasattr(whole, "mlp_only_layers"):  # Qwen3-MoE; these say which layers are dense by their numbers
+        dense = [n for n in numbers if n in whole.mlp_only_layers or (n + 1) % whole.decoder_sparse_step]
+        config.mlp_only_layers, config.decoder_sparse_step = [0] * len(dense), 1
+    transformers.utils.logging.disable_progress_bar()  # one a layer would be too many
+    part, info = getattr(transformers, config.architectures[0]).from_pretrained(
+        None, config=config, state_dict={name: tensor[:] for name, tensor in tensors.items()}, dtype=torch.float32, output_loading_info=True
+    )
+    if numbers:
+        info["missing_keys"] = [name for name in info["missing_keys"] if ".layers." in name]
+        part.model.norm = torch.nn.Identity()
+    for trouble in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[trouble]:
+            raise UserError(f"{what}: transformers reports {trouble}: {sorted(info[trouble])}: this is a defect, please report it")
+    return part.eval()
 
 
 def compare(before: torch.Tensor, after: torch.Tensor, labels: torch.Tensor, bound: float | None) -> Agreement:

@@ -334,19 +334,11 @@ def compare(source: Any, weights: Any, folder: Path, tokens: "torch.Tensor", wha
     `source` has the `model` and `moe`; `what` names the command.
     Raises UserError when transformers finds keys left over or missing, or logits differ.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from megatron_jobs import gate, parallel
 
     with parallel.alone():
         ours = gate.megatron_logits(source.model, source.moe, weights, tokens[:, :-1])
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
-    for trouble in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[trouble]:
-            raise UserError(f"{what}: transformers reports {trouble}: {sorted(info[trouble])}: this is a defect, please report it")
-    with torch.no_grad():
-        theirs = model.eval()(tokens[:, :-1]).logits.float()
+    theirs = gate.transformers_logits(folder, _weight_files(folder), tokens[:, :-1], what)
     agreement = gate.compare(ours, theirs, tokens[:, 1:], BOUND)
     print(agreement)
     gate.require(agreement, what)

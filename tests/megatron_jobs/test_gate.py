@@ -1,7 +1,71 @@
-"""The model that the gate goes through layer by layer is the whole one, and is never whole in memory."""
+"""The models that the gate goes through layer by layer are the whole ones, and never whole in memory."""
 
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from megatron_jobs import gate
 from megatron_jobs.config import ModelConfig, MoEConfig
 from tests.ranks import run_ranks
+from user_input import UserError
+
+SIZES = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, vocab_size=301)
+SIZES |= dict(initializer_range=0.1)
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+FOLDERS = {
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SIZES, sliding_window=8),
+    "qwen2": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=2),  # the last two layers only
+    "qwen3": Qwen3Config(**SIZES, head_dim=10),
+    "mixtral": MixtralConfig(**SIZES, **EXPERTS),
+    "qwen3_moe": Qwen3MoeConfig(**SIZES, **EXPERTS, moe_intermediate_size=24, mlp_only_layers=[3], decoder_sparse_step=2),
+}
+TOKENS = torch.arange(40).view(2, 20) * 7
+
+
+def saved(config: PreTrainedConfig, folder: Path) -> torch.Tensor:
+    """Logits for TOKENS of a random model, which is saved in several files."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+@pytest.mark.parametrize("family", FOLDERS)
+def test_transformers_layer_by_layer_is_its_whole_model(tmp_path, family):
+    want = saved(FOLDERS[family], tmp_path)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    assert gate.transformers_logits(tmp_path, files, TOKENS, "test").equal(want)
+
+
+def test_transformers_names_what_is_missing_or_left_over(tmp_path):
+    saved(FOLDERS["mixtral"], tmp_path)
+    tensors = {name: tensor for file in tmp_path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    for name in ("model.norm.weight", "model.layers.2.self_attn.q_proj.weight"):
+        for trouble, changed in (
+            ("missing_keys", {other: tensor for other, tensor in tensors.items() if other != name}),
+            ("unexpected_keys", tensors | {name + ".more": tensors[name].clone()}),
+        ):
+            save_file(changed, tmp_path / "all.safetensors", {"format": "pt"})
+            last = name.removeprefix("model.layers.2.") + ".more" * (trouble == "unexpected_keys")
+            where = "test, layer 2: " if "layers" in name else "test: "
+            with pytest.raises(UserError, match=f"^{where}transformers reports {trouble}: .*{re.escape(last)}'"):
+                gate.transformers_logits(tmp_path, [tmp_path / "all.safetensors"], TOKENS, "test")
 
 
 def test_layer_by_layer_is_the_whole_model_in_less_memory():
@@ -13,9 +77,7 @@ def test_layer_by_layer_is_the_whole_model_in_less_memory():
 
 def go_through(tied: bool, moe_section: dict | None) -> tuple[float, int, int]:
     """(largest difference of logits, bytes that were allocated at once layer by layer, bytes of the model)"""
-    import torch
-
-    from megatron_jobs import gate, layout, model, parallel
+    from megatron_jobs import layout, model, parallel
     from megatron_jobs.config import ParallelConfig
     from megatron_jobs.weights import InitialWeights, shapes
 
