@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 ./install.sh
 
-# The tests of jobs start a Slurm of their own (tests/slurm.py). Where it can be installed it must be there; elsewhere they are skipped.
+# The tests of jobs start a Slurm of their own (tests/cluster.py). Where it can be installed it must be there; elsewhere they are skipped.
 as_root=()
 if [[ $EUID != 0 ]]; then as_root=(sudo -n); fi
 if PATH=$PATH:/usr/sbin command -v slurmctld >/dev/null; then

@@ -6,7 +6,7 @@ setup(
     description="Continued pretraining on Megatron Core: raw text to a dense 8B and an upcycled 8x8B mixture of experts",
     license="Apache-2.0",
     python_requires=">=3.12",
-    packages=["tokenization", "data_prep", "data_prep.steps", "data_prep.synthetic", "moe", "megatron_jobs", "evaluation"],
+    packages=["tokenization", "data_prep", "data_prep.steps", "data_prep.synthetic", "moe", "megatron_jobs", "evaluation", "slurm"],
     py_modules=["files", "mujina", "page", "user_input"],
     package_data={
         "tokenization": ["chat_template.jinja"],

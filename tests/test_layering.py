@@ -7,17 +7,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = {"tokenization", "data_prep", "moe", "megatron_jobs", "evaluation"}
+ROOMS = {"tokenization", "data_prep", "moe", "megatron_jobs", "evaluation", "slurm"}
 MAY_ENTER = {
     "tokenization": set(),
     "data_prep": {"tokenization"},
     "moe": set(),
     "megatron_jobs": {"data_prep", "tokenization", "moe"},
     "evaluation": {"tokenization"},
+    "slurm": {"megatron_jobs"},
 }
 MEGATRON_CORE_MAY_BE_IN = {"megatron_jobs", "moe"}
 NEED_NO_TORCH = ("config", "data", "failures", "flops", "launch", "memory", "order", "phases", "plan", "planner", "stability")
-LIGHT = [f"megatron_jobs/{name}.py" for name in NEED_NO_TORCH]
+LIGHT = [f"megatron_jobs/{name}.py" for name in NEED_NO_TORCH] + [str(path.relative_to(ROOT)) for path in ROOT.glob("slurm/*.py")]
 
 
 def imports_of(path: Path, top_level_only: bool = False) -> set[str]:

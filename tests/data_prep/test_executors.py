@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from data_prep.executors import After, prepare
+from tests.cluster import wait_for_job
 from tests.data_prep.test_pipeline import ROOT, bytes_of, config, values, write_files
-from tests.slurm import wait_for_job
 from user_input import UserError
 
-pytest_plugins = ["tests.slurm"]
+pytest_plugins = ["tests.cluster"]
 SLURM = {"partition": "main", "memory_gb": 1, "tokenizer_cpus": 2, "max_array_size": 2}
 
 

@@ -3,9 +3,9 @@
 import os
 import subprocess
 
-from tests.slurm import NODES, wait_for_job
+from tests.cluster import NODES, wait_for_job
 
-pytest_plugins = ["tests.slurm"]
+pytest_plugins = ["tests.cluster"]
 
 
 def sbatch(slurm, folder, script, *options):

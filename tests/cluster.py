@@ -1,6 +1,6 @@
 """A real Slurm on this machine: one slurmctld and four slurmd, each of which takes itself for a node with 16 cores and 8 GPUs.
 
-A test module that says `pytest_plugins = ["tests.slurm"]` has the fixture `slurm`; all modules of a session share one cluster. Needs
+A test module that says `pytest_plugins = ["tests.cluster"]` has the fixture `slurm`; all modules of a session share one cluster. Needs
 Debian's slurm-wlm (run_tests.sh installs it) and a kernel that gives namespaces, to root or to users; no munge, no systemd. A node is a
 namespace of its own for names and processes: `hostname` says node1 to node4, these names resolve on the nodes, and killing the namespace
 is a power failure. The GPUs exist for the scheduler only: it counts them and sets CUDA_VISIBLE_DEVICES.
