@@ -125,6 +125,7 @@ class MoEShape(_Part):
     num_experts: int
     top_k: int
     every: int = 1
+    upcycle_from: str | None = None
 
 
 class PlannedPhase(_Part):

@@ -27,7 +27,7 @@ def make_run(folder: Path, phases: dict[str, int], num_experts: int = 0, top: di
             "vocab_size": 5_003,
             "rope_theta": 10_000,
         },
-        "moe": {"num_experts": num_experts, "top_k": 2} if num_experts else None,
+        "moe": {"num_experts": num_experts, "top_k": 2, "upcycle_from": "runs/dense"} if num_experts else None,
         "parallel": {"tensor": 2, "pipeline": 1},
         "phases": [{"name": name, "tokens": steps * TOKENS_PER_STEP, "sources": {"web_ja": 1}} for name, steps in phases.items()],
     }
@@ -135,6 +135,7 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert "Training report: dense, moe" in html
     assert "2 layers × 96 hidden" in html and "5,003" in html
     assert "<td>–</td><td>4 in each layer, top 2</td>" in html
+    assert "<td>–</td><td>runs/dense, upcycled</td>" in html
     assert "<td>20</td><td>10</td>" in html
     assert "<td>81,920 of 81,920 planned</td><td>40,960 of 40,960 planned</td>" in html
     assert "<td>10 s</td><td>5 s</td>" in html
