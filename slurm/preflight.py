@@ -113,7 +113,7 @@ def main(
     facts: dict[str, Any] = {"node": node, "gpus": [], "failures": {}, "run_disk_gib": _free(folder), "temporary_disk_gib": _free("/tmp")}
     if gpus:
         _add_health(facts, limit)
-    if not problems(facts, gpus):  # a broken GPU is not worth the wait for a probe that hangs on it
+    if gpus and not problems(facts, gpus):  # a broken GPU is not worth the wait for a probe that hangs on it
         _add_speed(facts, limit, gpus)
     seconds = round(time.monotonic() - start, 2)
     facts |= {"problems": problems(facts, gpus), "clock": [clock, time.time()], "seconds": seconds}
@@ -253,7 +253,7 @@ def _add_speed(facts: dict[str, Any], limit: float, num_gpus: int) -> None:
     ranks = {line["rank"]: line for line in lines if "rank" in line}
     for line in lines:
         facts |= {} if "rank" in line else line
-    names = [gpu["gpu"] for gpu in facts["gpus"]] or ["0 (of the CPU)", "1 (of the CPU)"]
+    names = [gpu["gpu"] for gpu in facts["gpus"]]
     facts["gemm_tflops"] = {names[rank]: line["gemm_tflops"] for rank, line in ranks.items()}
     for rank, gpu in enumerate(facts["gpus"]):
         gpu |= {f"loaded_{name}": value for name, value in ranks.get(rank, {}).get("loaded", {}).items()}

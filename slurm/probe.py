@@ -3,8 +3,8 @@
     python -m slurm.probe health          asks NVML (nvidia-ml-py) for the driver and for the state of each GPU of the job
     python -m slurm.probe speed GPUS      measures a matrix product on each GPU and an all-reduce among them
 
-Their output is JSON, one object a line, each written as soon as it is known: what is missing tells who hung. Without CUDA the same
-probes run, small, as two processes on the CPU.
+Their output is JSON, one object a line, each written as soon as it is known: what is missing tells who hung. Where torch finds no
+CUDA the same probes run, small, on the CPU, in the place of two of the GPUs.
 """
 
 import json
@@ -57,16 +57,15 @@ def health() -> None:
         "nvlinks": lambda gpu: nvlinks(nvml, gpu),
     }
     for number in gpu_numbers(nvml):
-        say(gpu=number, **ask(nvml, number, idle_questions | load_questions(nvml)))
+        say(gpu=number, **ask(nvml, number, idle_questions | _state_questions(nvml)))
 
 
-def load_questions(nvml: Any) -> dict[str, Callable[[Any], Any]]:
-    """What is asked of a GPU at rest, and again while it multiplies."""
+def _state_questions(nvml: Any) -> dict[str, Callable[[Any], Any]]:
+    """What is asked at rest, and again under load."""
     return {
         "sm_clock_mhz": lambda gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
         "slowdowns": lambda gpu: [words for bit, words in SLOWDOWNS.items() if nvml.nvmlDeviceGetCurrentClocksEventReasons(gpu) & bit],
         "temperature_c": lambda gpu: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
-        "power_w": lambda gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
     }
 
 
@@ -116,10 +115,10 @@ def speed(gpus: int) -> None:
 
     # Neither the import nor this count (which torch takes from NVML) starts CUDA, so that processes may be forked afterwards: torch, on
     # some file systems the better part of the preflight, is imported once a node.
-    count = torch.cuda.device_count() if gpus else 0
-    device, processes = ("cuda", min(count, gpus)) if count else ("cpu", 2)
+    count = torch.cuda.device_count()
+    device, processes = ("cuda", min(count, gpus)) if count else ("cpu", min(2, gpus))
     say(device=device, processes=processes, torch_sees=count, import_torch_seconds=round(time.monotonic() - start, 2))
-    in_processes(processes, gemm, device, gpus)
+    in_processes(processes, gemm, device)
     if processes > 1:
         with tempfile.TemporaryDirectory() as folder:
             in_processes(processes, all_reduce, device, processes, Path(folder) / "store")
@@ -139,7 +138,7 @@ def in_processes(count: int, function: Callable[..., None], *arguments: Any) -> 
             sys.exit(1 if process.exitcode == 1 else f"process {rank} ended with exit code {process.exitcode}")
 
 
-def gemm(rank: int, device: str, gpus: int) -> None:
+def gemm(rank: int, device: str) -> None:
     """The speed of C = A B in bf16 (on a CPU float32), and the GPU's state while it works."""
     import torch
 
@@ -152,7 +151,7 @@ def gemm(rank: int, device: str, gpus: int) -> None:
         start = time.perf_counter()
         for _ in range(PER_REPEAT[device]):
             a @ b
-        if repeat == REPEATS and rank < gpus:
+        if repeat == REPEATS:
             loaded = _ask_while_loaded(rank)
         synchronize()
         seconds.append(time.perf_counter() - start)
@@ -196,7 +195,8 @@ def _ask_while_loaded(rank: int) -> dict[str, Any]:
     import pynvml as nvml
 
     nvml.nvmlInit()
-    return ask(nvml, gpu_numbers(nvml)[rank], load_questions(nvml))
+    power = {"power_w": lambda gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000}
+    return ask(nvml, gpu_numbers(nvml)[rank], _state_questions(nvml) | power)
 
 
 def say(**facts: Any) -> None:

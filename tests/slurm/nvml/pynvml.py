@@ -1,12 +1,12 @@
-"""Stands in for nvidia-ml-py on a machine without GPUs, with faults planted by a test. A folder of its own, put on PYTHONPATH.
+"""Stands in for nvidia-ml-py on a machine without GPUs, with faults that a test plants. Its folder is put on PYTHONPATH.
 
-NVML_STAND_IN names a JSON file of answers by node, "*" for all nodes, function, and where they matter its arguments, the first of which is the
-number of the GPU (its handle):
+NVML_STAND_IN names a JSON file: by node ("*": all nodes), by function and, where they matter, by its first arguments, of which the first of
+all is the number of the GPU, what is answered in the place of a healthy H100's answer:
 
-    {"*": {"nvmlDeviceGetCount": 8}, "node2": {"nvmlDeviceGetTotalEccErrors 5 1 0": 3, "nvmlDeviceGetName 5": {"raise": "GPU_IS_LOST"}}}
+    {"*": {"nvmlDeviceGetCount": 8}, "node2": {"nvmlDeviceGetTotalEccErrors 5": 3, "nvmlDeviceGetPowerUsage 7": {"raise": "GPU_IS_LOST"}}}
 
-{"raise": NAME} raises NVML_ERROR_<NAME>, {"hang": true} never answers, {"die": 9} kills the process by that signal. All else, the constants, the
-errors and the signatures, is nvidia-ml-py's own.
+{"raise": NAME} raises NVML_ERROR_<NAME>, {"hang": true} never answers, {"die": 9} kills the process with that signal. All else (the
+constants, the errors, the functions' signatures) is nvidia-ml-py's own.
 """
 
 import importlib.metadata
@@ -15,6 +15,7 @@ import inspect
 import json
 import os
 import socket
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from types import SimpleNamespace
 
 _spec = importlib.util.spec_from_file_location("nvidia_ml_py", importlib.metadata.distribution("nvidia-ml-py").locate_file("pynvml.py"))
 _real = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = _real  # it looks itself up there
 _spec.loader.exec_module(_real)
 globals().update({name: value for name, value in vars(_real).items() if not name.startswith("_")})
 
@@ -69,7 +71,7 @@ globals().update({function: partial(_answer, function) for function in _ANSWERS}
 
 
 def nvmlDeviceGetHandleByIndex(index):
-    if index >= nvmlDeviceGetCount():  # noqa: F821
+    if index >= _answer("nvmlDeviceGetCount"):
         raise _real.NVMLError(_real.NVML_ERROR_INVALID_ARGUMENT)
     return index
 
@@ -82,10 +84,7 @@ def nvmlDeviceGetUUID(handle):
     return f"GPU-{handle}"
 
 
-_state_of_link = nvmlDeviceGetNvLinkState  # noqa: F821
-
-
 def nvmlDeviceGetNvLinkState(device, link):
     if link >= _NUM_NVLINKS:
         raise _real.NVMLError(_real.NVML_ERROR_INVALID_ARGUMENT)
-    return _state_of_link(device, link)
+    return _answer("nvmlDeviceGetNvLinkState", device, link)
