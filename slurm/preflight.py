@@ -31,73 +31,62 @@ from user_input import run
 
 TIME_LIMIT = 120.0  # seconds for a look that takes about ten; first contact with a GPU and with torch on a cold file system is slow
 THERMAL_MARGIN = 10  # °C below the slowdown, at rest: data center GPUs rest at 30 to 50 °C and slow down at about 90
-MEMORY_IN_USE = 2.0  # GiB; the driver itself keeps up to about one
-CLOCK_SHARE = 0.5  # of the maximum under load; NVML: a hardware slowdown halves the clocks, or worse. The power cap takes less than that
-RUN_DISK, TEMPORARY_DISK = (
-    5.0,
-    1.0,
-)  # GiB: room for logs and for compiled kernels (what checkpoints need is asked before the job is submitted)
-CLOCK_SKEW = 2.0  # seconds from the median clock: NTP keeps milliseconds, and logs are put in order by these clocks
+MEMORY_USED = 2.0  # GiB, before the job has started; the driver itself keeps less than one
+CLOCK_SHARE = 0.5  # of the maximum, under load: a hardware slowdown halves the clock at least (NVML), the power cap takes less
+RUN_DISK = 5.0  # GiB: logs; what the checkpoints need is asked before the job is submitted
+TMP_DISK = 1.0  # GiB: compiled kernels, sockets
+CLOCK_SKEW = 2.0  # seconds from the median clock: NTP keeps milliseconds, and the logs of a job are put in order by these clocks
 GEMM_SHARE = 0.9  # of the median GPU: equal GPUs under an equal power cap differ by a few per cent, and a step waits for the slowest
-ALL_REDUCE_SHARE = 0.8  # of the median node: one link of 18 lost shows less than that, a fall back to PCIe takes nine tenths
+ALL_REDUCE_SHARE = 0.8  # of the median node: it varies more than a GEMM, and what is wrong with links costs more
 
 RESET = "drain the node and reset the GPU (nvidia-smi --gpu-reset)"
+COOLING = "drain the node and see to its cooling and power supply"
+KERNEL_LOG = "drain the node and look for Xid in its kernel's log"
 
 
 @dataclass(frozen=True)
 class Check:
-    """A rule about one fact of a GPU; a fact that the GPU does not tell is not checked."""
+    """A rule about a fact of a GPU. A fact that the GPU does not tell is not checked; one without `holds` has to be 0 or empty."""
 
     fact: str
     what: str
-    holds: Callable[[Any], bool]
-    rule: str
     remedy: str
+    rule: str = "0"
+    holds: Callable[[Any], bool] = operator.not_
 
 
 CHECKS = (
-    Check("errors", "NVML's answer", operator.not_, "without an error", "drain the node, look for Xid in its kernel's log, and reboot it"),
-    Check("ecc_uncorrected", "the number of uncorrectable ECC errors since the last reset", operator.not_, "0", RESET),
-    Check("rows_pending", "the flag of memory rows that wait to be remapped", operator.not_, "0", f"{RESET}, which remaps them"),
-    Check("rows_failed", "the flag of memory rows that could not be remapped", operator.not_, "0", "drain the node and replace the GPU"),
-    Check("pages_pending", "the flag of memory pages that wait to be retired", operator.not_, "0", f"{RESET}, which retires them"),
-    Check(
-        "margin_c",
-        "the distance to the temperature that slows it down (°C)",
-        lambda degrees: degrees >= THERMAL_MARGIN,
-        f"at least {THERMAL_MARGIN} at rest",
-        "drain the node and see to its cooling",
-    ),
-    Check("slowdowns", "the cause of a lower clock", operator.not_, "none", "drain the node and see to its cooling and power supply"),
-    Check(
-        "loaded_slowdowns",
-        "the cause of a lower clock under load",
-        operator.not_,
-        "none",
-        "drain the node and see to its cooling and power",
-    ),
+    Check("errors", "errors of NVML", KERNEL_LOG, "none"),
+    Check("ecc_uncorrected", "uncorrectable ECC errors since the last reset", RESET),
+    Check("rows_pending", "memory rows to be remapped", f"{RESET}, which remaps them"),
+    Check("rows_failed", "memory rows that could not be remapped", "drain the node and replace the GPU"),
+    Check("pages_pending", "memory pages to be retired", f"{RESET}, which retires them"),
+    Check("margin_c", "°C below the thermal slowdown", COOLING, f"at least {THERMAL_MARGIN} at rest", lambda c: c >= THERMAL_MARGIN),
+    Check("slowdowns", "clock slowdowns at rest", COOLING, "none"),
+    Check("loaded_slowdowns", "clock slowdowns under load", COOLING, "none"),
     Check(
         "loaded_clock_share",
-        "the share of the maximal SM clock under load",
-        lambda share: share >= CLOCK_SHARE,
-        f"at least {CLOCK_SHARE}",
+        "SM clock under load as a share of its maximum",
         "release locked clocks (nvidia-smi --reset-gpu-clocks), or drain the node",
+        f"at least {CLOCK_SHARE}",
+        lambda share: share >= CLOCK_SHARE,
     ),
+    Check("processes", "processes that are on it already", "end what an earlier job has left", "none"),
     Check(
         "memory_used_gib",
-        "the memory in use (GiB)",
-        lambda used: used <= MEMORY_IN_USE,
-        f"at most {MEMORY_IN_USE}",
-        "end the processes that an earlier job left (nvidia-smi shows them), or reset the GPU",
+        "GiB of memory in use already",
+        "end what an earlier job has left, or reset the GPU",
+        f"at most {MEMORY_USED}",
+        lambda used: used <= MEMORY_USED,
     ),
-    Check("nvlinks_down", "the list of inactive NVLinks", operator.not_, "empty where others have more", f"{RESET}, or replace it"),
+    Check("nvlinks_down", "inactive NVLinks", f"{RESET}, or replace it", "none where other GPUs have more active"),
 )
 # What must be the same on all nodes.
 AGREEMENTS = {
-    "driver": ("the NVIDIA driver", "install one driver on all nodes"),
-    "model": ("the model of its GPUs", "ask for nodes of one kind (sbatch --constraint)"),
-    "nvlinks": ("the number of active NVLinks a GPU", "start nvidia-fabricmanager, or drain the node"),
-    "device": ("the device that torch finds", "see why CUDA does not start there: python -c 'import torch; torch.cuda.init()'"),
+    "driver": ("NVIDIA driver", "install one driver on all nodes"),
+    "model": ("model of its GPUs", "ask for nodes of one kind (sbatch --constraint)"),
+    "nvlinks": ("active NVLinks of a GPU", "start nvidia-fabricmanager, or drain the node"),
+    "device": ("device that torch finds", "see why CUDA does not start there (python -c 'import torch; torch.cuda.init()')"),
 }
 
 
@@ -110,7 +99,7 @@ def main(
     start, clock = time.monotonic(), time.time()
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
     folder.mkdir(parents=True, exist_ok=True)
-    facts: dict[str, Any] = {"node": node, "gpus": [], "failures": {}, "run_disk_gib": _free(folder), "temporary_disk_gib": _free("/tmp")}
+    facts: dict[str, Any] = {"node": node, "gpus": [], "failures": {}, "run_disk_gib": _free(folder), "tmp_disk_gib": _free("/tmp")}
     if gpus:
         _add_health(facts, limit)
     if gpus and not problems(facts, gpus):  # a broken GPU is not worth the wait for a probe that hangs on it
@@ -123,20 +112,19 @@ def main(
 def problems(facts: dict[str, Any], num_gpus: int) -> list[str]:
     """What is wrong with a node by itself: sentences with node, GPU, value, rule and remedy."""
     node = facts["node"]
-    found = [_sentence(node, what, value, "without error", remedy) for what, (value, remedy) in facts["failures"].items()]
-    for fact, what, least in (
-        ("run_disk_gib", "the free space on the file system of the run (GiB)", RUN_DISK),
-        ("temporary_disk_gib", "the free space in /tmp (GiB)", TEMPORARY_DISK),
+    found = [_sentence(node, what, value, "free of errors", remedy) for what, (value, remedy) in facts["failures"].items()]
+    for what, free, least in (
+        ("free GiB on the file system of the run", facts["run_disk_gib"], RUN_DISK),
+        ("free GiB in /tmp", facts["tmp_disk_gib"], TMP_DISK),
     ):
-        if facts[fact] < least:
-            found.append(_sentence(node, what, facts[fact], f"at least {least}", "remove files there"))
+        if free < least:
+            found.append(_sentence(node, what, free, f"at least {least}", "remove files there"))
     if num_gpus and not facts["failures"]:
         answering = sum("model" in gpu for gpu in facts["gpus"])
-        # Where torch sees none at all it runs on the CPU; judge() knows whether it does so on the other nodes too.
+        # Where torch sees none at all it computes on the CPU; judge() knows whether it does so on the other nodes too.
         for who, count in (("NVML", answering), ("torch", facts.get("torch_sees") or num_gpus)):
             if count < num_gpus:
-                remedy = "drain the node and look for Xid in its kernel's log"
-                found.append(_sentence(node, f"the number of GPUs that {who} sees", count, f"{num_gpus} (--gpus)", remedy))
+                found.append(_sentence(node, f"GPUs that {who} sees", count, f"the {num_gpus} of --gpus", KERNEL_LOG))
     for gpu in facts["gpus"]:
         for check in CHECKS:
             value = gpu.get(check.fact)
@@ -161,8 +149,8 @@ class Verdict:
 def judge(folder: Path, nodes: list[str], needed: int) -> Verdict:
     """Chooses `needed` nodes (fewer where fewer are healthy) by the files in `folder`, those whose slowest GPU is fastest first.
 
-    Clocks are compared where `folder` holds `started`, with the time (seconds since 1970) at which the preflight was started; call this
-    as soon as it has ended.
+    `folder` is a new one for each preflight. Clocks are compared where it holds a file `started` with the time (seconds since 1970)
+    before the preflight was started; judge as soon as that has ended.
     """
     answers, bad = {}, {node: [] for node in nodes}
     for node in nodes:
@@ -170,9 +158,7 @@ def judge(folder: Path, nodes: list[str], needed: int) -> Verdict:
             answers[node] = json.loads((folder / f"{node}.json").read_bytes())
             bad[node] += answers[node]["problems"]
         except (OSError, ValueError):
-            bad[node].append(
-                _sentence(node, "its preflight", "no answer", "a file of its own", "see the job's log, and drain the node if it hangs")
-            )
+            bad[node].append(_sentence(node, "file of its preflight", "none", "there", "see the job's log, and drain the node if it hangs"))
     for reasons in (_disagreements(answers), _slow(answers), _skewed(answers, folder)):
         for node, sentence in reasons:
             bad[node].append(sentence)
@@ -200,8 +186,8 @@ def _slow(answers: dict[str, Any]) -> list[tuple[str, str]]:
     all_reduces = {(node, node): bandwidth for node, bandwidth in _on_gpus(answers, "all_reduce_gb_per_second").items()}
     found = []
     for speeds, what, share, remedy in (
-        (gemms, "its GEMM (TFLOP/s)", GEMM_SHARE, "drain the node and see to its cooling and power supply"),
-        (all_reduces, "the bus bandwidth of its all-reduce (GB/s)", ALL_REDUCE_SHARE, "drain the node and see to its NVLinks and PCIe"),
+        (gemms, "TFLOP/s of its GEMM", GEMM_SHARE, COOLING),
+        (all_reduces, "GB/s of its all-reduce", ALL_REDUCE_SHARE, "drain the node and see to its NVLinks and PCIe"),
     ):
         median = statistics.median(speeds.values()) if speeds else 0
         rule = f"at least {share * median:.4g}, {share} of the job's median"
@@ -210,9 +196,10 @@ def _slow(answers: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _skewed(answers: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
-    """Nodes whose clocks cannot be right, whatever the delays: by the caller's clock all looked at theirs between `started` and now.
+    """Nodes whose clocks cannot be right: they looked at them after `started` and before now, by the clock of the one who asks.
 
-    So no node is accused falsely, and a skew is found that is larger than the limit and the time that the node waited for others.
+    Whatever the delays, no node is accused falsely; a skew is found where it exceeds the limit by more than the time that the nodes
+    waited, to start and for the slowest.
     """
     if not answers or not (folder / "started").exists():
         return []
@@ -223,7 +210,7 @@ def _skewed(answers: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     for node in answers:
         ahead, behind = ends[node] - first - elapsed, last - starts[node] - elapsed
         if (skew := max(ahead, behind)) > CLOCK_SKEW:
-            what = f"its clock's distance {'ahead of' if ahead > behind else 'behind'} the median (seconds)"
+            what = f"seconds of its clock {'ahead of' if ahead > behind else 'behind'} the median"
             found.append((node, _sentence(node, what, f"at least {skew:.1f}", f"at most {CLOCK_SKEW}", "start chrony or ntpd there")))
     return found
 
@@ -236,10 +223,12 @@ def _on_gpus(answers: dict[str, Any], fact: str) -> dict[str, Any]:
 def _add_health(facts: dict[str, Any], limit: float) -> None:
     lines, end = _child(limit, "health")
     if end:
-        facts["failures"]["the answer of NVML"] = (end, "drain the node and see whether nvidia-smi answers there")
+        waiting = lines[0]["numbers"][len(lines) - 1 :] if lines else []
+        what = "answers of NVML" + (f" about GPU {waiting[0]}" if waiting else "")
+        facts["failures"][what] = (end, "drain the node and see whether nvidia-smi answers there")
         return
     facts["driver"], facts["gpus"] = lines[0]["driver"], (gpus := lines[1:])
-    facts["model"] = " and ".join(sorted({gpu["model"] for gpu in gpus if "model" in gpu}))
+    facts["model"] = " and ".join(sorted({gpu["model"] for gpu in gpus if "model" in gpu})) or "unknown"
     facts["nvlinks"] = most = max((sum(gpu.get("nvlinks", [])) for gpu in gpus), default=0)
     for gpu in gpus:
         if "margin_c" not in gpu and {"slowdown_c", "temperature_c"} <= gpu.keys():
@@ -261,9 +250,8 @@ def _add_speed(facts: dict[str, Any], limit: float, num_gpus: int) -> None:
             gpu["loaded_clock_share"] = round(gpu["loaded_sm_clock_mhz"] / gpu["sm_clock_max_mhz"], 2)
     if end:
         missing = [names[rank] for rank in range(facts.get("processes", 0)) if rank not in ranks]
-        probe = f"the end of the GEMM probe of GPU {', '.join(missing)}" if missing else "the end of the all-reduce probe"
-        remedy = "see the job's log and the kernel's (Xid), and drain the node"
-        facts["failures"][probe if "processes" in facts else "the start of torch"] = (end, remedy)
+        probe = f"GEMM of GPU {', '.join(missing)}" if missing else "all-reduce"
+        facts["failures"][probe if "processes" in facts else "import of torch"] = (end, f"see the job's log, {KERNEL_LOG}")
 
 
 def _child(limit: float, *arguments: str) -> tuple[list[dict[str, Any]], str]:
@@ -280,15 +268,16 @@ def _child(limit: float, *arguments: str) -> tuple[list[dict[str, Any]], str]:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # and not waited for: what hangs in the driver does not die
         output.seek(0), errors.seek(0)
-        lines = [json.loads(line) for line in output.read().splitlines()]
+        lines = [json.loads(line) for line in output.read().splitlines() if line.startswith(b"{")]  # NCCL_DEBUG writes there, too
         if code == 0:
             return lines, ""
-        last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
-    return lines, f"no answer within {limit:.0f} seconds" if code is None else f"exit code {code}: {''.join(last)}"
+        log = errors.read().decode(errors="replace").strip()
+    print(log, file=sys.stderr)
+    return lines, f"no answer within {limit:g} seconds" if code is None else f"exit code {code}: {log.rpartition('\n')[2]}"
 
 
 def _sentence(who: str, what: str, value: Any, rule: str, remedy: str) -> str:
-    return f"{who}: {what} is {value}, must be {rule}: {remedy}"
+    return f"{who}: {what} ({value}) must be {rule}: {remedy}"
 
 
 def _free(path: str | Path) -> float:

@@ -31,14 +31,15 @@ UNTOLD = ("NotSupported", "FunctionNotFound", "NoPermission", "InvalidArgument",
 
 MATRIX = {"cuda": 8192, "cpu": 256}  # rows and columns: large enough for a GPU's full speed, and 400 MB in bf16
 MESSAGE = {"cuda": 2**28, "cpu": 2**20}  # bytes of an all-reduce, large enough for the links' full bandwidth
-REPEATS, PER_REPEAT = 10, {"cuda": 50, "cpu": 2}  # the median of 10; 50 products last 0.1 s on an H100, long enough to be asked meanwhile
+REPEATS, PER_REPEAT = 10, {"cuda": 100, "cpu": 2}  # the median of 10; 100 products take an H100 about 0.2 s, in which NVML is asked
 
 
 def health() -> None:
     import pynvml as nvml
 
     nvml.nvmlInit()
-    say(driver=nvml.nvmlSystemGetDriverVersion())
+    numbers = gpu_numbers(nvml)
+    say(driver=nvml.nvmlSystemGetDriverVersion(), numbers=numbers)
     idle_questions = {
         "model": nvml.nvmlDeviceGetName,
         "uuid": nvml.nvmlDeviceGetUUID,
@@ -56,7 +57,7 @@ def health() -> None:
         "processes": lambda gpu: [process.pid for process in nvml.nvmlDeviceGetComputeRunningProcesses_v3(gpu)],
         "nvlinks": lambda gpu: nvlinks(nvml, gpu),
     }
-    for number in gpu_numbers(nvml):
+    for number in numbers:
         say(gpu=number, **ask(nvml, number, idle_questions | _state_questions(nvml)))
 
 
@@ -145,14 +146,14 @@ def gemm(rank: int, device: str) -> None:
     synchronize, dtype = _on(rank, device)
     size = MATRIX[device]
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds, loaded = [], {}
+    ask_nvml, seconds, loaded = _asker(rank), [], {}
     for repeat in range(1 + REPEATS):  # the first is for warming up
         synchronize()
         start = time.perf_counter()
         for _ in range(PER_REPEAT[device]):
             a @ b
         if repeat == REPEATS:
-            loaded = _ask_while_loaded(rank)
+            loaded = ask_nvml()
         synchronize()
         seconds.append(time.perf_counter() - start)
     tflops = 2 * size**3 * PER_REPEAT[device] / statistics.median(seconds[1:]) / 1e12
@@ -166,12 +167,12 @@ def all_reduce(rank: int, device: str, count: int, store: Path) -> None:
 
     synchronize, dtype = _on(rank, device)
     dist.init_process_group("nccl" if device == "cuda" else "gloo", init_method=f"file://{store}", rank=rank, world_size=count)
-    message = torch.ones(MESSAGE[device] // dtype.itemsize, device=device, dtype=dtype)
+    message = torch.zeros(MESSAGE[device] // dtype.itemsize, device=device, dtype=dtype)
     seconds = []
     for _ in range(1 + REPEATS):
         synchronize()
         start = time.perf_counter()
-        dist.all_reduce(message, op=dist.ReduceOp.MAX)
+        dist.all_reduce(message)
         synchronize()
         seconds.append(time.perf_counter() - start)
     if rank == 0:
@@ -191,12 +192,13 @@ def _on(rank: int, device: str) -> tuple[Callable[[], None], Any]:
     return lambda: None, torch.float32
 
 
-def _ask_while_loaded(rank: int) -> dict[str, Any]:
+def _asker(rank: int) -> Callable[[], dict[str, Any]]:
     import pynvml as nvml
 
     nvml.nvmlInit()
-    power = {"power_w": lambda gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000}
-    return ask(nvml, gpu_numbers(nvml)[rank], _state_questions(nvml) | power)
+    number = gpu_numbers(nvml)[rank]
+    questions = _state_questions(nvml) | {"power_w": lambda gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000}
+    return lambda: ask(nvml, number, questions)
 
 
 def say(**facts: Any) -> None:
