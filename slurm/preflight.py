@@ -57,6 +57,7 @@ class Check:
 
 CHECKS = (
     Check("errors", "errors of NVML", KERNEL_LOG, "none"),
+    Check("loaded_errors", "errors of NVML under load", KERNEL_LOG, "none"),
     Check("ecc_uncorrected", "uncorrectable ECC errors since the last reset", RESET),
     Check("rows_pending", "memory rows to be remapped", f"{RESET}, which remaps them"),
     Check("rows_failed", "memory rows that could not be remapped", "drain the node and replace the GPU"),

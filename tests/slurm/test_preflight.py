@@ -154,11 +154,20 @@ def test_a_probe_that_dies_names_its_gpu(plant, tmp_path):
 
 
 def test_what_is_seen_under_load_is_judged():
-    gpu = {"gpu": "5", "model": "H100", "loaded_slowdowns": ["power brake (power supply)"], "loaded_clock_share": 0.4}
+    gpu = {
+        "gpu": "5",
+        "model": "H100",
+        "loaded_errors": ["GPU is lost"],
+        "loaded_slowdowns": ["power brake (power supply)"],
+        "loaded_clock_share": 0.4,
+    }
     facts = {"node": "node1", "gpus": [gpu], "failures": {}, "run_disk_gib": 99, "tmp_disk_gib": 99, "torch_sees": 1}
-    brake, clock = preflight.problems(facts, 1)
+    lost, brake, clock = preflight.problems(facts, 1)
+    assert lost.startswith("node1 GPU 5: errors of NVML under load (GPU is lost) must be none")
     assert brake.startswith("node1 GPU 5: ") and "under load (power brake (power supply)) must be" in brake
     assert "SM clock under load as a share of its maximum (0.4) must be at least 0.5: release locked clocks" in clock
+    [fewer] = preflight.problems(facts | {"gpus": [{"model": "H100"}] * 2}, 2)
+    assert fewer.startswith("node1: GPUs that torch sees (1) must be the 2 of --gpus")
 
 
 def answers(folder, changed, start=10.0):
