@@ -112,8 +112,8 @@ class Log:
         self._metrics.write(json.dumps(record) + "\n")
         self._send(record, step)
         self._console.step(record)
-        for warning in vitals.warnings:
-            self.event(step, "gpu", reason=warning)
+        for what, warning in vitals.warnings:
+            self.event(step, what, reason=warning)
         for news in self._alarms.look(record["expert_load"]) if self._alarms else ():
             self.event(step, "experts", reason=news)
 

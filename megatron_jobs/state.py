@@ -6,6 +6,7 @@ There is no dropout and the data order is a pure function, so there is no random
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -65,7 +66,7 @@ class TrainingState:
         self.optimizer = get_megatron_optimizer(_optimizer_config(config, dtype, overlap), self.chunks, use_gloo_process_groups=False)
         self._clip_grad = config.optimizer.clip_grad
         for gpt in gpts:
-            gpt.config.finalize_model_grads_func = finalize_model_grads
+            gpt.config.finalize_model_grads_func = self._finalize
             gpt.config.grad_scale_func = self.optimizer.scale_loss
             no_sync = [chunk.no_sync for chunk in self.chunks]
             gpt.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -118,6 +119,12 @@ class TrainingState:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+
+    def _finalize(self, *args: Any, **options: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # the exchange of gradients is in a stream of its own
+        self.gradients_at = time.perf_counter()  # this rank's own are there; now it waits for others
+        finalize_model_grads(*args, **options)
 
     def gradient_norm(self) -> float:
         """Makes the gradients ready for an update; returns their norm over the whole model, before clipping."""

@@ -65,7 +65,7 @@ class Trainer:
         self.objective = Objective(config, self.state, self.order.names)
         self.step = self._go_on_from(start)
         self.log = Log(config, self.step) if dist.get_rank() == 0 else None
-        self.watch = Watch.of_this_process()
+        self.watch = Watch.of_this_process(config.parallel.pipeline)
         self.mark()
 
     def train(self, stop_requested: Callable[[], bool]) -> None:
@@ -89,7 +89,7 @@ class Trainer:
                 if verdict.action == "update":
                     state.update(learning_rate)
                 seconds = time.perf_counter() - began
-                vitals = self.watch.vitals(waited, stop_requested())
+                vitals = self.watch.vitals(waited, state.gradients_at - began - waited, stop_requested())
                 stopping = vitals.stop_requested
                 if config.data.validation_tokens and self._is_due(config.train.validation_interval, or_phase_end=True):
                     now_and_then["validation"] = self.objective.losses(phase, *self.feeder.validation(phase)).by_source

@@ -5,8 +5,10 @@ import io
 import json
 import re
 import shutil
+import socket
 import struct
 import sys
+import time
 import types
 from datetime import datetime
 from pathlib import Path
@@ -83,7 +85,7 @@ def logged(config: RunConfig, act: Any) -> Any:
         losses = Losses(
             loss, {"web": loss - 1, "code": loss + 1}, {"web": 160, "code": 96}, 0.5, None, None, torch.zeros(0, 0), torch.zeros(0, 0), None
         )
-        log.step(number, "web" if number <= 6 else "chat", losses, 1e-3, 2.0, 0.5, now_and_then, watch.vitals(0.125, False))
+        log.step(number, "web" if number <= 6 else "chat", losses, 1e-3, 2.0, 0.5, now_and_then, watch.vitals(0.125, 0.25, False))
 
     with parallel.groups(config.parallel, config.seed):
         return act(Log(config, 0), step)
@@ -226,7 +228,7 @@ def watched() -> list[Any]:
         for number, look in enumerate(looks):
             mine._nvml = nvml(*(look if rank else (70, 1500, 0x00, None)))
             mine._asked -= 0 if number == 4 else vitals.INTERVAL
-            found = mine.vitals(0.25 * rank, rank == 1 and number == 3)
+            found = mine.vitals(0.25 * rank, 0.25, rank == 1 and number == 3)
             assert found.stop_requested == (number == 3)
             seen.append((found.fields, found.warnings))
     return seen
@@ -247,12 +249,35 @@ def test_the_worst_gpu_is_told_and_what_is_new_is_a_warning():
         [],
         [],
         [
-            "the GPU of rank 1 is slowed down: thermal slowdown (hardware) (1200 MHz, 88 °C, 512 W)",
-            "the GPU of rank 1 has 2 uncorrectable ECC errors: drain its node and reset the GPU",
+            ("gpu", "the GPU of rank 1 is slowed down: thermal slowdown (hardware) (1200 MHz, 88 °C, 512 W)"),
+            ("gpu", "the GPU of rank 1 has 2 uncorrectable ECC errors: drain its node and reset the GPU"),
         ],
         [],
         [],
     ]
+
+
+def test_a_slow_rank_is_named_once(prepared, tmp_path):
+    """The others' wait for it is not theirs."""
+    run_ranks(4, train_with_slow_rank, tiny(prepared, tmp_path, train=dict(micro_batch_size=1)), 3)
+    told = [event for event in lines(tmp_path / "events.jsonl") if event["what"] == "straggler"]
+    assert [event["reason"].split(" is slow: ")[0] for event in told] == [f"rank 3 on {socket.gethostname()}"]
+
+
+def train_with_slow_rank(config: RunConfig, slow: int) -> None:
+    from megatron_jobs import model, parallel, train, vitals
+
+    vitals.STRAGGLER_STEPS = 5
+    forward = model.forward
+
+    def slowed(*args: Any, **options: Any) -> Any:
+        time.sleep(0.3)
+        return forward(*args, **options)
+
+    if parallel.rank() == slow:
+        model.forward = slowed
+    with parallel.groups(config.parallel, config.seed):
+        train.train(config)
 
 
 def sent(log: Any, step: Any) -> str:
