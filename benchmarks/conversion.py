@@ -29,7 +29,7 @@ from megatron_jobs.shards import Planned
 from megatron_jobs.weights import Box, drawn, shapes
 from tokenization.tokenizer import Tokenizer
 
-ROUNDS = 5
+ROUNDS = 3
 EXPERTS = 4
 
 CHILD = """

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def test_a_real_model_goes_on(smollm2, tmp_path):
     found = losses(tmp_path / "run")
     assert found[0] == pytest.approx(transformers_loss(run, smollm2 / "model"), abs=1e-4)
     assert found[0] < 4 and found[-1] < found[0] - 0.4  # the same page four times
+    shutil.rmtree(tmp_path)  # gigabytes, of which pytest would keep those of three runs
 
 
 @pytest.mark.parametrize("num_experts", [4, 8])
@@ -68,6 +70,7 @@ def test_its_mixture_says_the_same(smollm2, tmp_path, num_experts):
     assert AutoConfig.from_pretrained(tmp_path / "hf").architectures == ["MixtralForCausalLM"]
     [before], [after] = (answers(folder, QUESTION, 24) for folder in (smollm2 / "model", tmp_path / "hf"))
     assert "badger" in before.text and after == before
+    shutil.rmtree(tmp_path)
 
 
 @pytest.mark.parametrize("parallel", ["tensor", "pipeline", "expert"])
@@ -82,3 +85,4 @@ def test_its_mixture_learns_and_leaves_as_a_mixtral(smollm2, tmp_path, parallel)
     run_ranks(1, convert.main, tmp_path / "run/checkpoints/latest", tmp_path / "hf")  # ends with the gate
     assert AutoConfig.from_pretrained(tmp_path / "hf").architectures == ["MixtralForCausalLM"]
     assert transformers_loss(run, tmp_path / "hf") < found[-1]
+    shutil.rmtree(tmp_path)
