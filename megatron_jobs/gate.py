@@ -11,7 +11,7 @@ import torch
 
 from megatron_jobs import data, layout, model, phases
 from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig
-from megatron_jobs.hugging_face import COMPUTED
+from megatron_jobs.hugging_face import COMPUTED, FAMILIES
 from megatron_jobs.layout import TensorSource
 from megatron_jobs.order import DataOrder
 from megatron_jobs.weights import Box
@@ -157,7 +157,7 @@ def _transformers_part(whole: Any, numbers: list[int], tensors: dict[str, Any], 
         dense = [n for n in numbers if n in whole.mlp_only_layers or (n + 1) % whole.decoder_sparse_step]
         config.mlp_only_layers, config.decoder_sparse_step = [0] * len(dense), 1
     transformers.utils.logging.disable_progress_bar()  # one a layer would be too many
-    part, info = getattr(transformers, config.architectures[0]).from_pretrained(
+    part, info = getattr(transformers, FAMILIES[config.model_type].architecture).from_pretrained(
         None, config=config, state_dict={name: tensor[:] for name, tensor in tensors.items()}, dtype=torch.float32, output_loading_info=True
     )
     if numbers:
