@@ -31,6 +31,7 @@ if ! "$python" -m venv .venv 2>/dev/null; then  # Debian keeps ensurepip in a pa
 fi
 .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt uv
 # uv is fast; pip is the way where only pip knows how to reach the package index
-.venv/bin/uv pip install -q -p .venv/bin/python -c constraints.txt -e '.[data,ray,test,wandb]' ||
+# --compile-bytecode, as pip does: without it every process compiles megatron-core anew where Python may not write beside it
+.venv/bin/uv pip install -q --compile-bytecode -p .venv/bin/python -c constraints.txt -e '.[data,ray,test,wandb]' ||
     .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[data,ray,test,wandb]'
 echo "$state" > .venv/installed
