@@ -71,10 +71,11 @@ def supervised(attempt: Path, rank: int, world_size: int, hang_seconds: float) -
         watchdog.close()
 
 
-def stop_on_sigterm() -> Callable[[], bool]:
-    """From now on SIGTERM does not end the process; what is returned tells whether it came."""
+def stop_on_signal() -> Callable[[], bool]:
+    """From now on SIGTERM and SIGUSR1 (sbatch --signal) do not end the process; what is returned tells whether one came."""
     came = threading.Event()
-    signal.signal(signal.SIGTERM, lambda number, frame: came.set())
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: came.set())
     return came.is_set
 
 

@@ -4,7 +4,7 @@
     srun python -m megatron_jobs.train CONFIG.yaml [key=value …]                      (what the Slurm scripts call)
 
 A run that was interrupted goes on from its newest whole checkpoint when it is started again, with the same losses to the
-last bit; a run that is finished says so. After SIGTERM it finishes its step, saves and ends with status 143.
+last bit; a run that is finished says so. After SIGTERM or SIGUSR1 it finishes its step, saves and ends with status 143.
 """
 
 import itertools
@@ -241,7 +241,7 @@ def main(
     with parallel.hold(settings.run), parallel.groups(settings.parallel, settings.seed):
         attempt = parallel.from_rank_0(failures.new_attempt(settings.run) if parallel.rank() == 0 else None)
         with failures.supervised(attempt, parallel.rank(), parallel.world_size(), settings.train.hang_minutes * 60) as watchdog:
-            train(settings, watchdog.mark, failures.stop_on_sigterm())
+            train(settings, watchdog.mark, failures.stop_on_signal())
 
 
 if __name__ == "__main__":
