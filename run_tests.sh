@@ -27,5 +27,18 @@ if [[ ! -e .venv/lm_eval/lm_eval ]]; then
     .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --target .venv/lm_eval -r tests/lm_eval.txt
 fi
 
+# A real Prometheus for tests/megatron_jobs/test_prometheus.py, out of Debian's package (19 MB), which is unpacked and not installed.
+if command -v apt-get >/dev/null; then
+    export MUJINA_NEEDS_PROMETHEUS=1
+    if [[ ! -e .venv/prometheus ]]; then
+        rm -rf .venv/prometheus.partial && mkdir .venv/prometheus.partial
+        (
+            cd .venv/prometheus.partial
+            apt-get -qq download prometheus || { "${as_root[@]}" apt-get -qq update && apt-get -qq download prometheus; }
+            dpkg -x prometheus_*.deb . && rm prometheus_*.deb
+        ) && mv .venv/prometheus.partial .venv/prometheus || echo "run_tests.sh: could not get Prometheus: its test will fail" >&2
+    fi
+fi
+
 .venv/bin/ruff check .
 exec .venv/bin/python -m pytest "$@"

@@ -20,6 +20,7 @@ setup(
         "megatron-core>=0.19,<0.20",
         "numpy",
         "nvidia-ml-py",
+        "prometheus-client",
         "protobuf",
         "psutil",
         "pydantic>=2",
@@ -50,7 +51,7 @@ setup(
         # NVIDIA Apex is used where it is found and is built from source; the package called "apex" on PyPI is another project.
         "gpu": ["transformer-engine[core_cu13,pytorch]==2.20.2"],
         "ray": ["ray"],
-        "test": ["accelerate", "gguf", "hypothesis", "pytest", "ruff"],
+        "test": ["accelerate", "gguf", "grafana-foundation-sdk", "hypothesis", "pytest", "ruff"],
         "wandb": ["wandb>=0.31"],
     },
 )

@@ -377,6 +377,13 @@ class WandbConfig(Section):
     name: str | None = None
 
 
+class PrometheusConfig(Section):
+    """Also serves the metrics to Prometheus, at http://HOST:port/metrics on the node of rank 0 (`prometheus.py`)."""
+
+    port: int = Field(9410, ge=1024, le=65520)  # or one of the 15 behind it; 9400 is that of NVIDIA's DCGM exporter
+    targets: Path | None = None  # the folder of Prometheus's file_sd_configs, where the run says on which host and port it is
+
+
 class RunConfig(Section):
     run: Path  # the run folder
     seed: NonNegativeInt = 1
@@ -389,6 +396,7 @@ class RunConfig(Section):
     train: TrainConfig
     stability: StabilityConfig = StabilityConfig()
     wandb: WandbConfig | None = None
+    prometheus: PrometheusConfig | None = None
     phases: tuple[Phase, ...]  # none only in the checkpoint of a model that was imported and not trained here
 
     @pydantic.field_validator("phases", mode="before")

@@ -1,4 +1,4 @@
-"""What is seen of a run: `metrics.jsonl`, TensorBoard, Weights & Biases if asked for, and the console.
+"""What is seen of a run: `metrics.jsonl`, TensorBoard, Weights & Biases and Prometheus if asked for, and the console.
 
 RUN/metrics.jsonl has one line for each step, also after restarts and rollbacks. Its fields, of which older records may lack some:
 
@@ -35,7 +35,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -67,7 +67,12 @@ class Log:
         self._console = Console(self._work)
         self._wandb = WandbRun(config, self._console.say) if config.wandb else None
         is_restart = (config.run / "metrics.jsonl").exists()
+        self._prometheus: Any = None
         self._open(first_step)
+        if config.prometheus:
+            from megatron_jobs.prometheus import Endpoint  # its library is imported for those who want it
+
+            self._prometheus = Endpoint(config, self._work, first_step, lambda why: self.event(first_step, "prometheus", reason=why))
         what = "Transformer Engine" if model.has_transformer_engine() else "local"
         self._console.say(f"{config.run}: {dist.get_world_size()} processes on {parallel.device_name()}; {what} layers")
         if first_step:
@@ -135,6 +140,11 @@ class Log:
         self._notes = {}
         self._open(step)
 
+    def last_word(self, state: Literal["done", "stopped", "failed"]) -> None:
+        """How the run ends, for those who only see it from outside. The other ranks should wait for it."""
+        if self._prometheus:
+            self._prometheus.close(state)
+
     def close(self) -> None:
         self._metrics.close()
         self._tensorboard.close()
@@ -159,11 +169,16 @@ class Log:
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(values | {"step": step})
+        if self._prometheus:
+            self._prometheus.step(record)
 
     def _record_event(self, step: int, what: str, **facts: Any) -> None:
         facts = {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in facts.items()}
+        now = time.time()
         with (self.config.run / "events.jsonl").open("a") as file:
-            file.write(json.dumps({"time": time.time(), "step": step, "what": what, **facts}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"time": now, "step": step, "what": what, **facts}, ensure_ascii=False) + "\n")
+        if self._prometheus:
+            self._prometheus.event(what, now)
 
 
 def _details(losses: Losses) -> dict[str, Any]:

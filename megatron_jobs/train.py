@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch.distributed as dist
 import typer
@@ -102,10 +102,11 @@ class Trainer:
             self.mark()
         self.saver.wait()
         self._tell_of_saves()
+        if self.log and not stopping:
+            self.log.close()
+        self._last_word("stopped" if stopping else "done")
         if stopping:
             raise SystemExit(STOPPED)
-        if self.log:
-            self.log.close()
 
     def _is_due(self, interval: int | None, or_phase_end: bool = False) -> bool:
         """At the end of the step that is under way."""
@@ -136,6 +137,12 @@ class Trainer:
         saved = self.saver.check()
         if saved and self.log:
             self.log.saved(saved.step, saved.seconds, saved.whole_seconds)
+
+    def _last_word(self, state: Literal["done", "stopped", "failed"]) -> None:
+        """Rank 0 tells how the run ends; the others wait, for launchers take a run down when the first of its processes is gone."""
+        if self.log:
+            self.log.last_word(state)
+        dist.barrier()
 
     def _newest(self) -> Checkpoint | None:
         """The checkpoint to go on from, the same on every rank. Those that were rolled back are gone afterwards."""
@@ -190,6 +197,7 @@ class Trainer:
         if verdict.action != "stop":
             return
         self.saver.wait()
+        self._last_word("failed")
         sources = Counter(source for source, _ in samples)
         latest = self.config.run / "checkpoints/latest"
         raise UserError(
