@@ -19,7 +19,7 @@ from data_prep.config import PrepareConfig
 from data_prep.executors import prepare, run_on_ray, submit_to_slurm
 from data_prep.indexed import Manifest
 from data_prep.report import table
-from user_input import read_yaml, run
+from user_input import UserError, read_yaml, run
 
 
 def _print_tables(config: PrepareConfig, manifests: list[Manifest]) -> None:
@@ -30,6 +30,15 @@ def _print_tables(config: PrepareConfig, manifests: list[Manifest]) -> None:
         console.print(*(folder / "report.html" for folder in piped.values()), sep="\n")
     if manifests:
         console.print(_binaries(manifests))
+
+
+def _shared_out(config: PrepareConfig, share: str) -> PrepareConfig:
+    """The configuration with its `share` of the sources. Raises UserError when that is not of the form I/N."""
+    number, slash, of = share.partition("/")
+    if not (slash and number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+        raise UserError(f"--share ({share}) must be I/N with I from 0 to N - 1: write for example 0/4")
+    chosen = list(config.sources)[int(number) :: int(of)]
+    return config.model_copy(update={"sources": {name: config.sources[name] for name in chosen}})
 
 
 def _binaries(manifests: list[Manifest]) -> Table:
@@ -46,9 +55,17 @@ def _binaries(manifests: list[Manifest]) -> Table:
 def main(
     config: Annotated[Path, typer.Argument(help="YAML file of the sources, their steps, the output and the tokenizer, see PrepareConfig")],
     overrides: Annotated[list[str] | None, typer.Argument(help="values that replace the file's, such as output=runs/data")] = None,
+    share: Annotated[str, typer.Option(help="I/N: every N-th source, from number I on (0 … N - 1), for the tasks of an array")] = "0/1",
+    documents_only: Annotated[bool, typer.Option("--documents-only", help="stop before tokens")] = False,
 ) -> None:
     """Takes documents through their steps, and tokenizes them into Megatron's indexed binaries, one for every source."""
-    settings = read_yaml(config, PrepareConfig, overrides)
+    settings = _shared_out(read_yaml(config, PrepareConfig, overrides), share)
+    if documents_only:
+        sources = {name: source for name, source in settings.sources.items() if pipeline.is_needed(source)}
+        settings = settings.model_copy(update={"sources": sources, "tokenizer": None})
+    if not settings.sources:
+        print("no source is left to be prepared here")
+        return
     if settings.executor == "slurm":
         submit_to_slurm(settings)
     else:

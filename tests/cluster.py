@@ -20,6 +20,7 @@ import pytest
 
 NODES = [f"node{number}" for number in range(1, 5)]
 PATH = f"{os.environ['PATH']}:/usr/sbin"  # which Debian leaves out of a user's PATH
+GRACE_SECONDS = 20  # that a job of partition main has left when one of partition urgent needs its nodes
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 
 SLURM_CONF = """\
@@ -49,32 +50,70 @@ MinJobAge=600
 SlurmdTimeout=10
 SchedulerParameters=bf_interval=2,batch_sched_delay=0,sched_min_interval=0
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefMemPerCPU=10
+JobCompType=jobcomp/filetxt
+JobCompLoc={folder}/jobcomp.txt
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefMemPerCPU=10 GraceTime={grace} PriorityTier=1
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefMemPerCPU=10 PriorityTier=2
 """
 NODE = "NodeName={name} NodeHostname=localhost NodeAddr={address} Port={port} CPUs=16 RealMemory=100000 Gres=gpu:h100:8"
 
 
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment variables with which sbatch, squeue and scontrol reach the cluster."""
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Cluster"]:
     if shutil.which("slurmctld", path=PATH) is None:
         # A suite that skips where it was meant to have Slurm would hide that it was not installed.
         give_up = pytest.fail if os.environ.get("MUJINA_NEEDS_SLURM") else pytest.skip
         give_up("Slurm is not installed: apt-get install slurm-wlm")
-    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as environment:
-        yield environment
+    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def slurm(cluster: "Cluster") -> dict[str, str]:
+    """The environment variables with which sbatch, squeue and scontrol reach the cluster."""
+    return cluster.environment
+
+
+class Cluster:
+    """`environment` holds the variables of the clients."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder, self._stack = folder, stack
+        self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
+        self.processes: dict[str, subprocess.Popen] = {}
+
+    def start(self, name: str, command: list[str]) -> None:
+        self.processes[name] = self._stack.enter_context(_process(self.folder, self.environment, name, command))
+
+    def output(self, *command: str) -> str:
+        return _output(self.environment, *command)
+
+    def power_off(self, node: str) -> None:
+        """All that runs on the node is gone at once; Slurm is told, who would find out by itself half a minute later."""
+        self.processes[node].kill()
+        self.processes[node].wait()
+        self.output("scontrol", "update", f"nodename={node}", "state=down", "reason=power")
+
+    def power_on(self, node: str) -> None:
+        self.start(node, _node(node, self.folder))
+        self.output("scontrol", "update", f"nodename={node}", "state=resume")
+        wait_for(
+            lambda: self.output("sinfo", "-h", "-p", "main", "-n", node, "-o", "%T").strip() == "idle", 60, f"{self.folder}/{node}.log"
+        )
 
 
 @contextmanager
-def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
-    """Runs a cluster whose files are in `folder` (a short path: it holds Unix sockets); yields the variables of its clients."""
+def slurm_cluster(folder: Path) -> Iterator[Cluster]:
+    """Runs a cluster whose files are in `folder` (a short path: it holds Unix sockets)."""
     control_port, *ports = _free_ports(1 + len(NODES))
     addresses = [f"127.0.0.{11 + number}" for number in range(len(NODES))]
     nodes = "\n".join(
         NODE.format(name=name, address=address, port=port) for name, address, port in zip(NODES, addresses, ports, strict=True)
     )
     conf = folder / "slurm.conf"
-    conf.write_text(SLURM_CONF.format(folder=folder, user=getpass.getuser(), control_port=control_port, nodes=nodes))
+    conf.write_text(SLURM_CONF.format(folder=folder, user=getpass.getuser(), control_port=control_port, nodes=nodes, grace=GRACE_SECONDS))
     (folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} Name=gpu Type=h100 File={folder}/nvidia[0-7]\n")
     for number in range(8):
         (folder / f"nvidia{number}").symlink_to("/dev/null")  # any character device will do
@@ -82,18 +121,19 @@ def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
     (folder / "hosts").write_text(f"{Path('/etc/hosts').read_text()}\n{hosts}\n")
     (folder / "state").mkdir()
 
-    environment = {"SLURM_CONF": str(conf)}
     with ExitStack() as stack:
-        commands = {"slurmctld": ["slurmctld", "-D"]} | {name: _node(name, folder) for name in NODES}
-        processes = [stack.enter_context(_process(folder, environment, name, command)) for name, command in commands.items()]
+        cluster = Cluster(folder, stack)
+        cluster.start("slurmctld", ["slurmctld", "-D"])
+        for name in NODES:
+            cluster.start(name, _node(name, folder))
 
         def is_up() -> bool:
             logs = "".join(path.read_text() for path in sorted(folder.glob("*.log")))
-            assert all(process.poll() is None for process in processes), f"Slurm does not start here:\n{logs}"
-            return _output(environment, "sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(NODES)
+            assert all(process.poll() is None for process in cluster.processes.values()), f"Slurm does not start here:\n{logs}"
+            return cluster.output("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split() == ["idle"] * len(NODES)
 
         wait_for(is_up, 60, f"{folder}/*.log")
-        yield environment
+        yield cluster
 
 
 def wait_for_job(environment: dict[str, str], job: str, timeout: float = 60) -> list[str]:

@@ -1,0 +1,111 @@
+"""What a run has been through on the cluster, and which nodes it stays away from: files in RUN/slurm, which jobs of the run add to.
+
+    RUN/slurm/attempts.jsonl     a line when an attempt begins, and one when it has ended: see `Attempt`
+    RUN/slurm/nodes.json         the preflight of the last attempt, and the nodes that the run leaves out, each with its reason
+
+An attempt is one start of the training in a job; a job that is requeued makes several. One that ends without a word (its node lost power)
+has no second line.
+"""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from files import write_whole
+
+EXCLUDED_SECONDS = 24 * 3600  # after which a node may be tried again
+
+
+@dataclass
+class Attempt:
+    """Times are seconds since 1970; step and tokens are those of the newest checkpoint. `ended` None: it runs, or ended without a word."""
+
+    job: str
+    restart: int  # how often Slurm had requeued the job before
+    nodes: list[str]  # of the job; of the training, once it has ended
+    began: float
+    step: int
+    tokens: int
+    ended: float | None = None
+    outcome: str | None = None  # one of OUTCOMES
+    reason: str = ""  # what people read: the first error in one line
+    step_after: int | None = None
+    tokens_after: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.job, self.restart
+
+
+# done       all steps are trained
+# time       the time limit came near, and the run was saved
+# stopped    SIGTERM: scancel, scontrol requeue, preemption, or another node was lost
+# mistake    an error that the user has to mend, NaN included: status 2
+# crash      anything else that ended the processes
+# preflight  too few healthy nodes
+OUTCOMES = ("done", "time", "stopped", "mistake", "crash", "preflight")
+
+
+def attempts(run: Path) -> list[Attempt]:
+    """All attempts of a run, oldest first."""
+    path = run / "slurm/attempts.jsonl"
+    found: dict[tuple[str, int], Attempt] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        values = json.loads(line)
+        key = (values["job"], values["restart"])
+        found[key] = Attempt(**asdict(found[key]) | values) if key in found else Attempt(**values)
+    return list(found.values())
+
+
+def began(run: Path, job: str, restart: int, nodes: list[str]) -> Attempt:
+    step, tokens = standing(run)
+    attempt = Attempt(job, restart, nodes, time.time(), step, tokens)
+    _append(run, asdict(attempt))
+    return attempt
+
+
+def ended(run: Path, attempt: Attempt, outcome: str, reason: str) -> None:
+    assert outcome in OUTCOMES
+    step, tokens = standing(run)
+    attempt.ended, attempt.outcome, attempt.reason, attempt.step_after, attempt.tokens_after = time.time(), outcome, reason, step, tokens
+    keys = ("job", "restart", "nodes", "ended", "outcome", "reason", "step_after", "tokens_after", "extra")
+    _append(run, {key: getattr(attempt, key) for key in keys})
+
+
+def standing(run: Path) -> tuple[int, int]:
+    """(step, tokens) of the newest checkpoint; (0, 0) before there is one."""
+    path = run / "checkpoints/latest/checkpoint.json"
+    if not path.exists():
+        return 0, 0
+    about = json.loads(path.read_text())
+    return about["step"], about["tokens"]
+
+
+def excluded(run: Path) -> dict[str, dict[str, Any]]:
+    """{node: {"reason", "since"}} of the nodes that the run stays away from, for a day each."""
+    return {node: about for node, about in _nodes(run).get("excluded", {}).items() if time.time() - about["since"] < EXCLUDED_SECONDS}
+
+
+def record_nodes(run: Path, verdict: dict[str, Any], bad: dict[str, str]) -> None:
+    """Keeps the preflight's verdict, and excludes the `bad` nodes from now on."""
+    now = {node: {"reason": reason, "since": time.time()} for node, reason in bad.items()}
+    text = json.dumps({"excluded": excluded(run) | now, "preflight": verdict}, indent=1, ensure_ascii=False)
+    write_whole(run / "slurm/nodes.json", text.encode())
+
+
+def _nodes(run: Path) -> dict[str, Any]:
+    path = run / "slurm/nodes.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _append(run: Path, values: dict[str, Any]) -> None:
+    path = run / "slurm/attempts.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(values, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Raw text → clean documents, the sources shared out over the tasks of an array.    sbatch --array=0-7 slurm/prepare_data.sh DATA.yaml
+# A task that was stopped goes on where it stood. For a source that needs more than a node, see `executor: slurm` of DATA.yaml.
+#SBATCH --job-name=mujina-prepare
+#SBATCH --array=0
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=16
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%A-%a.log
+. "${SLURM_SUBMIT_DIR:-.}/slurm/site.sh"
+mujina prepare "$@" --documents-only --share "$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))/$SLURM_ARRAY_TASK_COUNT"

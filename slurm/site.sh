@@ -1,0 +1,5 @@
+# Sourced by the scripts of one process: site facts, and what runs Mujina's commands.
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-.}"
+if [[ -f slurm/cluster.env ]]; then . slurm/cluster.env; fi
+mujina() { srun --ntasks=1 ${MUJINA_SRUN_OPTIONS:-} ${MUJINA_TASK_PYTHON:-${MUJINA_PYTHON:-.venv/bin/python}} -m mujina "$@"; }

@@ -1,0 +1,130 @@
+"""Where a run on the cluster stands, and what it says.
+
+    python -m slurm.status RUN [--run-folder]                    (= mujina status: RUN is a run's folder or its YAML file)
+
+Reads the run's folder, and asks squeue and sacct about its jobs. Needs no torch.
+"""
+
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megatron_jobs import config as configuration
+from megatron_jobs import failures
+from slurm import history
+from user_input import UserError, run
+
+SHOWN = 10  # attempts
+
+
+def main(
+    run_or_config: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, or its YAML file")],
+    run_folder: Annotated[bool, typer.Option("--run-folder", help="print only the path of the run's folder")] = False,
+) -> None:
+    """Shows where a run stands: its job, progress, attempts with their ends, nodes that are left out, and the first error."""
+    folder = folder_of(run_or_config)
+    if run_folder:
+        print(folder)
+        return
+    console = Console(highlight=False, width=max(100, shutil.get_terminal_size().columns))
+    attempts = history.attempts(folder)
+    step, tokens = history.standing(folder)
+    last = last_step(folder)
+    console.print(str(folder), style="bold", markup=False)
+    error = _newest_error(folder)
+    if error and attempts and attempts[-1].outcome not in ("done", "time", None):
+        console.print(f"first error: {error}", style="red", markup=False)
+    for line in _jobs(attempts):
+        console.print(line, markup=False)
+    if last:
+        ago = time.time() - (folder / "metrics.jsonl").stat().st_mtime
+        console.print(
+            f"step {last['step']:,} in phase {last['phase']}, {ago:,.0f} s ago: loss {last['loss']:.4f}, "
+            f"{last['tokens_per_second']:,.0f} tokens/s; newest checkpoint: step {step:,}, {tokens:,} tokens"
+        )
+    else:
+        console.print("no step is trained yet")
+    if attempts:
+        console.print(_table(attempts))
+    for node, about in history.excluded(folder).items():
+        console.print(f"left out: {node}, since {_clock(about['since'])}: {about['reason']}", markup=False)
+
+
+def folder_of(run_or_config: Path) -> Path:
+    """The run's folder. Raises UserError when it is neither a folder nor a configuration."""
+    if run_or_config.suffix in (".yaml", ".yml"):
+        return configuration.load(run_or_config).run
+    if not run_or_config.is_dir():
+        raise UserError(f"{run_or_config}: is no folder: name a run's folder or its YAML file")
+    return run_or_config
+
+
+def last_step(folder: Path) -> dict[str, Any] | None:
+    """The last whole line of metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 1_000_000))  # a line has some kilobytes, more with norms of many layers
+        lines = file.read().split(b"\n")[:-1]
+    return json.loads(lines[-1]) if lines else None
+
+
+def _newest_error(folder: Path) -> str | None:
+    for attempt in reversed(failures.attempts(folder)):
+        path = attempt / "first_error"
+        return path.read_text().strip() if path.exists() else None
+    return None
+
+
+def _jobs(attempts: list[history.Attempt]) -> list[str]:
+    """What squeue says of the jobs of these attempts that are still there, and sacct of those that are not."""
+    jobs = list(dict.fromkeys(attempt.job for attempt in attempts))[-SHOWN:]
+    if not jobs or shutil.which("squeue") is None:
+        return []
+    waiting = _asked("squeue", "-h", "-j", ",".join(jobs), "-o", "%i|job %i %T, %M of %l, nodes %N, %r")
+    there = dict(line.split("|", 1) for line in waiting)
+    # A cluster without accounting may still keep the ends of jobs.
+    ways = (["sacct", "-X"], ["sacct", "--completion"])
+    gone = ",".join(job for job in jobs if job not in there)
+    ended = next(filter(None, (_asked(*way, "-n", "-P", "-j", gone, "-o", "JobID,State,ExitCode") for way in ways if gone)), [])
+    return ["job {} {}, exit status {}".format(*line.split("|")) for line in ended] + list(there.values())
+
+
+def _asked(*command: str) -> list[str]:
+    """The lines of the answer; none where the command fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+def _table(attempts: list[history.Attempt]) -> Table:
+    table = Table("attempt", "job", "nodes", "began", "ended", "steps", "tokens", "outcome", "reason")
+    for number, attempt in list(enumerate(attempts, start=1))[-SHOWN:]:
+        gained = attempt.ended and f"{attempt.step:,} → {attempt.step_after:,}"
+        table.add_row(
+            str(number),
+            f"{attempt.job}.{attempt.restart}",
+            str(len(attempt.nodes)),
+            _clock(attempt.began),
+            _clock(attempt.ended) if attempt.ended else "",
+            gained or f"{attempt.step:,} →",
+            f"+{attempt.tokens_after - attempt.tokens:,}" if attempt.ended else "",
+            attempt.outcome or ("runs" if number == len(attempts) else "without a word"),
+            attempt.reason.splitlines()[-1][:60] if attempt.reason else "",
+        )
+    return table
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+if __name__ == "__main__":
+    run(main)

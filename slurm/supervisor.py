@@ -1,0 +1,270 @@
+"""Runs the training inside a Slurm job: preflight, start, and what follows from the way it ends.
+
+    python -m slurm.supervisor CONFIG.yaml [key=value …]         (what the pretraining scripts start, once, on the first node of the job)
+
+    how the training ended                       what follows
+    all steps done                               the job ends well, and what depends on it starts
+    USR1 (the time limit is near; a signal to    saved, and requeued at once
+    the steps does the same)
+    SIGTERM: scancel, requeue, preemption,       saved where there is time; Slurm starts the job again, but for scancel
+    another node was lost
+    an error of the user's, NaN (status 2)       not requeued: it would come again
+    a crash, a killed or hung rank               requeued, later and later, up to MAX_CRASHES in a row without a token gained
+    the same crash at the same step, the third   not requeued: a diagnosis in its place
+    the first node died                          without a word; Slurm starts the job again on other nodes
+    too few healthy nodes                        requeued without the others
+    time limits too short to save                not requeued from the third on: raise them, or save more often
+
+What counts as progress are the tokens of the newest checkpoint. RUN/slurm keeps the history (history.py). Needs no torch.
+
+From the environment: MUJINA_SPARE_NODES (nodes of the job that are not trained on), MUJINA_RETRY_SECONDS (after a crash),
+MUJINA_SRUN_OPTIONS (for every srun, such as Pyxis' --container-image), MUJINA_TASK_PYTHON (what the tasks run, such as "apptainer exec --nv
+mujina.sif python"; else this Python).
+"""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from files import write_whole
+from megatron_jobs import config as configuration
+from megatron_jobs import failures
+from megatron_jobs.config import RunConfig
+from slurm import history, preflight
+from slurm.history import Attempt
+from user_input import UserError, run
+
+MISTAKE, STOPPED = 2, 143  # exit statuses of the training: see user_input.run and megatron_jobs.train
+SAME_CRASHES = 3  # at one step
+MAX_CRASHES = 8  # in a row, without a token gained
+TOO_SHORT = 3  # time limits in a row, without a token gained
+LONGEST_PAUSE = 1800  # seconds before a crashed job may start again
+PREFLIGHT_SECONDS = 300  # for all of it on all nodes
+SIGNAL_SECONDS = 10  # between two signals to a step, which may not have begun when the first one came
+
+
+def main(
+    config: Annotated[Path, typer.Argument(help="the run's YAML file")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example train.micro_batch_size=2")] = None,
+) -> None:
+    """Trains in this Slurm job, and requeues it or not when the training has ended."""
+    if "SLURM_JOB_ID" not in os.environ:
+        raise UserError(
+            "SLURM_JOB_ID is not set: this runs inside a job; submit one with `mujina submit`, or train here with `mujina train`"
+        )
+    settings = configuration.load(config, overrides)
+    sys.exit(Supervisor(settings, ["-m", "megatron_jobs.train", str(config), *(overrides or [])]).run())
+
+
+class Supervisor:
+    def __init__(self, config: RunConfig, command: list[str]) -> None:
+        self.config, self.folder, self.command = config, config.run, command
+        self.job, self.restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        self.nodes = _lines("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"])
+        self.tasks_per_node = int(os.environ.get("SLURM_NTASKS_PER_NODE", 1))
+        self.needed = len(self.nodes) - int(os.environ.get("MUJINA_SPARE_NODES", 0))
+        self.came: set[int] = set()  # signals
+        self.is_told_to_stop = False
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: self.came.add(number))
+
+    def run(self) -> int:
+        """One attempt; returns the exit status of the job."""
+        self.config.check(self.needed * self.tasks_per_node)
+        before = history.attempts(self.folder)
+        if before and before[-1].ended is None:
+            _say(f"the attempt before this one (job {before[-1].job}) ended without a word: a node lost power, or Slurm ended it")
+        self.attempt = attempt = history.began(self.folder, self.job, self.restart, self.nodes)
+        nodes = self._healthy_nodes(attempt)
+        if len(nodes) < self.needed and not self.is_told_to_stop:
+            return self._again(attempt, "preflight", "too few healthy nodes", before)
+        attempt.extra["preflight_seconds"] = round(time.time() - attempt.began, 1)
+        _say(f"attempt {len(before) + 1}, job {self.job}: {len(nodes)} nodes × {self.tasks_per_node}, from step {attempt.step:,}")
+        logs = len(failures.attempts(self.folder))
+        status = STOPPED if self.is_told_to_stop else self._train(nodes)
+        first_error = _first_error(self.folder, logs)
+        if status == 0:
+            history.ended(self.folder, attempt, "done", "")
+            return 0
+        if signal.SIGTERM in self.came:
+            self._stopped()
+            return STOPPED
+        if status == STOPPED:
+            # Preemption with a time of grace tells the steps only, and leaves the rest to a job that ends within it.
+            reason = "the time limit is near" if signal.SIGUSR1 in self.came else "its steps were told to stop, as by preemption"
+            return self._again(attempt, "time", reason, before)
+        _say(f"{'-' * 100}\nfirst error: {first_error}\n\nall ranks' logs: {self.folder}/logs\n{'-' * 100}")
+        if status == MISTAKE:
+            history.ended(self.folder, attempt, "mistake", first_error)
+            return MISTAKE
+        return self._again(attempt, "crash", _essence(first_error) or f"srun ended with status {status}", before)
+
+    def _healthy_nodes(self, attempt: Attempt) -> list[str]:
+        """The nodes to train on, the best of those that the preflight passes; where there are too few, these."""
+        folder = self.folder / "slurm/preflight" / f"{self.job}-{self.restart}"
+        # With --exclusive a node's GPUs are all there (SLURM_GPUS_ON_NODE), whatever the job has asked for ("8" or "h100:8").
+        gpus = int((os.environ.get("SLURM_GPUS_PER_NODE") or os.environ.get("SLURM_GPUS_ON_NODE", "0")).rpartition(":")[2])
+        write_whole(folder / "started", str(time.time()).encode())
+        command = [*_srun(self.nodes, 1), "--kill-on-bad-exit=0", *_python(), "-m", "slurm.preflight", str(folder), "--gpus", str(gpus)]
+        self._wait(subprocess.Popen(command), PREFLIGHT_SECONDS)
+        if self.is_told_to_stop:  # so were the probes: that they are silent says nothing about their nodes
+            return []
+        verdict = preflight.judge(folder, self.nodes, self.needed)
+        history.record_nodes(self.folder, verdict.as_dict(), {node: "; ".join(reasons) for node, reasons in verdict.bad.items()})
+        for node, reasons in verdict.bad.items():
+            _say(f"preflight: {node} is left out: {'; '.join(reasons)}")
+        if verdict.spare:
+            _say(f"preflight: spare: {', '.join(verdict.spare)}")
+        attempt.nodes = verdict.good
+        return verdict.good
+
+    def _train(self, nodes: list[str]) -> int:
+        """Starts one process a task and waits for all; returns the first bad exit status."""
+        port = os.environ.get("MASTER_PORT", str(20_000 + int(self.job) % 10_000))
+        environment = os.environ | {"MASTER_ADDR": nodes[0], "MASTER_PORT": port}
+        command = [*_srun(nodes, self.tasks_per_node), "--kill-on-bad-exit=1", "--wait=60", *_python(), *self.command]
+        return self._wait(subprocess.Popen(command, env=environment))
+
+    def _wait(self, step: subprocess.Popen[bytes], seconds: float = float("inf")) -> int:
+        """Waits for a job step; a signal to this process reaches its tasks as SIGTERM."""
+        deadline, next_signal = time.monotonic() + seconds, 0.0
+        while step.poll() is None:
+            if signal.SIGTERM in self.came and self.attempt.ended is None:
+                self._stopped()  # at once, for Slurm ends this process when its time (KillWait) is over
+            if self.came and time.monotonic() > next_signal:
+                next_signal = time.monotonic() + SIGNAL_SECONDS
+                # The steps, and not this process: that would need --batch. It fails where Slurm has ended the job itself.
+                subprocess.run(["scancel", "--signal=TERM", self.job], stderr=subprocess.DEVNULL)
+            if time.monotonic() > deadline:
+                step.terminate()  # srun ends its tasks then
+                deadline = float("inf")
+            time.sleep(0.2)
+        status = step.returncode if step.returncode >= 0 else 128 - step.returncode
+        self.is_told_to_stop = bool(self.came) or status == STOPPED
+        return status
+
+    def _stopped(self) -> None:
+        history.ended(self.folder, self.attempt, "stopped", "SIGTERM: scancel, scontrol requeue, preemption, or another node was lost")
+
+    def _again(self, attempt: Attempt, outcome: str, reason: str, before: list[Attempt]) -> int:
+        """Requeues the job, unless that has no prospect; returns the exit status."""
+        history.ended(self.folder, attempt, outcome, reason)
+        left_out = history.excluded(self.folder)
+        if diagnosis := without_prospect([*before, attempt]) or self._too_few_left(left_out):
+            _say(f"not requeued: {diagnosis}")
+            return 1
+        if (state := _lines("squeue", "-h", "-j", self.job, "-o", "%T")) != ["RUNNING"]:
+            _say(f"not requeued by itself: Slurm is at it already ({' '.join(state) or 'gone'}): {reason}")
+            return STOPPED
+        pause = 0 if outcome == "time" else pause_before_next([*before, attempt])
+        _say(f"requeued{f', to start in {pause} seconds' if pause else ''}: {reason}")
+        # Slurm ends this process once the job is requeued, KillWait seconds after SIGTERM: what is left to be said has to be quick.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        changes = [f"ExcNodeList={','.join(left_out)}"] if left_out else []
+        changes += [f"StartTime=now+{pause}"] if pause else []
+        if _run("scontrol", "requeue", self.job):
+            if changes:
+                _run("scontrol", "update", f"JobId={self.job}", *changes)
+            time.sleep(600)
+        return 1
+
+    def _too_few_left(self, left_out: Iterable[str]) -> str | None:
+        """Why the job would wait in the queue for ever; None when it would not."""
+        partition = os.environ["SLURM_JOB_PARTITION"]
+        nodes = set(_lines("sinfo", "-h", "-N", "-p", partition, "-o", "%N"))
+        if len(nodes.difference(left_out)) >= len(self.nodes):
+            return None
+        return (
+            f"{len(nodes.intersection(left_out))} of the {len(nodes)} nodes of partition {partition} are left out, and the job needs "
+            f"{len(self.nodes)}: mend them and remove {self.folder}/slurm/nodes.json, which says what each one lacks, or submit for fewer"
+        )
+
+
+def without_prospect(attempts: list[Attempt]) -> str | None:
+    """Why the last of these attempts should not be followed by another; None when it should."""
+    last = attempts[-1]
+    fruitless = _since_tokens_were_gained(attempts)
+    same = [one for one in fruitless if (one.outcome, one.reason, one.step_after) == ("crash", last.reason, last.step_after)]
+    if last.outcome == "crash" and len(same) >= SAME_CRASHES:
+        nodes = set.intersection(*(set(one.nodes) for one in same))
+        where = f"always with {', '.join(sorted(nodes))}: try without (sbatch --exclude)" if nodes else "on other nodes each time"
+        return f"{len(same)} attempts ended after step {last.step_after:,} in the same way, {where}: {last.reason}"
+    if sum(one.outcome in ("crash", "preflight", None) for one in fruitless) >= MAX_CRASHES:
+        return f"{MAX_CRASHES} attempts in a row gained no token, the last one because: {last.reason}"
+    if sum(one.outcome == "time" for one in fruitless) >= TOO_SHORT:
+        return (
+            f"{TOO_SHORT} time limits in a row came before a step was trained and saved: raise --time, or the seconds in --signal, or save "
+            "more often (train.checkpoint_interval)"
+        )
+    return None
+
+
+def pause_before_next(attempts: list[Attempt]) -> int:
+    """Seconds: MUJINA_RETRY_SECONDS (30), doubled with every attempt since the last one that gained tokens."""
+    first = int(os.environ.get("MUJINA_RETRY_SECONDS", 30))
+    return min(LONGEST_PAUSE, first * 2 ** max(0, len(_since_tokens_were_gained(attempts)) - 1))
+
+
+def _since_tokens_were_gained(attempts: list[Attempt]) -> list[Attempt]:
+    """Newest first. What an attempt that ended without a word has gained is seen by where the next one began."""
+    fruitless: list[Attempt] = []
+    tokens = attempts[-1].tokens_after
+    assert tokens is not None
+    for attempt in reversed(attempts):
+        if tokens > attempt.tokens:
+            break
+        fruitless.append(attempt)
+        tokens = attempt.tokens
+    return fruitless
+
+
+def _first_error(folder: Path, logs_before: int) -> str:
+    """What the first rank to fail has written down in the logs of this attempt; empty without any."""
+    for attempt in failures.attempts(folder)[logs_before:]:
+        if (attempt / "first_error").exists():
+            return (attempt / "first_error").read_text().strip()
+    return ""
+
+
+def _essence(first_error: str) -> str:
+    """The last line of a traceback, which is the same when the same happens again on another node at another time."""
+    return first_error.splitlines()[-1].strip() if first_error else ""
+
+
+def _srun(nodes: list[str], tasks_per_node: int) -> list[str]:
+    options = shlex.split(os.environ.get("MUJINA_SRUN_OPTIONS", ""))
+    if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):  # which srun does not take from the job by itself
+        options.append(f"--cpus-per-task={cpus}")
+    tasks = [f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", f"--ntasks={len(nodes) * tasks_per_node}"]
+    return ["srun", *tasks, f"--ntasks-per-node={tasks_per_node}", *options]
+
+
+def _python() -> list[str]:
+    return shlex.split(os.environ.get("MUJINA_TASK_PYTHON", sys.executable))
+
+
+def _lines(*command: str) -> list[str]:
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+
+
+def _run(*command: str) -> bool:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        _say(f"{shlex.join(command)} failed: {done.stderr.strip()}")
+    return done.returncode == 0
+
+
+def _say(text: str) -> None:
+    print(f"[{time.strftime('%F %T')}] {text}", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Documents → token binaries, the sources shared out over the tasks of an array.    sbatch --array=0-7 slurm/tokenize.sh DATA.yaml
+# Documents that slurm/prepare_data.sh has not made yet are made first.
+#SBATCH --job-name=mujina-tokenize
+#SBATCH --array=0
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=16
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%A-%a.log
+. "${SLURM_SUBMIT_DIR:-.}/slurm/site.sh"
+mujina prepare "$@" --share "$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))/$SLURM_ARRAY_TASK_COUNT"

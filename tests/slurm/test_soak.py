@@ -1,0 +1,26 @@
+"""Twenty faults, one after the other, in one run on a real Slurm: losses, ledger and checkpoint are those of a run without any."""
+
+from slurm import history
+from tests.slurm import faults
+from tests.slurm.faults import FAULTS, submit
+
+pytest_plugins = ["tests.cluster"]
+COUNT, INTERVAL, TOKENS_PER_STEP = 20, 4, 8 * 128
+TRAIN = dict(micro_batch_size=4, checkpoint_interval=INTERVAL, hang_minutes=0.25)
+
+
+def test_twenty_faults_leave_no_trace(cluster, prepared, tmp_path):
+    struck_run, undisturbed = (faults.quickstarts_model(prepared, tmp_path / name, 170, **TRAIN) for name in ("struck", "undisturbed"))
+    job = submit(cluster, struck_run, tasks_per_node=1)
+    struck = faults.soak(job, COUNT, seed=1, steps_between=(2, 6))
+    assert job.wait() == "COMPLETED", job.log()
+    other = submit(cluster, undisturbed, tasks_per_node=1)
+    assert other.wait() == "COMPLETED", other.log()
+    assert faults.differences(job.run, other.run) == []
+
+    expected = {fault.__name__: outcome for fault, outcome in FAULTS.items()}
+    assert {one.kind for one in struck} == set(expected)
+    assert [attempt.outcome for attempt in history.attempts(job.run)] == [expected[one.kind] for one in struck] + ["done"]
+    # What was trained since the last checkpoint, and while it was written; nothing where there was time to save.
+    assert max(one.tokens_lost for one in struck) <= 2 * INTERVAL * TOKENS_PER_STEP
+    assert not any(one.tokens_lost for one in struck if expected[one.kind] == "time")
