@@ -1,0 +1,102 @@
+"""When a run that keeps ending is given up, how long it waits before it is tried again, and what its log is to those who watch."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slurm import history
+from slurm.history import Attempt
+from slurm.supervisor import LONGEST_PAUSE, MAX_CRASHES, pause_before_next, without_prospect
+from tests.cluster import wait_for
+
+ROOT = Path(__file__).parents[2]
+
+
+def attempts(*outcomes: str | None, tokens: tuple[int, ...] = (), reason: str = "boom", **facts: Any) -> list[Attempt]:
+    """One after the other; tokens[i] is where attempt i begins, and tokens[i + 1] where it ends: 0 all the way if not said."""
+    tokens = tokens or (0,) * (len(outcomes) + 1)
+    made = []
+    for number, outcome in enumerate(outcomes):
+        one = Attempt("7", number, ["node1", "node2"], 0.0, tokens[number], tokens[number], reason=f"{reason} {number}")
+        if outcome:
+            one.ended, one.outcome, one.step_after, one.tokens_after = 1.0, outcome, tokens[number + 1], tokens[number + 1]
+        made.append(one)
+    for name, value in facts.items():
+        for one in made:
+            setattr(one, name, value)
+    return made
+
+
+@pytest.mark.parametrize("outcome", ["crash", "preflight"])
+def test_attempts_without_a_token_are_capped(outcome):
+    assert without_prospect(attempts(*[outcome] * (MAX_CRASHES - 1))) is None
+    assert f"{MAX_CRASHES} attempts in a row gained no token" in without_prospect(attempts(*[outcome] * MAX_CRASHES))
+    gained = (0,) * 4 + (5,) * (MAX_CRASHES - 3)
+    assert without_prospect(attempts(*[outcome] * MAX_CRASHES, tokens=gained)) is None
+
+
+def test_nodes_that_lose_power_again_and_again_do_not_stop_a_run_that_gets_on():
+    """Attempts without a last word: what they have gained is seen by the next one."""
+    getting_on = attempts(*[None] * 20, "crash", tokens=tuple(range(22)))
+    assert without_prospect(getting_on) is None and pause_before_next(getting_on) == 30
+    standing = attempts(*[None] * 20, "crash")
+    assert "gained no token" in without_prospect(standing)
+
+
+def test_the_same_crash_is_diagnosed_with_the_nodes_that_were_always_there():
+    same = attempts("crash", "crash", "crash", reason="", step_after=4)
+    for one, nodes in zip(same, (["node1", "node2"], ["node2", "node3"], ["node2", "node4"]), strict=True):
+        one.nodes, one.reason = nodes, "CUDA error: out of luck"
+    said = without_prospect(same)
+    assert said == (
+        "3 attempts ended after step 4 in the same way, always with node2: try without (sbatch --exclude): CUDA error: out of luck"
+    )
+    same[0].nodes = ["node5"]
+    assert "on other nodes each time" in without_prospect(same)
+    same[0].reason = "another"
+    assert without_prospect(same) is None
+
+
+def test_time_limits_too_short_to_save():
+    assert without_prospect(attempts("time", "time", "time", tokens=(0, 0, 1, 1))) is None
+    assert "raise --time" in without_prospect(attempts("time", "time", "time"))
+
+
+def test_pauses_double_up_to_half_an_hour(monkeypatch):
+    monkeypatch.setenv("MUJINA_RETRY_SECONDS", "20")
+    pauses = [pause_before_next(attempts(*["crash"] * count)) for count in range(1, MAX_CRASHES + 1)]
+    assert pauses == [20, 40, 80, 160, 320, 640, 1280, LONGEST_PAUSE]
+    assert pause_before_next(attempts("crash", "crash", tokens=(0, 0, 1))) == 20
+
+
+def test_attempts_are_read_back(tmp_path):
+    one = history.began(tmp_path, "7", 0, ["node1", "node2"])
+    assert history.attempts(tmp_path) == [one] and one.ended is None
+    one.nodes = ["node2"]
+    history.ended(tmp_path, one, "crash", "boom")
+    two = history.began(tmp_path, "7", 1, ["node2"])
+    assert history.attempts(tmp_path) == [one, two]
+
+
+def test_logs_follow_a_run_into_its_next_attempt(tmp_path):
+    first, second = (tmp_path / f"logs/attempt-{number}" for number in (9, 10))
+    first.mkdir(parents=True)
+    (first / "rank-3.log").write_text("one\ntwo\nthree\n")
+    command = [sys.executable, "-m", "slurm.logs", str(tmp_path), "--follow", "--rank", "3", "--lines", "2"]
+    with (tmp_path / "out").open("w") as out, subprocess.Popen(command, cwd=ROOT, stdout=out) as logs:
+        try:
+            wait_for(lambda: "three" in (tmp_path / "out").read_text(), 30, "the log")
+            with (first / "rank-3.log").open("a") as file:
+                file.write("four\n")
+            wait_for(lambda: "four" in (tmp_path / "out").read_text(), 30, "the log")
+            second.mkdir()
+            (second / "rank-3.log").write_text("five\n")
+            wait_for(lambda: "five" in (tmp_path / "out").read_text(), 30, "the log")
+        finally:
+            logs.terminate()
+    assert (tmp_path / "out").read_text().splitlines() == [
+        f"==> {first}/rank-3.log <==", "two", "three", "four", f"==> {second}/rank-3.log <==", "five"
+    ]  # fmt: skip
