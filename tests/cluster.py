@@ -12,7 +12,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -57,7 +57,7 @@ PreemptMode=REQUEUE
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefMemPerCPU=10 GraceTime={grace} PriorityTier=1
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefMemPerCPU=10 PriorityTier=2
 """
-NODE = "NodeName={name} NodeHostname=localhost NodeAddr={address} Port={port} CPUs=16 RealMemory=100000 Gres=gpu:h100:8"
+NODE = "NodeName={name} NodeHostname=localhost NodeAddr={address} Port={port} CPUs={cpus} RealMemory=100000 Gres=gpu:h100:8"
 
 
 @pytest.fixture(scope="session")
@@ -105,32 +105,32 @@ class Cluster:
 
 
 @contextmanager
-def slurm_cluster(folder: Path) -> Iterator[Cluster]:
-    """Runs a cluster whose files are in `folder` (a short path: it holds Unix sockets)."""
-    control_port, *ports = _free_ports(1 + len(NODES))
-    addresses = [f"127.0.0.{11 + number}" for number in range(len(NODES))]
+def slurm_cluster(folder: Path, names: Sequence[str] = NODES, cpus: int = 16) -> Iterator[Cluster]:
+    """Runs a cluster of nodes with these names, whose files are in `folder` (a short path: it holds Unix sockets)."""
+    control_port, *ports = _free_ports(1 + len(names))
+    addresses = [f"127.0.0.{11 + number}" for number in range(len(names))]
     nodes = "\n".join(
-        NODE.format(name=name, address=address, port=port) for name, address, port in zip(NODES, addresses, ports, strict=True)
+        NODE.format(name=name, address=address, port=port, cpus=cpus) for name, address, port in zip(names, addresses, ports, strict=True)
     )
     conf = folder / "slurm.conf"
     conf.write_text(SLURM_CONF.format(folder=folder, user=getpass.getuser(), control_port=control_port, nodes=nodes, grace=GRACE_SECONDS))
-    (folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} Name=gpu Type=h100 File={folder}/nvidia[0-7]\n")
+    (folder / "gres.conf").write_text(f"NodeName={','.join(names)} Name=gpu Type=h100 File={folder}/nvidia[0-7]\n")
     for number in range(8):
         (folder / f"nvidia{number}").symlink_to("/dev/null")  # any character device will do
-    hosts = "\n".join(f"{address} {name}" for name, address in zip(NODES, addresses, strict=True))
+    hosts = "\n".join(f"{address} {name}" for name, address in zip(names, addresses, strict=True))
     (folder / "hosts").write_text(f"{Path('/etc/hosts').read_text()}\n{hosts}\n")
     (folder / "state").mkdir()
 
     with ExitStack() as stack:
         cluster = Cluster(folder, stack)
         cluster.start("slurmctld", ["slurmctld", "-D"])
-        for name in NODES:
+        for name in names:
             cluster.start(name, _node(name, folder))
 
         def is_up() -> bool:
             logs = "".join(path.read_text() for path in sorted(folder.glob("*.log")))
             assert all(process.poll() is None for process in cluster.processes.values()), f"Slurm does not start here:\n{logs}"
-            return cluster.output("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split() == ["idle"] * len(NODES)
+            return cluster.output("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split() == ["idle"] * len(names)
 
         wait_for(is_up, 60, f"{folder}/*.log")
         yield cluster
