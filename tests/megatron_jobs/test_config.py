@@ -140,8 +140,8 @@ def mujina(*arguments: str) -> subprocess.CompletedProcess:
 def test_the_command_and_its_verbs():
     listing = mujina("--help")
     verbs = re.findall(r"^  (\w+) ", listing.stdout, re.MULTILINE)
-    assert verbs[:7] == ["tokenizer", "prepare", "inspect", "import", "plan", "train", "upcycle"]
-    assert verbs[7:] == ["convert", "checkpoint", "generate", "evaluate", "report"]
+    assert verbs[:6] == ["tokenizer", "prepare", "inspect", "import", "plan", "train"]
+    assert verbs[6:] == ["submit", "status", "logs", "upcycle", "convert", "checkpoint", "generate", "evaluate", "report"]
     for verb in verbs:
         shown = mujina(verb, "--help")
         assert shown.returncode == 0 and f"mujina {verb}" in shown.stdout and len(shown.stdout) > 200, verb
@@ -182,12 +182,3 @@ def test_train_refuses_before_a_process_starts(prepared, file, tmp_path, damage,
     shown = mujina("train", str(path))
     assert shown.returncode == 2 and message in shown.stderr and "Traceback" not in shown.stderr
     assert not (tmp_path / "run").exists()
-
-
-def test_slurm_scripts_start_the_training_command():
-    for script in ("pretrain_8b.sh", "pretrain_8x8b.sh"):
-        path = ROOT / "slurm" / script
-        assert subprocess.run(["bash", "-n", path]).returncode == 0
-        assert "slurm/train.sh" in path.read_text()
-    assert "-m megatron_jobs.train" in (ROOT / "slurm/train.sh").read_text()
-    assert "megatron_jobs.train" in (ROOT / "megatron_jobs/launch.py").read_text()
