@@ -1,7 +1,8 @@
 """What a run has been through on the cluster, and which nodes it stays away from: files in RUN/slurm, which jobs of the run add to.
 
     RUN/slurm/attempts.jsonl     a line when an attempt begins, and one when it has ended: see `Attempt`
-    RUN/slurm/nodes.json         the preflight of the last attempt, and the nodes that the run leaves out, each with its reason
+    RUN/slurm/nodes.json         the last preflight, and the nodes that the run has left out, each with its reason and since when
+    RUN/slurm/jobs               the numbers of the jobs that `mujina submit` has submitted
 
 An attempt is one start of the training in a job; a job that is requeued makes several. One that ends without a word (its node lost power)
 has no second line.
@@ -43,7 +44,7 @@ class Attempt:
 
 # done       all steps are trained
 # time       the time limit came near, and the run was saved
-# stopped    SIGTERM: scancel, scontrol requeue, preemption, or another node was lost
+# stopped    told to by another than the time limit: scancel, scontrol requeue, preemption, another node was lost
 # mistake    an error that the user has to mend, NaN included: status 2
 # crash      anything else that ended the processes
 # preflight  too few healthy nodes
@@ -64,7 +65,7 @@ def attempts(run: Path) -> list[Attempt]:
 def began(run: Path, job: str, restart: int, nodes: list[str]) -> Attempt:
     step, tokens = standing(run)
     attempt = Attempt(job, restart, nodes, time.time(), step, tokens)
-    _append(run, asdict(attempt))
+    _append(run / "slurm/attempts.jsonl", json.dumps(asdict(attempt), ensure_ascii=False))
     return attempt
 
 
@@ -73,7 +74,18 @@ def ended(run: Path, attempt: Attempt, outcome: str, reason: str) -> None:
     step, tokens = standing(run)
     attempt.ended, attempt.outcome, attempt.reason, attempt.step_after, attempt.tokens_after = time.time(), outcome, reason, step, tokens
     keys = ("job", "restart", "nodes", "ended", "outcome", "reason", "step_after", "tokens_after", "extra")
-    _append(run, {key: getattr(attempt, key) for key in keys})
+    _append(run / "slurm/attempts.jsonl", json.dumps({key: getattr(attempt, key) for key in keys}, ensure_ascii=False))
+
+
+def submitted(run: Path, job: str) -> None:
+    _append(run / "slurm/jobs", job)
+
+
+def jobs(run: Path) -> list[str]:
+    """All jobs of a run, oldest first, those included that have not begun."""
+    path = run / "slurm/jobs"
+    known = path.read_text().split() if path.exists() else []
+    return sorted({*known, *(attempt.job for attempt in attempts(run))}, key=int)
 
 
 def standing(run: Path) -> tuple[int, int]:
@@ -85,15 +97,30 @@ def standing(run: Path) -> tuple[int, int]:
     return about["step"], about["tokens"]
 
 
+def last_step(run: Path) -> dict[str, Any] | None:
+    """The last whole line of metrics.jsonl; None before there is one."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 1_000_000))  # a line has some kilobytes, more with norms of many layers
+        lines = file.read().split(b"\n")[:-1]
+    return json.loads(lines[-1]) if lines else None
+
+
 def excluded(run: Path) -> dict[str, dict[str, Any]]:
     """{node: {"reason", "since"}} of the nodes that the run stays away from, for a day each."""
     return {node: about for node, about in _nodes(run).get("excluded", {}).items() if time.time() - about["since"] < EXCLUDED_SECONDS}
 
 
+def ever_excluded(run: Path) -> set[str]:
+    return set(_nodes(run).get("excluded", {}))
+
+
 def record_nodes(run: Path, verdict: dict[str, Any], bad: dict[str, str]) -> None:
     """Keeps the preflight's verdict, and excludes the `bad` nodes from now on."""
     now = {node: {"reason": reason, "since": time.time()} for node, reason in bad.items()}
-    text = json.dumps({"excluded": excluded(run) | now, "preflight": verdict}, indent=1, ensure_ascii=False)
+    text = json.dumps({"excluded": _nodes(run).get("excluded", {}) | now, "preflight": verdict}, indent=1, ensure_ascii=False)
     write_whole(run / "slurm/nodes.json", text.encode())
 
 
@@ -102,10 +129,9 @@ def _nodes(run: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _append(run: Path, values: dict[str, Any]) -> None:
-    path = run / "slurm/attempts.jsonl"
+def _append(path: Path, line: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(json.dumps(values, ensure_ascii=False) + "\n")
+        file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -5,12 +5,11 @@
 Reads the run's folder, and asks squeue and sacct about its jobs. Needs no torch.
 """
 
-import json
 import shutil
 import subprocess
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -36,12 +35,13 @@ def main(
     console = Console(highlight=False, width=max(100, shutil.get_terminal_size().columns))
     attempts = history.attempts(folder)
     step, tokens = history.standing(folder)
-    last = last_step(folder)
+    last = history.last_step(folder)
     console.print(str(folder), style="bold", markup=False)
-    error = _newest_error(folder)
-    if error and attempts and attempts[-1].outcome not in ("done", "time", None):
-        console.print(f"first error: {error}", style="red", markup=False)
-    for line in _jobs(attempts):
+    if attempts and attempts[-1].outcome in ("mistake", "crash", "preflight"):
+        console.print(f"first error: {_first_error(folder, attempts[-1])}", style="red", markup=False)
+        if diagnosis := attempts[-1].extra.get("diagnosis"):
+            console.print(f"not requeued: {diagnosis}", style="red", markup=False)
+    for line in _jobs(history.jobs(folder)):
         console.print(line, markup=False)
     if last:
         ago = time.time() - (folder / "metrics.jsonl").stat().st_mtime
@@ -66,27 +66,15 @@ def folder_of(run_or_config: Path) -> Path:
     return run_or_config
 
 
-def last_step(folder: Path) -> dict[str, Any] | None:
-    """The last whole line of metrics.jsonl."""
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return None
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 1_000_000))  # a line has some kilobytes, more with norms of many layers
-        lines = file.read().split(b"\n")[:-1]
-    return json.loads(lines[-1]) if lines else None
+def _first_error(folder: Path, attempt: history.Attempt) -> str:
+    """What the first rank to fail has written in this attempt; the attempt's reason where none has."""
+    written = [path for logs in failures.attempts(folder) if (path := logs / "first_error").exists()]
+    return written[-1].read_text().strip() if written and written[-1].stat().st_mtime >= attempt.began else attempt.reason
 
 
-def _newest_error(folder: Path) -> str | None:
-    for attempt in reversed(failures.attempts(folder)):
-        path = attempt / "first_error"
-        return path.read_text().strip() if path.exists() else None
-    return None
-
-
-def _jobs(attempts: list[history.Attempt]) -> list[str]:
-    """What squeue says of the jobs of these attempts that are still there, and sacct of those that are not."""
-    jobs = list(dict.fromkeys(attempt.job for attempt in attempts))[-SHOWN:]
+def _jobs(jobs: list[str]) -> list[str]:
+    """What squeue says of the newest of these jobs that are still there, and sacct of those that are not."""
+    jobs = jobs[-SHOWN:]
     if not jobs or shutil.which("squeue") is None:
         return []
     waiting = _asked("squeue", "-h", "-j", ",".join(jobs), "-o", "%i|job %i %T, %M of %l, nodes %N, %r")

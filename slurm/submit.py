@@ -61,6 +61,7 @@ def main(
         print("not submitted: --dry-run")
         return
     job = _sbatch([*command[:1], "--parsable", *command[1:]]).strip().partition(";")[0]
+    history.submitted(settings.run, job)
     print(f"submitted as job {job}: `mujina status {settings.run}`, `mujina logs {settings.run} --follow`")
 
 

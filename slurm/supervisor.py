@@ -4,8 +4,7 @@
 
     how the training ended                       what follows
     all steps done                               the job ends well, and what depends on it starts
-    USR1 (the time limit is near; a signal to    saved, and requeued at once
-    the steps does the same)
+    USR1: the time limit is near                 saved, and requeued at once; so after a signal to the steps alone, as by preemption
     SIGTERM: scancel, requeue, preemption,       saved where there is time; Slurm starts the job again, but for scancel
     another node was lost
     an error of the user's, NaN (status 2)       not requeued: it would come again
@@ -23,12 +22,12 @@ mujina.sif python"; else this Python).
 """
 
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -48,6 +47,7 @@ MAX_CRASHES = 8  # in a row, without a token gained
 TOO_SHORT = 3  # time limits in a row, without a token gained
 LONGEST_PAUSE = 1800  # seconds before a crashed job may start again
 PREFLIGHT_SECONDS = 300  # for all of it on all nodes
+CONTROLLER_SECONDS = 300  # for Slurm's controller to answer
 SIGNAL_SECONDS = 10  # between two signals to a step, which may not have begun when the first one came
 
 
@@ -68,7 +68,7 @@ class Supervisor:
     def __init__(self, config: RunConfig, command: list[str]) -> None:
         self.config, self.folder, self.command = config, config.run, command
         self.job, self.restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        self.nodes = _lines("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"])
+        self.nodes = _hostnames(os.environ["SLURM_JOB_NODELIST"])
         self.tasks_per_node = int(os.environ.get("SLURM_NTASKS_PER_NODE", 1))
         self.needed = len(self.nodes) - int(os.environ.get("MUJINA_SPARE_NODES", 0))
         self.came: set[int] = set()  # signals
@@ -83,13 +83,16 @@ class Supervisor:
         if before and before[-1].ended is None:
             _say(f"the attempt before this one (job {before[-1].job}) ended without a word: a node lost power, or Slurm ended it")
         self.attempt = attempt = history.began(self.folder, self.job, self.restart, self.nodes)
-        nodes = self._healthy_nodes(attempt)
-        if len(nodes) < self.needed and not self.is_told_to_stop:
-            return self._again(attempt, "preflight", "too few healthy nodes", before)
+        bad = self._preflight(attempt)
+        if len(bad) == len(self.nodes) > 1:  # what all nodes have in common is no fault of theirs: a container, a file system
+            return self._again("crash", f"no node passed the preflight: {next(iter(bad.values()))}")
+        if len(attempt.nodes) < self.needed and not self.is_told_to_stop:
+            return self._again("preflight", "too few healthy nodes")
         attempt.extra["preflight_seconds"] = round(time.time() - attempt.began, 1)
-        _say(f"attempt {len(before) + 1}, job {self.job}: {len(nodes)} nodes × {self.tasks_per_node}, from step {attempt.step:,}")
+        _say(f"attempt {len(before) + 1}, job {self.job}: {len(attempt.nodes)} nodes × {self.tasks_per_node}, from step {attempt.step:,}")
         logs = len(failures.attempts(self.folder))
-        status = STOPPED if self.is_told_to_stop else self._train(nodes)
+        status = STOPPED if self.is_told_to_stop else self._train(attempt.nodes)
+        attempt.extra["reached"] = (history.last_step(self.folder) or {}).get("step")
         first_error = _first_error(self.folder, logs)
         if status == 0:
             history.ended(self.folder, attempt, "done", "")
@@ -97,34 +100,40 @@ class Supervisor:
         if signal.SIGTERM in self.came:
             self._stopped()
             return STOPPED
-        if status == STOPPED:
-            # Preemption with a time of grace tells the steps only, and leaves the rest to a job that ends within it.
-            reason = "the time limit is near" if signal.SIGUSR1 in self.came else "its steps were told to stop, as by preemption"
-            return self._again(attempt, "time", reason, before)
-        _say(f"{'-' * 100}\nfirst error: {first_error}\n\nall ranks' logs: {self.folder}/logs\n{'-' * 100}")
+        if signal.SIGUSR1 in self.came and status == STOPPED:
+            return self._again("time", "the time limit is near")
+        # Preemption with a time of grace tells the steps only, and leaves the rest to a job that ends within it. What srun ends after a
+        # crash has the same status, but has not saved.
+        if status == STOPPED and not first_error and history.standing(self.folder)[0] > attempt.step:
+            return self._again("stopped", "its steps were told to stop, as by preemption")
+        written = first_error or "none was written down: see what srun says above"
+        _say(f"{'-' * 100}\nfirst error: {written}\n\nall ranks' logs: {self.folder}/logs\n{'-' * 100}")
         if status == MISTAKE:
             history.ended(self.folder, attempt, "mistake", first_error)
             return MISTAKE
-        return self._again(attempt, "crash", _essence(first_error) or f"srun ended with status {status}", before)
+        return self._again("crash", _essence(first_error) or f"srun ended with status {status}")
 
-    def _healthy_nodes(self, attempt: Attempt) -> list[str]:
-        """The nodes to train on, the best of those that the preflight passes; where there are too few, these."""
+    def _preflight(self, attempt: Attempt) -> dict[str, str]:
+        """Sets attempt.nodes to those to train on, the best of the healthy (too few, where there are no more); returns what ails others."""
         folder = self.folder / "slurm/preflight" / f"{self.job}-{self.restart}"
         # With --exclusive a node's GPUs are all there (SLURM_GPUS_ON_NODE), whatever the job has asked for ("8" or "h100:8").
         gpus = int((os.environ.get("SLURM_GPUS_PER_NODE") or os.environ.get("SLURM_GPUS_ON_NODE", "0")).rpartition(":")[2])
         write_whole(folder / "started", str(time.time()).encode())
-        command = [*_srun(self.nodes, 1), "--kill-on-bad-exit=0", *_python(), "-m", "slurm.preflight", str(folder), "--gpus", str(gpus)]
-        self._wait(subprocess.Popen(command), PREFLIGHT_SECONDS)
+        # --overlap: a probe that hangs in a GPU's driver keeps its step for minutes, and must not keep the nodes from the training.
+        command = [*_srun(self.nodes, 1), "--overlap", "--kill-on-bad-exit=0", *_python(), "-m", "slurm.preflight", str(folder)]
+        self._wait(subprocess.Popen([*command, "--gpus", str(gpus)]), PREFLIGHT_SECONDS)
         if self.is_told_to_stop:  # so were the probes: that they are silent says nothing about their nodes
-            return []
+            return {}
         verdict = preflight.judge(folder, self.nodes, self.needed)
-        history.record_nodes(self.folder, verdict.as_dict(), {node: "; ".join(reasons) for node, reasons in verdict.bad.items()})
-        for node, reasons in verdict.bad.items():
-            _say(f"preflight: {node} is left out: {'; '.join(reasons)}")
+        bad = {node: "; ".join(reasons) for node, reasons in verdict.bad.items()}
+        for node, reasons in bad.items():
+            _say(f"preflight: {node} is left out: {reasons}")
         if verdict.spare:
             _say(f"preflight: spare: {', '.join(verdict.spare)}")
-        attempt.nodes = verdict.good
-        return verdict.good
+        if len(bad) < len(self.nodes) or len(self.nodes) == 1:
+            history.record_nodes(self.folder, verdict.as_dict(), bad)
+        attempt.nodes = sorted(verdict.good, key=self.nodes.index)  # Slurm's order, in which the first has rank 0
+        return bad
 
     def _train(self, nodes: list[str]) -> int:
         """Starts one process a task and waits for all; returns the first bad exit status."""
@@ -154,37 +163,48 @@ class Supervisor:
     def _stopped(self) -> None:
         history.ended(self.folder, self.attempt, "stopped", "SIGTERM: scancel, scontrol requeue, preemption, or another node was lost")
 
-    def _again(self, attempt: Attempt, outcome: str, reason: str, before: list[Attempt]) -> int:
-        """Requeues the job, unless that has no prospect; returns the exit status."""
-        history.ended(self.folder, attempt, outcome, reason)
-        left_out = history.excluded(self.folder)
-        if diagnosis := without_prospect([*before, attempt]) or self._too_few_left(left_out):
+    def _again(self, outcome: str, reason: str) -> int:
+        """Ends the attempt and requeues the job, unless that has no prospect; returns the exit status."""
+        history.ended(self.folder, self.attempt, outcome, reason)
+        # Those of this job: who submits a run anew thinks that it is worth it.
+        attempts = [one for one in history.attempts(self.folder) if one.job == self.job]
+        excluded, lack = self._to_exclude()
+        if diagnosis := without_prospect(attempts) or lack:
+            self.attempt.extra["diagnosis"] = diagnosis
+            history.ended(self.folder, self.attempt, outcome, reason)
             _say(f"not requeued: {diagnosis}")
             return 1
-        if (state := _lines("squeue", "-h", "-j", self.job, "-o", "%T")) != ["RUNNING"]:
-            _say(f"not requeued by itself: Slurm is at it already ({' '.join(state) or 'gone'}): {reason}")
+        if (state := _slurm("squeue", "-h", "-j", self.job, "-o", "%T").stdout.strip()) != "RUNNING":
+            _say(f"not requeued by itself: Slurm is at it already ({state or 'gone'}): {reason}")
             return STOPPED
-        pause = 0 if outcome == "time" else pause_before_next([*before, attempt])
+        pause = 0 if outcome in ("time", "stopped") else pause_before_next(attempts)
         _say(f"requeued{f', to start in {pause} seconds' if pause else ''}: {reason}")
         # Slurm ends this process once the job is requeued, KillWait seconds after SIGTERM: what is left to be said has to be quick.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        changes = [f"ExcNodeList={','.join(left_out)}"] if left_out else []
+        changes = [] if excluded is None else [f"ExcNodeList={','.join(sorted(excluded))}"]
         changes += [f"StartTime=now+{pause}"] if pause else []
-        if _run("scontrol", "requeue", self.job):
+        if _slurm("scontrol", "requeue", self.job).returncode == 0:
             if changes:
-                _run("scontrol", "update", f"JobId={self.job}", *changes)
+                _slurm("scontrol", "update", f"JobId={self.job}", *changes)
             time.sleep(600)
         return 1
 
-    def _too_few_left(self, left_out: Iterable[str]) -> str | None:
-        """Why the job would wait in the queue for ever; None when it would not."""
+    def _to_exclude(self) -> tuple[set[str] | None, str | None]:
+        """The nodes that the job should stay away from from now on (None: as it is), and why it would wait for ever, if it would."""
+        ever, left_out = history.ever_excluded(self.folder), set(history.excluded(self.folder))
+        if not ever:
+            return None, None
+        now = set(_hostnames(_slurm("squeue", "-h", "-j", self.job, "-o", "%x").stdout.strip().replace("(null)", "")))
+        by_the_user = now - ever  # sbatch --exclude
         partition = os.environ["SLURM_JOB_PARTITION"]
-        nodes = set(_lines("sinfo", "-h", "-N", "-p", partition, "-o", "%N"))
-        if len(nodes.difference(left_out)) >= len(self.nodes):
-            return None
-        return (
-            f"{len(nodes.intersection(left_out))} of the {len(nodes)} nodes of partition {partition} are left out, and the job needs "
-            f"{len(self.nodes)}: mend them and remove {self.folder}/slurm/nodes.json, which says what each one lacks, or submit for fewer"
+        nodes = set(_slurm("sinfo", "-h", "-N", "-p", partition, "-o", "%N").stdout.split()) - by_the_user
+        if len(nodes - left_out) >= len(self.nodes):
+            return by_the_user | left_out, None
+        if len(nodes - left_out) >= self.needed:  # with the spare ones: the preflight leaves the sick out again
+            return by_the_user, None
+        return None, (
+            f"{len(nodes & left_out)} of the {len(nodes)} nodes of partition {partition} are left out, and the job needs {self.needed}: "
+            f"mend them and remove {self.folder}/slurm/nodes.json, which says what each one lacks, or submit for fewer"
         )
 
 
@@ -192,11 +212,14 @@ def without_prospect(attempts: list[Attempt]) -> str | None:
     """Why the last of these attempts should not be followed by another; None when it should."""
     last = attempts[-1]
     fruitless = _since_tokens_were_gained(attempts)
-    same = [one for one in fruitless if (one.outcome, one.reason, one.step_after) == ("crash", last.reason, last.step_after)]
+    same = [
+        one for one in attempts if (one.outcome, one.reason, one.extra.get("reached")) == ("crash", last.reason, last.extra.get("reached"))
+    ]
     if last.outcome == "crash" and len(same) >= SAME_CRASHES:
         nodes = set.intersection(*(set(one.nodes) for one in same))
         where = f"always with {', '.join(sorted(nodes))}: try without (sbatch --exclude)" if nodes else "on other nodes each time"
-        return f"{len(same)} attempts ended after step {last.step_after:,} in the same way, {where}: {last.reason}"
+        step = f"after step {last.extra['reached']:,}" if last.extra.get("reached") else "before the first step"
+        return f"{len(same)} attempts ended {step} in the same way, {where}: {last.reason}"
     if sum(one.outcome in ("crash", "preflight", None) for one in fruitless) >= MAX_CRASHES:
         return f"{MAX_CRASHES} attempts in a row gained no token, the last one because: {last.reason}"
     if sum(one.outcome == "time" for one in fruitless) >= TOO_SHORT:
@@ -251,15 +274,22 @@ def _python() -> list[str]:
     return shlex.split(os.environ.get("MUJINA_TASK_PYTHON", sys.executable))
 
 
-def _lines(*command: str) -> list[str]:
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+def _hostnames(nodes: str) -> list[str]:
+    """node[1-3] → node1, node2, node3"""
+    return _slurm("scontrol", "show", "hostnames", nodes).stdout.split() if nodes else []
 
 
-def _run(*command: str) -> bool:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
+def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
+    """Asks again while Slurm's controller does not answer: it may be restarted beside a job that has trained for days."""
+    deadline = time.monotonic() + CONTROLLER_SECONDS
+    while True:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            return done
         _say(f"{shlex.join(command)} failed: {done.stderr.strip()}")
-    return done.returncode == 0
+        if not re.search("timed out|contact|connect", done.stderr, re.IGNORECASE) or time.monotonic() > deadline:
+            return done
+        time.sleep(5)
 
 
 def _say(text: str) -> None:

@@ -142,8 +142,8 @@ def hung_rank(job: Job) -> None:
 # What is put in, and how the attempt ends that it meets (slurm/history.py).
 FAULTS: dict[Callable[[Job], None], str | None] = {
     near_the_limit: "time",
-    steps_told_to_stop: "time",
-    preempted: "time",
+    steps_told_to_stop: "stopped",
+    preempted: "stopped",
     requeued_by_hand: "stopped",
     node_without_power: "stopped",
     first_node_without_power: None,

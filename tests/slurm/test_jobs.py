@@ -94,8 +94,17 @@ def test_what_would_come_again_is_not_requeued(cluster, prepared, tmp_path, sect
 def test_the_same_crash_for_the_third_time_is_diagnosed(cluster, prepared, tmp_path):
     job = submit(cluster, config_of(prepared, tmp_path / "run"), MUJINA_TASK_PYTHON=f"{sys.executable} {FAULTY} crash 5")
     assert job.wait(900) == "FAILED"
-    assert [attempt.outcome for attempt in history.attempts(job.run)] == ["crash"] * 4  # of which the first one saved step 3
-    assert "not requeued: 3 attempts ended after step 3 in the same way" in job.log() and "RuntimeError: planted" in job.log()
+    assert [attempt.outcome for attempt in history.attempts(job.run)] == ["crash"] * 3
+    assert "not requeued: 3 attempts ended after step 4 in the same way" in job.log() and "RuntimeError: planted" in job.log()
+
+
+def test_what_no_node_can_do_is_no_nodes_fault(cluster, prepared, tmp_path):
+    """A container that is not there, for example."""
+    job = submit(cluster, config_of(prepared, tmp_path / "run"), MUJINA_TASK_PYTHON="false")
+    assert job.wait() == "FAILED"
+    assert [attempt.outcome for attempt in history.attempts(job.run)] == ["crash"] * 3 and not history.excluded(job.run)
+    assert "not requeued: 3 attempts ended before the first step in the same way" in job.log()
+    assert "no node passed the preflight" in job.log()
 
 
 def test_time_limits_too_short_to_save_are_diagnosed(cluster, prepared, tmp_path):
@@ -108,20 +117,22 @@ def test_time_limits_too_short_to_save_are_diagnosed(cluster, prepared, tmp_path
     assert "not requeued: 3 time limits in a row came before a step was trained and saved" in job.log()
 
 
-@pytest.mark.parametrize("spare", [0, 1])
+@pytest.mark.parametrize("spare", [0, 2])
 def test_a_node_that_fails_the_preflight_is_left_out(cluster, prepared, undisturbed, tmp_path, spare):
-    """Requeued without it; with a spare node the job starts at once."""
+    """Requeued without it; with spare nodes the job starts at once, and again when its time is over, on all nodes that there are."""
     (tmp_path / "planted.json").write_text(json.dumps({"node1": {"nvmlDeviceGetTotalEccErrors 0 1 0": 7}}))
     variables = {"PYTHONPATH": str(Path(__file__).parent / "nvml"), "NVML_STAND_IN": str(tmp_path / "planted.json")}
-    config = config_of(prepared, tmp_path / "run")
     options = [f"--nodes={2 + spare}", "--gpus-per-node=1"]
-    job = submit(cluster, config, *options, MUJINA_SPARE_NODES=str(spare), **variables)
+    job = submit(cluster, config_of(prepared, tmp_path / "run"), *options, MUJINA_SPARE_NODES=str(spare), **variables)
+    if spare:
+        wait_for_step(job, 5)
+        faults.near_the_limit(job)
     assert job.wait(900) == "COMPLETED", job.log()
     assert faults.differences(job.run, undisturbed) == []
-    attempts = history.attempts(config.run)
-    assert [attempt.outcome for attempt in attempts] == ["done"] if spare else ["preflight", "done"]
-    assert "node1" not in attempts[-1].nodes
-    [[node, about]] = history.excluded(config.run).items()
+    attempts = history.attempts(job.run)
+    assert [attempt.outcome for attempt in attempts] == ["time" if spare else "preflight", "done"]
+    assert "node1" not in attempts[-1].nodes and len(attempts[-1].nodes) == 2
+    [[node, about]] = history.excluded(job.run).items()
     assert node == "node1" and "errors since the last reset (7) must be 0" in about["reason"]
 
 
@@ -185,6 +196,7 @@ def test_submit_checks_first(cluster, prepared, tmp_path):
     assert cluster.output("squeue", "-h", "-n", "mujina-8b", "-t", "pending,running") == ""
     submitted = verb("submit", str(path), "--script", str(script))
     job = submitted.stdout.split("submitted as job ")[1].split(":")[0]
+    assert f"job {job} " in (said := verb("status", str(path)).stdout) and "no step is trained yet" in said, said
     assert Job(cluster, config.run, job).wait() == "COMPLETED", (config.run / "job.log").read_text()
     assert f"step {NUM_STEPS} in phase chat" in (said := verb("status", str(config.run)).stdout) and "done" in said, said
     assert f"job {job} COMPLETED, exit status 0:0" in said, said

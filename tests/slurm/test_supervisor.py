@@ -1,5 +1,6 @@
 """When a run that keeps ending is given up, how long it waits before it is tried again, and what its log is to those who watch."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ import pytest
 
 from slurm import history
 from slurm.history import Attempt
-from slurm.supervisor import LONGEST_PAUSE, MAX_CRASHES, pause_before_next, without_prospect
-from tests.cluster import wait_for
+from slurm.preflight import Verdict
+from slurm.supervisor import LONGEST_PAUSE, MAX_CRASHES, Supervisor, pause_before_next, without_prospect
+from tests.cluster import NODES, wait_for
+from tests.conftest import tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,16 +50,18 @@ def test_nodes_that_lose_power_again_and_again_do_not_stop_a_run_that_gets_on():
 
 
 def test_the_same_crash_is_diagnosed_with_the_nodes_that_were_always_there():
-    same = attempts("crash", "crash", "crash", reason="", step_after=4)
+    same = attempts("crash", "crash", "crash", tokens=(0, 3, 3, 3))  # the first has saved something, and came no farther
     for one, nodes in zip(same, (["node1", "node2"], ["node2", "node3"], ["node2", "node4"]), strict=True):
-        one.nodes, one.reason = nodes, "CUDA error: out of luck"
+        one.nodes, one.reason, one.extra = nodes, "CUDA error: out of luck", {"reached": 4}
     said = without_prospect(same)
     assert said == (
         "3 attempts ended after step 4 in the same way, always with node2: try without (sbatch --exclude): CUDA error: out of luck"
     )
     same[0].nodes = ["node5"]
     assert "on other nodes each time" in without_prospect(same)
-    same[0].reason = "another"
+    same[0].extra = {"reached": 3}
+    assert without_prospect(same) is None
+    same[0].extra, same[1].reason = {"reached": 4}, "another"
     assert without_prospect(same) is None
 
 
@@ -70,6 +75,52 @@ def test_pauses_double_up_to_half_an_hour(monkeypatch):
     pauses = [pause_before_next(attempts(*["crash"] * count)) for count in range(1, MAX_CRASHES + 1)]
     assert pauses == [20, 40, 80, 160, 320, 640, 1280, LONGEST_PAUSE]
     assert pause_before_next(attempts("crash", "crash", tokens=(0, 0, 1))) == 20
+
+
+@pytest.fixture
+def supervisor(prepared, tmp_path, monkeypatch) -> Supervisor:
+    """Of a job on node1 to node3, one of which is spare; Slurm is asked nothing."""
+    for name, value in (("JOB_ID", "7"), ("JOB_NODELIST", "node[1-3]"), ("JOB_PARTITION", "main")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("MUJINA_SPARE_NODES", "1")
+    monkeypatch.setattr("slurm.supervisor._hostnames", lambda nodes: {"node[1-3]": NODES[:3], "node[1,4]": ["node1", "node4"]}[nodes])
+    return Supervisor(tiny(prepared, tmp_path / "run"), [])
+
+
+def test_the_first_node_in_slurms_order_has_rank_0(supervisor, monkeypatch):
+    """However fast the others are: the processes meet there."""
+    monkeypatch.setattr(supervisor, "_wait", lambda step, seconds: 0)
+    monkeypatch.setattr("subprocess.Popen", lambda command: None)
+    monkeypatch.setattr("slurm.preflight.judge", lambda *arguments: Verdict(["node3", "node1"], [], {"node2": ["slow"]}))
+    attempt = history.began(supervisor.folder, "7", 0, supervisor.nodes)
+    assert supervisor._preflight(attempt) == {"node2": "slow"}
+    assert attempt.nodes == ["node1", "node3"]
+
+
+@pytest.mark.parametrize(
+    ("in_partition", "sick", "expected"),
+    [
+        (5, [], {"node4"}),
+        (5, ["node2"], {"node4", "node2"}),  # node4 by the user
+        (4, ["node2"], {"node4"}),  # the three that are left have a spare one among them
+        (4, ["node1", "node2"], "2 of the 3 nodes of partition main are left out, and the job needs 2"),
+    ],
+)
+def test_who_is_excluded(supervisor, monkeypatch, in_partition, sick, expected):
+    nodes = [f"node{number}" for number in range(1, in_partition + 1)]
+    answers = {"squeue": "node[1,4]", "sinfo": "\n".join(nodes)}
+    monkeypatch.setattr("slurm.supervisor._slurm", lambda command, *_: subprocess.CompletedProcess(command, 0, answers[command], ""))
+    history.record_nodes(supervisor.folder, {}, dict.fromkeys(["node1", *sick], "old"))
+    path = supervisor.folder / "slurm/nodes.json"
+    known = json.loads(path.read_text())
+    if "node1" not in sick:
+        known["excluded"]["node1"]["since"] -= history.EXCLUDED_SECONDS  # its day is over
+    path.write_text(json.dumps(known))
+    excluded, lack = supervisor._to_exclude()
+    if isinstance(expected, str):
+        assert lack.startswith(expected)
+    else:
+        assert lack is None and excluded == expected
 
 
 def test_attempts_are_read_back(tmp_path):
