@@ -126,8 +126,8 @@ class Supervisor:
             return {}
         verdict = preflight.judge(folder, self.nodes, self.needed)
         bad = {node: "; ".join(reasons) for node, reasons in verdict.bad.items()}
-        for node, reasons in bad.items():
-            _say(f"preflight: {node} is left out: {reasons}")
+        for reasons in bad.values():
+            _say(f"preflight failed: {reasons}")
         if verdict.spare:
             _say(f"preflight: spare: {', '.join(verdict.spare)}")
         if len(bad) < len(self.nodes) or len(self.nodes) == 1:
