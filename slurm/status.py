@@ -8,6 +8,7 @@ Reads the run's folder, and asks squeue and sacct about its jobs. Needs no torch
 import shutil
 import subprocess
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,7 @@ def main(
     if run_folder:
         print(folder)
         return
-    console = Console(highlight=False, width=max(100, shutil.get_terminal_size().columns))
+    console = Console(highlight=False, width=max(100, shutil.get_terminal_size(fallback=(160, 24)).columns))
     attempts = history.attempts(folder)
     step, tokens = history.standing(folder)
     last = history.last_step(folder)
@@ -93,19 +94,23 @@ def _asked(*command: str) -> list[str]:
 
 
 def _table(attempts: list[history.Attempt]) -> Table:
-    table = Table("attempt", "job", "nodes", "began", "ended", "steps", "tokens", "outcome", "reason")
-    for number, attempt in list(enumerate(attempts, start=1))[-SHOWN:]:
-        gained = attempt.ended and f"{attempt.step:,} → {attempt.step_after:,}"
+    table = Table()
+    for title in ("attempt", "job", "nodes", "began", "lasted", "steps", "tokens", "outcome"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("reason")
+    # What was saved last is seen by where the next one began: the end may have come without a word, or before the save was whole.
+    nexts = [*((one.step, one.tokens) for one in attempts[1:]), (attempts[-1].step_after, attempts[-1].tokens_after)]
+    for number, (attempt, (step, tokens)) in list(enumerate(zip(attempts, nexts, strict=True), start=1))[-SHOWN:]:
         table.add_row(
             str(number),
             f"{attempt.job}.{attempt.restart}",
             str(len(attempt.nodes)),
             _clock(attempt.began),
-            _clock(attempt.ended) if attempt.ended else "",
-            gained or f"{attempt.step:,} →",
-            f"+{attempt.tokens_after - attempt.tokens:,}" if attempt.ended else "",
+            str(timedelta(seconds=round(attempt.ended - attempt.began))) if attempt.ended else "",
+            f"{attempt.step:,} →" + (f" {step:,}" if step is not None else ""),
+            f"+{tokens - attempt.tokens:,}" if tokens is not None else "",
             attempt.outcome or ("runs" if number == len(attempts) else "without a word"),
-            attempt.reason.splitlines()[-1][:60] if attempt.reason else "",
+            attempt.reason.splitlines()[-1] if attempt.reason else "",
         )
     return table
 
