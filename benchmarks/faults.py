@@ -24,7 +24,7 @@ from tests.slurm.faults import FAULTS, ROOT, Job, Struck, records, submit
 from user_input import run
 
 DATA = ROOT / "runs/quickstart"
-INTERVAL = 5  # steps from checkpoint to checkpoint of the run that is struck
+INTERVAL, STEPS_PER_FAULT = 5, 12  # of the run that is struck: steps from checkpoint to checkpoint; enough steps for all faults
 
 
 def main(
@@ -36,40 +36,37 @@ def main(
         (sockets := Path(folder) / "slurm").mkdir()
         cluster = stack.enter_context(slurm_cluster(sockets))
 
+        (planted := Path(folder) / "planted.json").write_text("{}")
+        nvml = {"PYTHONPATH": str(ROOT / "tests/slurm/nvml"), "NVML_STAND_IN": str(planted)}
+
         def started(name: str, num_steps: int, *options: str, **train: Any) -> Job:
             config = faults.quickstarts_model(DATA, Path(folder) / name, num_steps, micro_batch_size=4, hang_minutes=0.25, **train)
-            return submit(cluster, config, *options, tasks_per_node=1, PYTHONPATH=str(ROOT / "tests/slurm/nvml"))
+            return submit(cluster, config, *options, tasks_per_node=1, **nvml)
 
         def completed(*arguments: Any, **train: Any) -> Job:
             job = started(*arguments, **train)
             assert job.wait(1800) == "COMPLETED", job.log()
             return job
 
-        num_steps = 12 * count
-        job = started("struck", num_steps, checkpoint_interval=INTERVAL)
-        struck = faults.soak(job, count, seed)
-        assert job.wait() == "COMPLETED", job.log()
-        undisturbed = completed("undisturbed", num_steps, checkpoint_interval=INTERVAL)
-        differing = faults.differences(job.run, undisturbed.run)
-        savings = [dict(checkpoint_interval=10_000), dict(asynchronous_save=False), dict()]
-        never, synchronous, asynchronous = (
-            completed(f"saves-{number}", 100, **(dict(checkpoint_interval=20) | train)) for number, train in enumerate(savings)
-        )
-        with_nvml = completed("nvml", 8, "--gpus-per-node=8")
-
-        console = Console(width=120)
-        console.print(_of_faults(struck))
-        console.print(f"{count} faults, {num_steps} steps; differences from the undisturbed run: {', '.join(differing) or 'none'}")
-        for name, done in (
-            ("without a checkpoint", never),
-            ("asynchronous, every 20", asynchronous),
-            ("synchronous, every 20", synchronous),
-        ):
+        with_nvml = completed("nvml", 8, "--gpus-per-node=2", checkpoint_interval=20)
+        cost = {
+            "without": completed("without", 100, checkpoint_interval=10_000),
+            "synchronous, every 20": completed("synchronous", 100, checkpoint_interval=20, asynchronous_save=False),
+            "asynchronous, every 20": completed("asynchronous", 100, checkpoint_interval=20),
+        }
+        for name, done in cost.items():
             step, stands = _step_seconds(done)
-            console.print(f"a step, {name}: {step:.3f} s, of which training stands still for saves {stands / step:.1%}")
-        console.print(
-            f"preflight: disks alone {_preflight(undisturbed):.1f} s, 8 GPUs a node (NVML's stand-in) {_preflight(with_nvml):.1f} s"
-        )
+            print(f"a step, checkpoints {name}: {step:.3f} s, of which training stands still for saves {stands / step:.1%}")
+        seconds = [_preflight(done) for done in (cost["without"], with_nvml)]
+        print("preflight: disks alone {:.1f} s, with 2 GPUs a node (NVML's stand-in) {:.1f} s".format(*seconds), flush=True)
+
+        job = started("struck", STEPS_PER_FAULT * count, checkpoint_interval=INTERVAL)
+        struck = faults.soak(job, count, seed)
+        Console(width=120).print(_of_faults(struck))
+        assert job.wait() == "COMPLETED", job.log()
+        undisturbed = completed("undisturbed", STEPS_PER_FAULT * count, checkpoint_interval=INTERVAL)
+        differing = faults.differences(job.run, undisturbed.run)
+        print(f"{count} faults, {STEPS_PER_FAULT * count} steps; differs from the undisturbed run in: {', '.join(differing) or 'nothing'}")
 
 
 def _of_faults(struck: list[Struck]) -> Table:

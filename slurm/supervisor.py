@@ -217,9 +217,9 @@ def without_prospect(attempts: list[Attempt]) -> str | None:
     ]
     if last.outcome == "crash" and len(same) >= SAME_CRASHES:
         nodes = set.intersection(*(set(one.nodes) for one in same))
-        where = f"always with {', '.join(sorted(nodes))}: try without (sbatch --exclude)" if nodes else "on other nodes each time"
+        where = f", always with {', '.join(sorted(nodes))}: try without (sbatch --exclude)" if nodes else ""
         step = f"after step {last.extra['reached']:,}" if last.extra.get("reached") else "before the first step"
-        return f"{len(same)} attempts ended {step} in the same way, {where}: {last.reason}"
+        return f"{len(same)} attempts ended {step} in the same way{where}: {last.reason}"
     if sum(one.outcome in ("crash", "preflight", None) for one in fruitless) >= MAX_CRASHES:
         return f"{MAX_CRASHES} attempts in a row gained no token, the last one because: {last.reason}"
     if sum(one.outcome == "time" for one in fruitless) >= TOO_SHORT:
