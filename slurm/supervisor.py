@@ -78,11 +78,15 @@ class Supervisor:
 
     def run(self) -> int:
         """One attempt; returns the exit status of the job."""
-        self.config.check(self.needed * self.tasks_per_node)
         before = history.attempts(self.folder)
         if before and before[-1].ended is None:
             _say(f"the attempt before this one (job {before[-1].job}) ended without a word: a node lost power, or Slurm ended it")
         self.attempt = attempt = history.began(self.folder, self.job, self.restart, self.nodes)
+        try:
+            self.config.check(self.needed * self.tasks_per_node)
+        except UserError as error:
+            history.ended(self.folder, attempt, "mistake", str(error))
+            raise
         bad = self._preflight(attempt)
         if len(bad) == len(self.nodes) > 1:  # what all nodes have in common is no fault of theirs: a container, a file system
             return self._again("crash", f"no node passed the preflight: {next(iter(bad.values()))}")
