@@ -35,11 +35,7 @@ class Attempt:
     reason: str = ""  # what people read: the first error in one line
     step_after: int | None = None
     tokens_after: int | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.job, self.restart
+    extra: dict[str, Any] = field(default_factory=dict)  # preflight_seconds; reached: the last step; diagnosis: why it is not requeued
 
 
 # done       all steps are trained

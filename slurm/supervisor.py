@@ -11,7 +11,7 @@
     a crash, a killed or hung rank               requeued, later and later, up to MAX_CRASHES in a row without a token gained
     the same crash at the same step, the third   not requeued: a diagnosis in its place
     the first node died                          without a word; Slurm starts the job again on other nodes
-    too few healthy nodes                        requeued without the others
+    too few healthy nodes                        requeued without the others; where no node passes, all are kept and it counts as a crash
     time limits too short to save                not requeued from the third on: raise them, or save more often
 
 What counts as progress are the tokens of the newest checkpoint. RUN/slurm keeps the history (history.py). Needs no torch.

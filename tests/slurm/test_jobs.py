@@ -108,6 +108,15 @@ def test_what_no_node_can_do_is_no_nodes_fault(cluster, prepared, tmp_path):
     assert "no node passed the preflight" in job.log()
 
 
+def test_an_end_by_sigterm_before_anything_is_saved_is_a_crash(cluster, prepared, tmp_path):
+    """As srun gives it to the other ranks when the first has failed: nobody has told the job to stop."""
+    python = f"""sh -c 'case "$*" in *megatron_jobs.train*) kill -TERM $$;; esac; exec "$@"' sh {sys.executable}"""
+    job = submit(cluster, config_of(prepared, tmp_path / "run"), MUJINA_TASK_PYTHON=python)
+    assert job.wait() == "FAILED"
+    assert [attempt.outcome for attempt in history.attempts(job.run)] == ["crash"] * 3
+    assert "first error: none was written down" in job.log() and "before the first step in the same way" in job.log()
+
+
 def test_time_limits_too_short_to_save_are_diagnosed(cluster, prepared, tmp_path):
     job = submit(cluster, config_of(prepared, tmp_path / "run"))
     for number in (1, 2, 3):
