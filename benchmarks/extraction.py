@@ -20,7 +20,7 @@ from datatrove.pipeline.extractors import Trafilatura
 
 from data_prep.steps.extract import Extract
 from data_prep.steps.read import PAGES, find_inputs, read
-from user_input import UserError
+from mujina.user_input import UserError
 
 BYTES = 8_000_000
 SEED = 0

@@ -17,11 +17,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mujina.user_input import run
 from slurm import history
 from tests.cluster import slurm_cluster
 from tests.slurm import faults
 from tests.slurm.faults import FAULTS, ROOT, Job, Struck, records, submit
-from user_input import run
 
 DATA = ROOT / "runs/quickstart"
 INTERVAL, STEPS_PER_FAULT = 5, 12  # of the run that is struck: steps from checkpoint to checkpoint; enough steps for all faults

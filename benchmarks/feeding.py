@@ -85,14 +85,15 @@ def run_file(folder: Path, tokenizer: Path, data: Path, names: list[str], tokens
 
 START = """
 import sys
-from megatron_jobs import config, data, phases
-from megatron_jobs.order import DataOrder
+from megatron_jobs import config
+from megatron_jobs.data import feeder, phases
+from megatron_jobs.data.order import DataOrder
 settings = config.load(sys.argv[1])
-binaries = data.open_sources(settings)
-sources = data.facts(binaries)
+binaries = feeder.open_sources(settings)
+sources = feeder.facts(binaries)
 settings = phases.resolve(settings, sources)
-feeder = data.Feeder(settings, DataOrder(settings, sources), binaries, rank=0, ranks=1)
-first = feeder.read(0)
+ours = feeder.Feeder(settings, DataOrder(settings, sources), binaries, rank=0, ranks=1)
+first = ours.read(0)
 assert len(first) == settings.phases[0].global_batch_size // settings.train.micro_batch_size
 assert "torch" not in sys.modules
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -109,17 +110,18 @@ def first_batch(run: Path) -> tuple[int, int, int]:
 
 def feed(run: Path, steps: int) -> None:
     began = Clock()
-    from megatron_jobs import config, data, phases
-    from megatron_jobs.order import DataOrder
+    from megatron_jobs import config
+    from megatron_jobs.data import feeder, phases
+    from megatron_jobs.data.order import DataOrder
 
     settings = config.load(run)
-    binaries = data.open_sources(settings)
-    sources = data.facts(binaries)
+    binaries = feeder.open_sources(settings)
+    sources = feeder.facts(binaries)
     settings = phases.resolve(settings, sources)
-    feeder = data.Feeder(settings, DataOrder(settings, sources), binaries, rank=0, ranks=1)
-    feeder.read(0)
+    ours = feeder.Feeder(settings, DataOrder(settings, sources), binaries, rank=0, ranks=1)
+    ours.read(0)
     started = Clock()
-    tokens = sum(batch.tokens[:, 1:].size for step in range(1, steps) for batch in feeder.read(step))
+    tokens = sum(batch.tokens[:, 1:].size for step in range(1, steps) for batch in ours.read(step))
     report(began, started, tokens)
 
 

@@ -24,8 +24,8 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from files import read_rows
-from user_input import run
+from mujina.files import read_rows
+from mujina.user_input import run
 
 ROOT = Path(__file__).parents[1]
 DATATROVE_MEGABYTES = 2

@@ -8,7 +8,7 @@ Triton and Mujina's requirements. Two measurements of each shape:
     layers    forward and backward of the decoder layers alone, one sequence of 4,096 tokens, gradients added up in float32
     step      a whole step of the trainer's objective: embedding, layers, output layer, loss, 8 micro-batches, gradient norm, AdamW
 
-TFLOP/s are those of the model (`megatron_jobs.flops`): causal attention counts half, recomputation and the padding of shapes do not.
+TFLOP/s are those of the model (`megatron_jobs.planning.flops`): causal attention counts half, recomputation and padding do not.
 """
 
 import json
@@ -23,13 +23,15 @@ import numpy as np
 import torch
 import typer
 
-from megatron_jobs import flops, model, parallel
+from megatron_jobs.checkpoints.weights import InitialWeights
 from megatron_jobs.config import RunConfig, load
-from megatron_jobs.data import MicroBatch
-from megatron_jobs.objective import Objective
-from megatron_jobs.state import TrainingState
-from megatron_jobs.weights import InitialWeights
-from user_input import run
+from megatron_jobs.data.feeder import MicroBatch
+from megatron_jobs.engine import groups
+from megatron_jobs.engine.gpt import has_transformer_engine
+from megatron_jobs.engine.passes import Objective
+from megatron_jobs.engine.state import TrainingState
+from megatron_jobs.planning import flops
+from mujina.user_input import run
 
 CONFIGS = Path(__file__).parents[1] / "megatron_jobs/configs"
 SHAPES = {"8B": ("tanuki_8b.yaml", 4), "8x8B": ("tanuki_8x8b.yaml", 2)}  # layers that fit with gradients and optimizer in 80 GB
@@ -87,14 +89,14 @@ def _row(what: str, function: Callable[[], None], tokens: int, operations_per_to
         rounds.append((time.perf_counter() - began) / REPEATS)
     seconds = statistics.median(rounds)
     rate = tokens * operations_per_token / seconds
-    peak = flops.peak(parallel.device_name(), "bf16")
+    peak = flops.peak(groups.device_name(), "bf16")
     return {
         "what": what,
         "milliseconds": seconds * 1e3,
         "tokens_per_second": tokens / seconds,
         "tflops": rate / 1e12,
         "mfu": peak and rate / peak,
-        "memory_gib": parallel.memory_gib(),
+        "memory_gib": groups.memory_gib(),
     }
 
 
@@ -131,13 +133,13 @@ def main(
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu: no GPU is here, so nothing was measured")
     rows = []
-    with parallel.alone():
+    with groups.alone():
         for name in SHAPES:
             rows += [{"shape": name} | row for row in measure(shape(name), profile)]
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-    kernels = "Transformer Engine" if model.has_transformer_engine() else "torch"
-    print(f"{parallel.device_name()}; {kernels} kernels; " + ", ".join(f"{name} {value}" for name, value in versions().items() if value))
+    kernels = "Transformer Engine" if has_transformer_engine() else "torch"
+    print(f"{groups.device_name()}; {kernels} kernels; " + ", ".join(f"{name} {value}" for name, value in versions().items() if value))
     print("\n| shape | what | ms | tokens/s | TFLOP/s | MFU | memory GiB |\n| --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
         mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
@@ -146,7 +148,7 @@ def main(
             f"| {row['memory_gib']:.1f} |"
         )
     if json_file:
-        about = {"device": parallel.device_name(), "kernels": kernels, "versions": versions()}
+        about = {"device": groups.device_name(), "kernels": kernels, "versions": versions()}
         json_file.write_text(json.dumps(about | {"rows": rows}, indent=1))
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from data_prep.config import PrepareConfig
 from data_prep.executors import prepare
 from data_prep.steps.ngrams import letters, ngram_hashes
-from files import read_rows
+from mujina.files import read_rows
 
 STEPS = [{"step": "extract"}, {"step": "normalise"}, {"step": "near_duplicates"}]
 PARTS = ("web_ja", "web_en")

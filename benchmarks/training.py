@@ -62,9 +62,10 @@ class Turns:
 
 
 def ours(folder: str, steps: int) -> dict[str, Any]:
-    from megatron_jobs import parallel, train
-    from megatron_jobs.objective import Objective
-    from megatron_jobs.state import TrainingState
+    from megatron_jobs import train
+    from megatron_jobs.engine import groups
+    from megatron_jobs.engine.passes import Objective
+    from megatron_jobs.engine.state import TrainingState
 
     inside: list[float] = []
     Objective.gradients = _timed(Objective.gradients, inside)
@@ -73,7 +74,7 @@ def ours(folder: str, steps: int) -> dict[str, Any]:
     config = config_in(folder, steps)
     turns = Turns()
     TrainingState.update = lambda *arguments: (update(*arguments), turns.step_is_done())[0]
-    with parallel.groups(config.parallel, config.seed):
+    with groups.of_run(config.parallel, config.seed):
         train.train(config)
     losses = [json.loads(line)["loss"] for line in (config.run / "metrics.jsonl").read_text().splitlines()]
     counted = STEPS_NOT_COUNTED
@@ -84,16 +85,16 @@ def transformers(folder: str, steps: int) -> dict[str, Any]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from megatron_jobs import data, phases
-    from megatron_jobs.hugging_face import LLAMA, hugging_face_name
-    from megatron_jobs.order import DataOrder
-    from megatron_jobs.weights import Box, InitialWeights
+    from megatron_jobs.checkpoints.weights import Box, InitialWeights
+    from megatron_jobs.conversion.hugging_face import LLAMA, hugging_face_name
+    from megatron_jobs.data import feeder, phases
+    from megatron_jobs.data.order import DataOrder
 
     config = config_in(folder, steps)
     model = config.model
     weights = InitialWeights(model, None, config.seed)
-    binaries = data.open_sources(config)
-    order = DataOrder(config, data.facts(binaries))
+    binaries = feeder.open_sources(config)
+    order = DataOrder(config, feeder.facts(binaries))
     llama = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=model.vocab_size,
@@ -118,7 +119,7 @@ def transformers(folder: str, steps: int) -> dict[str, Any]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     losses, turns = [], Turns()
     for step in range(steps):
-        tokens = torch.from_numpy(data.read(binaries, order.samples(step, range(4)), 512))
+        tokens = torch.from_numpy(feeder.read(binaries, order.samples(step, range(4)), 512))
         logits = llama(tokens[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         adamw.zero_grad()

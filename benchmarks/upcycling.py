@@ -23,9 +23,9 @@ import typer
 import yaml
 
 from evaluation.charts import Line, Points, limits, line_chart
-from megatron_jobs import flops
+from megatron_jobs.checkpoints.weights import shapes
 from megatron_jobs.config import RunConfig, from_dict
-from megatron_jobs.weights import shapes
+from megatron_jobs.planning import flops
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "runs/quickstart"

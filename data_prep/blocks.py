@@ -12,8 +12,8 @@ from typing import Any
 
 import pydantic_core
 
-from files import open_rows, read_rows
-from user_input import UserError
+from mujina.files import open_rows, read_rows
+from mujina.user_input import UserError
 
 # Small blocks first, so that a small source keeps all cores busy; large ones later, so that a large source has few of them.
 FIRST_BLOCK, LAST_BLOCK = 1 << 19, 1 << 25  # bytes

@@ -19,7 +19,7 @@ from data_prep.steps.near_duplicates import NearDuplicates
 from data_prep.steps.normalise import Normalise
 from data_prep.steps.pii import Pii
 from data_prep.steps.url import Url
-from user_input import Section
+from mujina.user_input import Section
 
 AnyStep = Annotated[
     Extract

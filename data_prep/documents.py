@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from data_prep.blocks import Block, read_blocks, rows_of
-from user_input import Section, UserError
+from mujina.user_input import Section, UserError
 
 Kind = Literal["web", "code", "documents", "chat"]
 Origin = Literal["human", "synthetic", "rule"]

@@ -23,9 +23,9 @@ from data_prep.pipeline import Stage, Task
 from data_prep.report import write_report
 from data_prep.tokenize import tokenize, use
 from data_prep.workers import Workers
-from files import write_whole
+from mujina.files import write_whole
+from mujina.user_input import UserError
 from tokenization.tokenizer import Tokenizer
-from user_input import UserError
 
 
 def prepare(config: PrepareConfig) -> list[Manifest]:

@@ -19,8 +19,8 @@ import numpy as np
 import pydantic
 
 from data_prep.documents import Kind, Origin
-from files import sha256_of, write_whole
-from user_input import Section, UserError
+from mujina.files import sha256_of, write_whole
+from mujina.user_input import Section, UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")

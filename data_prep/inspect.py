@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from data_prep.indexed import TokenBinary, open_binary
+from mujina.user_input import UserError, run
 from tokenization.tokenizer import Tokenizer
-from user_input import UserError, run
 
 COUNTED = 100_000_000  # tokens that the most frequent pieces are counted in, from the start: about a second
 CHUNK = 1 << 22  # tokens counted at once

@@ -31,8 +31,8 @@ from data_prep.documents import SourceFacts
 from data_prep.report import SourceReport, StepCounts
 from data_prep.steps.read import find_inputs, read
 from data_prep.steps.step import CorpusStep, Judge, Step
-from files import read_rows, write_whole
-from user_input import UserError
+from mujina.files import read_rows, write_whole
+from mujina.user_input import UserError
 
 GIGABYTE = 1 << 30
 FEWEST_TASKS = 16

@@ -19,7 +19,7 @@ from data_prep.config import PrepareConfig
 from data_prep.executors import prepare, run_on_ray, submit_to_slurm
 from data_prep.indexed import Manifest
 from data_prep.report import table
-from user_input import UserError, read_yaml, run
+from mujina.user_input import UserError, read_yaml, run
 
 
 def _print_tables(config: PrepareConfig, manifests: list[Manifest]) -> None:

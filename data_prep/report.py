@@ -15,8 +15,8 @@ from typing import Any
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
-from files import read_rows, write_whole
-from page import RUN_COLOURS, legend, page, swatch
+from mujina.files import read_rows, write_whole
+from mujina.page import RUN_COLOURS, legend, page, swatch
 
 MAX_BYTES = 2_000_000  # of the page
 SEEN_ROWS, SEEN_FILES = 20_000, 200  # that samples are drawn from, for each step: a report on a terabyte must not read the terabyte

@@ -24,9 +24,9 @@ from data_prep.blocks import Block, read_blocks
 from data_prep.documents import Document, SourceFacts, documents_of
 from data_prep.indexed import BinaryWriter, Labels, Manifest, open_binary, token_dtype
 from data_prep.workers import Workers
-from files import sha256_of
+from mujina.files import sha256_of
+from mujina.user_input import UserError
 from tokenization.tokenizer import Tokenizer
-from user_input import UserError
 
 BATCH = 256  # documents tokenized at once
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
-from user_input import UserError
+from mujina.user_input import UserError
 
 AHEAD = 3
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>

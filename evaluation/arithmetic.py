@@ -16,8 +16,8 @@ import typer
 
 from evaluation.files import parse_object, read_text
 from evaluation.generate import Answer, answers
-from files import write_whole
-from user_input import Section, UserError, parse, run
+from mujina.files import write_whole
+from mujina.user_input import Section, UserError, parse, run
 
 MAX_NEW_TOKENS = 128  # room for some working before the fixed form
 _SENTENCE_START = r"(?:^|(?<=[.!?。！？\n]))\s*"

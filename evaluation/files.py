@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from user_input import UserError
+from mujina.user_input import UserError
 
 
 def read_text(path: Path, remedy: str) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from user_input import UserError, run
+from mujina.user_input import UserError, run
 
 END_OF_TURN = "<|end|>"
 BATCH_SIZE = 16  # conversations decoded together

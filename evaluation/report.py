@@ -19,14 +19,14 @@ from typing import Annotated
 
 import typer
 
-import user_input
 from evaluation.arithmetic import Result, Sample
 from evaluation.charts import Bar, Line, heat_map, limits, line_chart, load_over_time, short, stacked_bars
 from evaluation.files import parse_object, read_text
 from evaluation.runs import EVENT_COLOURS, OTHER_EVENT_COLOUR, PhaseUse, Run, Step, event_text, read_run, smooth_by_phase
-from files import write_whole
-from page import OTHER_RUN_COLOUR, RUN_COLOURS, SOURCE_COLOURS, legend, page, swatch
-from user_input import UserError, parse
+from mujina import user_input
+from mujina.files import write_whole
+from mujina.page import OTHER_RUN_COLOUR, RUN_COLOURS, SOURCE_COLOURS, legend, page, swatch
+from mujina.user_input import UserError, parse
 
 _NUM_SAMPLES = 12  # answers shown
 _NUM_ROWS = 30  # of a table that may be long

@@ -16,7 +16,7 @@ import yaml
 
 from evaluation.charts import Band, Line, Mark, Points, smooth
 from evaluation.files import parse_object, read_text
-from user_input import Section, UserError, parse
+from mujina.user_input import Section, UserError, parse
 
 _SMOOTHED_SHARE = 1 / 40  # of a run's steps: the window of the smoothed lines, and "the end" of a run
 # What `mujina train` writes of its own: a spike that was only logged is "update", since the step's update was made.
@@ -47,7 +47,7 @@ class GpuHealth(_Part):
 
 
 class Step(_Part):
-    """One line of `metrics.jsonl`; `megatron_jobs/metrics.py` says what its fields mean."""
+    """One line of `metrics.jsonl`; `megatron_jobs/monitoring/metrics.py` says what its fields mean."""
 
     step: int
     tokens: int

@@ -38,8 +38,8 @@ from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
 from data_prep.synthetic import rules
-from files import whole_folder
-from user_input import run
+from mujina.files import whole_folder
+from mujina.user_input import run
 
 ARCHIVE_BYTES = 8 << 20  # of the pages in one archive: small enough that a trial has several for each process
 STRENGTHS = (0.0, 0.01, 0.03, 0.1, 0.3)  # of the planted copies: the share of their words that is edited

@@ -1,9 +1,1 @@
-"""Training on megatron-core: configuration, phases, data order, model, checkpoints, upcycling, conversion."""
-
-import logging
-import warnings
-
-# A dozen lines at each import on what is not installed; the trainer says in one line which layers it uses.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-warnings.filterwarnings("ignore", category=SyntaxWarning, message="invalid escape sequence")
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+"""Training on megatron-core. The door: config, launch, train, failures, stability; behind it a folder for each concern."""

@@ -4,7 +4,6 @@
 Needs no torch. Counts start with `num_`, `tokens` are tokens, intervals are optimizer steps.
 """
 
-import difflib
 import itertools
 import math
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from data_prep.documents import Kind, Origin
-from user_input import Section, UserError, parse, read_yaml
+from mujina.user_input import Section, UserError, parse, read_yaml
 
 VOCABULARY_MULTIPLE = 128  # one size at every tensor-parallel size, and a shape that GPU kernels like
 
@@ -539,12 +538,6 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
 def from_dict(values: dict[str, Any], where: str) -> RunConfig:
     """A configuration that was stored as plain values (in a checkpoint)."""
     return parse(values, RunConfig, where)
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """The remedy clause for a name that is not among the `known` ones."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(known)) or 'none'}"
 
 
 def _divides(part_name: str, part: int, whole_name: str, whole: int) -> None:

@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from user_input import explain
+from mujina.user_input import explain
 
 GRACE = 10  # seconds that the other ranks get to say where they are, or to end, before the run is taken down
 # What gloo, NCCL and their sockets say when another rank is gone.

@@ -20,8 +20,9 @@ from typing import Annotated
 import typer
 
 from megatron_jobs import config as configuration
-from megatron_jobs import data, failures, phases
-from user_input import run
+from megatron_jobs import failures
+from megatron_jobs.data import feeder, phases
+from mujina.user_input import run
 
 TAIL = 15  # lines of a traceback or log that are shown
 
@@ -34,7 +35,7 @@ def main(
     """Trains to the end of the last phase; a run that was interrupted goes on where its newest whole checkpoint stands."""
     settings = configuration.load(config, overrides)
     settings.check(processes)
-    sources = data.facts(data.open_sources(settings))
+    sources = feeder.facts(feeder.open_sources(settings))
     settings = phases.resolve(settings, sources)
     phases.shares(settings, sources)
     num_steps = phases.num_steps(settings.phases)

@@ -19,21 +19,23 @@ import typer
 from megatron.core import parallel_state
 
 from megatron_jobs import config as configuration
-from megatron_jobs import data, failures, parallel, phases, stability
-from megatron_jobs.checkpoint import Checkpoint
+from megatron_jobs import failures, stability
+from megatron_jobs.checkpoints.checkpoint import Checkpoint
+from megatron_jobs.checkpoints.saver import Saver
+from megatron_jobs.checkpoints.weights import InitialWeights, shapes
 from megatron_jobs.config import Phase, RunConfig
-from megatron_jobs.hugging_face import HuggingFaceFolder
-from megatron_jobs.layout import TensorSource
-from megatron_jobs.metrics import Log
-from megatron_jobs.objective import Objective, fp8_warning
-from megatron_jobs.order import DataOrder
-from megatron_jobs.saver import Saver
+from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
+from megatron_jobs.conversion.upcycle import Mixture
+from megatron_jobs.data import feeder, phases
+from megatron_jobs.data.order import DataOrder
+from megatron_jobs.engine import groups
+from megatron_jobs.engine.passes import Objective, fp8_warning
+from megatron_jobs.engine.placement import TensorSource
+from megatron_jobs.engine.state import TrainingState
+from megatron_jobs.monitoring.metrics import Log
+from megatron_jobs.monitoring.vitals import Watch
 from megatron_jobs.stability import Guard, Verdict
-from megatron_jobs.state import TrainingState
-from megatron_jobs.upcycle import Mixture
-from megatron_jobs.vitals import Watch
-from megatron_jobs.weights import InitialWeights, shapes
-from user_input import UserError, run
+from mujina.user_input import UserError, run
 
 STOPPED = 143  # the exit status after SIGTERM, as if it had ended the process at once
 
@@ -50,16 +52,16 @@ class Trainer:
     """A run: what its steps work with, and where it stands (`step`: steps that are done)."""
 
     def __init__(self, config: RunConfig, mark: Callable[[], None]) -> None:
-        binaries = data.open_sources(config)
-        sources = data.facts(binaries)
+        binaries = feeder.open_sources(config)
+        sources = feeder.facts(binaries)
         self.config = config = phases.resolve(config, sources)
         self.mark = mark
         self.order = DataOrder(config, sources)
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        self.feeder = data.Feeder(config, self.order, binaries, rank, ranks)
+        self.feeder = feeder.Feeder(config, self.order, binaries, rank, ranks)
         self.phase_ends = set(itertools.accumulate(phase.num_steps for phase in config.phases))
         self.saver = Saver(config, self.phase_ends)
-        self.guard = Guard(config.stability, parallel.from_rank_0(stability.read_rollbacks(config.run)))
+        self.guard = Guard(config.stability, groups.from_rank_0(stability.read_rollbacks(config.run)))
         start = self._newest()
         self.state = TrainingState(config)
         self.objective = Objective(config, self.state, self.order.names)
@@ -112,7 +114,7 @@ class Trainer:
         """At the end of the step that is under way."""
         return bool(interval and (self.step + 1) % interval == 0) or (or_phase_end and self.step + 1 in self.phase_ends)
 
-    def _looked_at(self, phase: Phase, batches: list[data.MicroBatch]) -> dict[str, Any]:
+    def _looked_at(self, phase: Phase, batches: list[feeder.MicroBatch]) -> dict[str, Any]:
         """What only some steps measure, between the gradients and the update."""
         found: dict[str, Any] = {}
         train = self.config.train
@@ -159,7 +161,7 @@ class Trainer:
         if start is None:
             initial = _initial(self.config)
             self.state.start_from(initial)
-            self.origin = parallel.from_rank_0(_origin(getattr(initial, "ledger", {})) if dist.get_rank() == 0 else None)
+            self.origin = groups.from_rank_0(_origin(getattr(initial, "ledger", {})) if dist.get_rank() == 0 else None)
             return 0
         self.origin = _origin(start.ledger)
         self.state.restore(start)
@@ -245,10 +247,10 @@ def main(
 ) -> None:
     """One process of a training run; `mujina train` starts as many as are needed."""
     settings = configuration.load(config, overrides)
-    settings.check(parallel.world_size())
-    with parallel.hold(settings.run), parallel.groups(settings.parallel, settings.seed):
-        attempt = parallel.from_rank_0(failures.new_attempt(settings.run) if parallel.rank() == 0 else None)
-        with failures.supervised(attempt, parallel.rank(), parallel.world_size(), settings.train.hang_minutes * 60) as watchdog:
+    settings.check(groups.world_size())
+    with groups.hold(settings.run), groups.of_run(settings.parallel, settings.seed):
+        attempt = groups.from_rank_0(failures.new_attempt(settings.run) if groups.rank() == 0 else None)
+        with failures.supervised(attempt, groups.rank(), groups.world_size(), settings.train.hang_minutes * 60) as watchdog:
             train(settings, watchdog.mark, failures.stop_on_signal())
 
 

@@ -28,11 +28,11 @@ from typing import Any, Protocol
 
 import torch
 
-from user_input import UserError
+from mujina.user_input import UserError
 
 BALANCE_NOISE = 0.1  # of router_init_std
 
-Box = Any  # `megatron_jobs.weights.Box`, a named tuple: row0, row1, column0, column1
+Box = Any  # `megatron_jobs.checkpoints.weights.Box`, a named tuple: row0, row1, column0, column1
 
 
 class TensorSource(Protocol):

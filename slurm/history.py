@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from files import write_whole
+from mujina.files import write_whole
 
 EXCLUDED_SECONDS = 24 * 3600  # after which a node may be tried again
 

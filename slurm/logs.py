@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from megatron_jobs import failures
+from mujina.user_input import UserError, run
 from slurm.status import folder_of
-from user_input import UserError, run
 
 LINES = 40
 POLL_SECONDS = 0.5

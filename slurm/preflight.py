@@ -26,8 +26,8 @@ from typing import Annotated, Any
 
 import typer
 
-from files import write_whole
-from user_input import run
+from mujina.files import write_whole
+from mujina.user_input import run
 
 TIME_LIMIT = 120.0  # seconds for a look that takes about ten; first contact with a GPU and with torch on a cold file system is slow
 THERMAL_MARGIN = 10  # °C below the slowdown, at rest: data center GPUs rest at 30 to 50 °C and slow down at about 90

@@ -18,8 +18,8 @@ from rich.table import Table
 
 from megatron_jobs import config as configuration
 from megatron_jobs import failures
+from mujina.user_input import UserError, run
 from slurm import history
-from user_input import UserError, run
 
 SHOWN = 10  # attempts
 

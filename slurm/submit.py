@@ -15,10 +15,11 @@ from typing import Annotated
 import typer
 
 from megatron_jobs import config as configuration
-from megatron_jobs import data, phases, plan, planner
 from megatron_jobs.config import RunConfig
+from megatron_jobs.data import feeder, phases
+from megatron_jobs.planning import plan, planner
+from mujina.user_input import UserError, run
 from slurm import history
-from user_input import UserError, run
 
 BYTES_PER_PARAMETER = 12  # of a checkpoint: float32 weights and two moments
 
@@ -42,7 +43,7 @@ def main(
     nodes = nodes or int(asked.get("nodes", 1))
     processes = nodes * int(asked.get("ntasks-per-node", 1))
     settings.check(processes)
-    sources = data.facts(data.open_sources(settings))
+    sources = feeder.facts(feeder.open_sources(settings))
     settings = phases.resolve(settings, sources)
     phases.shares(settings, sources)
     if gpus_per_node := int(asked.get("gpus-per-node", "0").rpartition(":")[2]):

@@ -33,13 +33,13 @@ from typing import Annotated
 
 import typer
 
-from files import write_whole
 from megatron_jobs import config as configuration
 from megatron_jobs import failures
 from megatron_jobs.config import RunConfig
+from mujina.files import write_whole
+from mujina.user_input import UserError, run
 from slurm import history, preflight
 from slurm.history import Attempt
-from user_input import UserError, run
 
 MISTAKE, STOPPED = 2, 143  # exit statuses of the training: see user_input.run and megatron_jobs.train
 SAME_CRASHES = 3  # at one step

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["megatron_jobs.train", "megatron_jobs.gate", "transformers.models.llama.modeling_llama"])
+FORKSERVER.set_forkserver_preload(["megatron_jobs.train", "megatron_jobs.conversion.agreement", "transformers.models.llama.modeling_llama"])
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

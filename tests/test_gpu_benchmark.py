@@ -11,10 +11,10 @@ SMALL = ["hidden_size=64", "ffn_hidden_size=128", "num_attention_heads=4", "num_
 
 def measured(name: str) -> list[dict[str, Any]]:
     from benchmarks import gpu
-    from megatron_jobs import parallel
+    from megatron_jobs.engine import groups
 
     gpu.LENGTH, gpu.REPEATS, gpu.ROUNDS = 32, 1, 1
-    with parallel.alone():
+    with groups.alone():
         return gpu.measure(gpu.shape(name, [f"model.{value}" for value in SMALL]), None)
 
 

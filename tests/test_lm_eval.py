@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.synthetic.rules import generate
-from megatron_jobs import convert
+from megatron_jobs.conversion import convert
 from tests.conftest import MOE, tiny
 from tests.megatron_jobs.test_train import train_here
 from tests.ranks import run_ranks

@@ -20,9 +20,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from files import read_rows, write_whole
+from mujina.files import read_rows, write_whole
+from mujina.user_input import UserError, run
 from tokenization.tokenizer import Tokenizer
-from user_input import UserError, run
 
 COLUMNS = ("tokenizer", "texts", "kind", "language", "documents", "chars/token", "bytes/token", "tokens", "byte tokens", "exact")
 

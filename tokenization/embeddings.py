@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from user_input import UserError
+from mujina.user_input import UserError
 
 if TYPE_CHECKING:
     from tokenization.tokenizer import Tokenizer

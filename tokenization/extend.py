@@ -23,13 +23,13 @@ from pydantic import Field
 from sentencepiece import sentencepiece_model_pb2 as proto
 from tokenizers import pre_tokenizers
 
-from files import whole_folder
+from mujina.files import whole_folder
+from mujina.user_input import Section, UserError, read_yaml, run
 from tokenization.embeddings import extend_embeddings
 from tokenization.merges import continue_merges
 from tokenization.presplit import mecab
 from tokenization.tokenizer import SPACE_PIECE
 from tokenization.train import read_lines
-from user_input import Section, UserError, read_yaml, run
 
 MANIFEST = "extension.json"
 NORMAL = proto.ModelProto.SentencePiece.NORMAL

@@ -16,8 +16,8 @@ import gigatoken
 import numpy as np
 import tokenizers
 
+from mujina.user_input import UserError
 from tokenization.tokenizer import CHAT_PIECES, END_OF_TURN, ROLES, SPACE_PIECE, Tokenizer, render
-from user_input import UserError
 
 # Gigatoken remembers every word that it has met (13 bytes a character of words that never recur) until it is dropped: so it is opened
 # anew, in 20 ms, after this many characters.

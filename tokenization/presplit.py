@@ -6,7 +6,7 @@ For training only: the text that a tokenizer encodes is never cut.
 import re
 from collections.abc import Callable
 
-from user_input import UserError
+from mujina.user_input import UserError
 
 JAPANESE = re.compile(r"[\u3005-\u3007\u3040-\u30ff\u4e00-\u9fff]")  # 々〆〇, kana, kanji
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from user_input import UserError
+from mujina.user_input import UserError
 
 ROLES = ("system", "user", "assistant")
 END_OF_TURN = "<|end|>"

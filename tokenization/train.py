@@ -27,10 +27,10 @@ from pydantic import Field, model_validator
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from files import read_rows, sha256_of, whole_folder
+from mujina.files import read_rows, sha256_of, whole_folder
+from mujina.user_input import Section, UserError, read_yaml, run
 from tokenization.presplit import mecab
 from tokenization.tokenizer import CHAT_PIECES, Tokenizer
-from user_input import Section, UserError, read_yaml, run
 
 MANIFEST = "tokenizer_manifest.json"
 

@@ -12,8 +12,8 @@ from pydantic import Field, PositiveInt
 
 from data_prep.steps.ngrams import letters, ngram_hashes
 from data_prep.steps.step import Judge, Step, texts_of
-from files import read_rows
-from user_input import UserError
+from mujina.files import read_rows
+from mujina.user_input import UserError
 
 FEWEST = 10  # letters: shorter texts of a set are answers such as "Paris", which say nothing
 CJK = 0x2E80  # here the scripts begin that say in one character what others say in two or more

@@ -16,7 +16,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from data_prep.steps.measure import NO_LIMIT, Rule, code_points, duplicates, first_broken, repeated_ngrams
 from data_prep.steps.step import Judge, Step
-from user_input import Section, UserError
+from mujina.user_input import Section, UserError
 
 WORDS = Path(__file__).parent / "words"
 SENTENCE = re.compile(r"[^。．！？!?\n]+[。．！？!?]?")

@@ -19,8 +19,8 @@ from fastwarc.warc import ArchiveIterator, WarcRecord, WarcRecordType
 from pyarrow import parquet
 from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
 
-from files import Stream
-from user_input import UserError
+from mujina.files import Stream
+from mujina.user_input import UserError
 
 LONGEST = 64 << 20  # bytes of a row, a page or a file of text; what is longer is no document, and is not read into memory
 LABELS = ("kind", "origin", "language", "licence", "teacher", "source")

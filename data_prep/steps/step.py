@@ -10,7 +10,7 @@ from pathlib import Path
 
 from datatrove.data import Document
 
-from user_input import Section
+from mujina.user_input import Section
 
 # Called with each document. It may rewrite it. It returns None to keep it, or why it is dropped: a fixed reason of one or two words,
 # and, after ": ", what was found in this document ("sentence_ends: 0.02"). Reasons are counted, findings are kept with the document.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from datatrove.data import Document
 
 from data_prep.steps.step import Judge, Step
-from user_input import UserError
+from mujina.user_input import UserError
 
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
 # What datatrove's filter says, and our reason.

@@ -17,8 +17,8 @@ from typing import Annotated, Any
 
 import typer
 
-from files import write_whole
-from user_input import UserError, run
+from mujina.files import write_whole
+from mujina.user_input import UserError, run
 
 LICENCE = "CC0-1.0"
 LANGUAGES = ("ja", "en")

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from files import write_whole
 from megatron_jobs import config as configuration
+from mujina.files import write_whole
 
 HERE = Path("examples/quickstart")
 RUN = Path("runs/quickstart")
@@ -27,14 +27,14 @@ def stations() -> list[tuple[str, str, list[str]]]:
         ("chat data", "data_prep.synthetic.rules", [f"{RUN}/chat", "--dialogues", "10000", "--held-out", "200"]),
         ("tokenizer", "tokenization.train", [f"{HERE}/tokenizer.yaml"]),
         ("binaries", "data_prep.prepare", [f"{HERE}/data.yaml"]),
-        ("plan", "megatron_jobs.plan", [f"{HERE}/dense.yaml", "--gpus", "2"]),
+        ("plan", "megatron_jobs.planning.plan", [f"{HERE}/dense.yaml", "--gpus", "2"]),
         ("dense training", "megatron_jobs.launch", [f"{HERE}/dense.yaml", "--processes", "2"]),
-        ("upcycling", "megatron_jobs.upcycle", [f"{HERE}/moe.yaml", f"{RUN}/dense/checkpoints/latest", f"{RUN}/moe_start"]),
+        ("upcycling", "megatron_jobs.conversion.upcycle", [f"{HERE}/moe.yaml", f"{RUN}/dense/checkpoints/latest", f"{RUN}/moe_start"]),
         ("mixture training", "megatron_jobs.launch", [f"{HERE}/moe.yaml", "--processes", "2"]),
     ]
     for model in MODELS:
         rows += [
-            ("conversion", "megatron_jobs.convert", [f"{RUN}/{model}/checkpoints/{checkpoint}", f"{RUN}/hf/{folder}"])
+            ("conversion", "megatron_jobs.conversion.convert", [f"{RUN}/{model}/checkpoints/{checkpoint}", f"{RUN}/hf/{folder}"])
             for folder, checkpoint in ((f"{model}-before-chat", _before_last_phase(model)), (model, "latest"))
         ]
     for label in _labels():

@@ -7,7 +7,7 @@ import pytest
 
 from data_prep import blocks
 from data_prep.blocks import read_blocks, rows_of
-from user_input import UserError
+from mujina.user_input import UserError
 
 LINES = [b'{"text": "' + b"x" * (n * 37 % 211) + b'"}\n' for n in range(100)] + [
     b"\n",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.documents import Document, SourceFacts, find_files, read_documents
-from user_input import UserError
+from mujina.user_input import UserError
 
 
 def read(path: Path | str) -> list[Document]:

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from data_prep.executors import After, prepare
+from mujina.user_input import UserError
 from tests.cluster import wait_for_job
 from tests.data_prep.test_pipeline import ROOT, bytes_of, config, values, write_files
-from user_input import UserError
 
 pytest_plugins = ["tests.cluster"]
 SLURM = {"partition": "main", "memory_gb": 1, "tokenizer_cpus": 2, "max_array_size": 2}

@@ -11,7 +11,7 @@ import pytest
 
 from data_prep import indexed
 from data_prep.indexed import BinaryWriter, Labels, Manifest, open_binary, token_dtype
-from user_input import UserError
+from mujina.user_input import UserError
 
 DOCUMENTS = [[5, 6, 7, 2], [2], [8] * 100 + [2], [9, 2]]
 

@@ -18,10 +18,10 @@ import yaml
 from data_prep.config import PrepareConfig
 from data_prep.executors import prepare
 from data_prep.indexed import open_binary
-from files import read_rows
+from mujina.files import read_rows
+from mujina.user_input import UserError, read_yaml
 from tests.data_prep.steps.test_extract import PAGE
 from tokenization.tokenizer import Tokenizer
-from user_input import UserError, read_yaml
 
 ROOT = Path(__file__).parents[2]
 STEPS: list[dict[str, Any]] = [{"step": "normalise"}, {"step": "exact_duplicates"}, {"step": "code_quality"}, {"step": "near_duplicates"}]

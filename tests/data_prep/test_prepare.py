@@ -25,9 +25,9 @@ from data_prep.blocks import Block, read_blocks
 from data_prep.documents import Document, documents_of
 from data_prep.indexed import open_binary
 from data_prep.prepare import PrepareConfig, prepare
+from mujina.user_input import UserError
 from tokenization.tokenizer import Tokenizer
 from tokenization.train import TrainConfig, train
-from user_input import UserError
 
 ROOT = Path(__file__).parents[2]
 

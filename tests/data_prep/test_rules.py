@@ -12,7 +12,7 @@ import pytest
 
 from data_prep.documents import SourceFacts, read_documents
 from data_prep.synthetic.rules import NAMES, THINGS, generate
-from user_input import UserError
+from mujina.user_input import UserError
 
 Row = dict[str, Any]
 CALCULATION = re.compile(r"([\d+×\- ]+) = (\d+)[.。] ?(?:The answer is|答えは)(?: )?(\d+)(?:です。|\.)$")

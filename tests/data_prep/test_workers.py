@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from data_prep.workers import Workers
-from user_input import UserError
+from mujina.user_input import UserError
 
 ROOT = Path(__file__).parents[2]
 

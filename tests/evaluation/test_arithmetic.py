@@ -6,7 +6,7 @@ import pytest
 from evaluation import arithmetic
 from evaluation.arithmetic import Message, Problem, Result, read_problems, score, stated_number
 from evaluation.generate import Answer
-from user_input import UserError
+from mujina.user_input import UserError
 
 
 def problem(answer: str = "12", language: str = "en", prompt: str = "What is 5 + 7?") -> Problem:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 from evaluation import generate
 from evaluation.generate import Answer, answers
-from user_input import UserError
+from mujina.user_input import UserError
 
 WORDS = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "zero", "one", "two", "three", "four", "five"]
 TEMPLATE = (

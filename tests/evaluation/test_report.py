@@ -10,7 +10,7 @@ import yaml
 from evaluation import report
 from evaluation.arithmetic import Result, Sample, Shares
 from evaluation.report import read_evaluation, read_run
-from user_input import UserError
+from mujina.user_input import UserError
 
 TOKENS_PER_STEP = 4096
 

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from megatron_jobs import config as configuration
-from megatron_jobs import phases
-from megatron_jobs.plan import num_parameters
+from megatron_jobs.data import phases
+from megatron_jobs.planning.plan import num_parameters
+from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
-from user_input import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,7 +126,7 @@ def test_the_reference_models(name, total, active, steps, monkeypatch):
 
 
 def test_plan_counts_what_the_model_has(prepared, tmp_path):
-    from megatron_jobs.weights import shapes
+    from megatron_jobs.checkpoints.weights import shapes
 
     for sections in (dict(), dict(moe=MOE), dict(model=dict(tie_embeddings=True))):
         settings = tiny(prepared, tmp_path, **sections)

@@ -30,11 +30,11 @@ SITECUSTOMIZE = """
 import os, sys
 if os.environ.get("RANK") == "1":
     import ctypes, signal, threading, time
-    from user_input import UserError
+    from mujina.user_input import UserError
     def fault(): {fault}
     def patch():
-        while not hasattr(sys.modules.get("megatron_jobs.objective"), "Objective"): time.sleep(0.01)
-        objective, calls = sys.modules["megatron_jobs.objective"].Objective, []
+        while not hasattr(sys.modules.get("megatron_jobs.engine.passes"), "Objective"): time.sleep(0.01)
+        objective, calls = sys.modules["megatron_jobs.engine.passes"].Objective, []
         gradients = objective.gradients
         def faulty(self, *arguments):
             calls.append(1)

@@ -14,11 +14,11 @@ import psutil
 import pytest
 import yaml
 
-from megatron_jobs.checkpoint import Checkpoint
+from megatron_jobs.checkpoints.checkpoint import Checkpoint
+from mujina.user_input import UserError
 from tests.conftest import tiny
 from tests.megatron_jobs.test_train import losses, train_here
 from tests.ranks import FORKSERVER, run_ranks
-from user_input import UserError
 
 
 def rank_process(rank: int, port: int, config) -> None:
@@ -64,11 +64,11 @@ def test_killed_at_any_moment(prepared, tmp_path, asynchronous):
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
-    from megatron_jobs import parallel
+    from megatron_jobs.engine import groups
 
-    with parallel.hold(tmp_path), pytest.raises(UserError, match="another process trains in this folder"), parallel.hold(tmp_path):
+    with groups.hold(tmp_path), pytest.raises(UserError, match="another process trains in this folder"), groups.hold(tmp_path):
         pass
-    with parallel.hold(tmp_path):
+    with groups.hold(tmp_path):
         pass
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from megatron_jobs.checkpoint import STATES, Checkpoint
+from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint
+from megatron_jobs.checkpoints.weights import Box
 from megatron_jobs.config import RunConfig, StabilityConfig
 from megatron_jobs.stability import Guard, write_rollbacks
-from megatron_jobs.weights import Box
 from tests.conftest import tiny
 from tests.megatron_jobs.test_train import losses, train_here
 from tests.ranks import run_ranks
@@ -95,7 +95,7 @@ def train_with_faults(config: RunConfig, faults: dict[int, str], killed_at: str 
 
     import torch.distributed as dist
 
-    from megatron_jobs.objective import Objective
+    from megatron_jobs.engine.passes import Objective
     from megatron_jobs.train import Trainer
 
     now = {"step": 0}

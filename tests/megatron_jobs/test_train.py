@@ -7,19 +7,20 @@ from typing import Any
 
 import pytest
 
-from megatron_jobs.checkpoint import Checkpoint
+from megatron_jobs.checkpoints.checkpoint import Checkpoint
+from megatron_jobs.checkpoints.weights import Box
 from megatron_jobs.config import RunConfig
-from megatron_jobs.weights import Box
 from tests.conftest import tiny
 from tests.ranks import run_ranks
 
 
 def train_here(config: RunConfig, last_step: int | None = None) -> None:
-    from megatron_jobs import parallel, train
+    from megatron_jobs import train
+    from megatron_jobs.engine import groups
 
     if last_step is not None:  # stands for a process that ends, for whatever reason, after this step
         train.phases.num_steps = lambda phases: last_step
-    with parallel.groups(config.parallel, config.seed):
+    with groups.of_run(config.parallel, config.seed):
         train.train(config)
 
 
@@ -46,13 +47,14 @@ def plain_loop(config: RunConfig) -> list[dict[str, Any]]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from megatron_jobs import convert, data, phases
-    from megatron_jobs.order import DataOrder
-    from megatron_jobs.weights import InitialWeights
+    from megatron_jobs.checkpoints.weights import InitialWeights
+    from megatron_jobs.conversion import convert
+    from megatron_jobs.data import feeder, phases
+    from megatron_jobs.data.order import DataOrder
 
     source = InitialWeights(config.model, None, config.seed)
-    binaries = data.open_sources(config)
-    order = DataOrder(config, data.facts(binaries))
+    binaries = feeder.open_sources(config)
+    order = DataOrder(config, feeder.facts(binaries))
     config.run.mkdir(parents=True, exist_ok=True)
     exported = convert.Exported(SimpleNamespace(config=config, ledger={}, shapes=source.shapes, read=source.read))
     convert._write_companions(exported, config.run)
@@ -65,7 +67,7 @@ def plain_loop(config: RunConfig) -> list[dict[str, Any]]:
     for step in range(phases.num_steps(config.phases)):
         phase = config.phases[phases.locate(config.phases, step)[0]]
         where = order.samples(step, range(phase.global_batch_size))
-        tokens = torch.from_numpy(data.read(binaries, where, phase.sequence_length))
+        tokens = torch.from_numpy(feeder.read(binaries, where, phase.sequence_length))
         logits = llama(tokens[:, :-1]).logits
         of_samples = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
         z_loss = logits.logsumexp(-1).square().mean()

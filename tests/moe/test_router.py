@@ -37,15 +37,16 @@ def routed() -> dict[str, Any]:
 
 def _route() -> dict[str, Any]:
     """What the routers of models make of the draw: weights, kept, tally, gradient of the losses."""
-    from megatron_jobs import model, parallel
     from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig
+    from megatron_jobs.engine import groups
+    from megatron_jobs.engine.gpt import build
 
     shape = ModelConfig(num_layers=1, hidden_size=HIDDEN, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=2, vocab_size=9)
     results = {}
-    with parallel.alone():
+    with groups.alone():
         for case, options in CASES.items():
             moe = MoEConfig(num_experts=E, top_k=K, load_balancing_loss=BALANCE, router_z_loss=Z_LOSS, **options)
-            gpt = model.build(shape, moe, ParallelConfig(), torch.float32, 16)
+            gpt = build(shape, moe, ParallelConfig(), torch.float32, 16)
             router = gpt.decoder.layers[0].mlp.router
             hidden, weight = drawn()
             router.weight.data.copy_(weight)
@@ -103,13 +104,14 @@ def test_normalized_logits_that_are_all_equal_have_a_gradient():
 
 
 def _gradient_of_equal_logits() -> list[list[float]]:
-    from megatron_jobs import model, parallel
     from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig
+    from megatron_jobs.engine import groups
+    from megatron_jobs.engine.gpt import build
 
     shape = ModelConfig(num_layers=1, hidden_size=HIDDEN, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=2, vocab_size=9)
-    with parallel.alone():
+    with groups.alone():
         moe = MoEConfig(num_experts=E, top_k=K, normalize_logits=True)
-        router = model.build(shape, moe, ParallelConfig(), torch.float32, 16).decoder.layers[0].mlp.router
+        router = build(shape, moe, ParallelConfig(), torch.float32, 16).decoder.layers[0].mlp.router
         hidden, weight = drawn()
         hidden[0] = 0
         router.weight.data.copy_(weight)

@@ -79,12 +79,12 @@ def _similarity(sizes: dict[str, int]) -> list[float]:
     """Each rank of four gives what it would hold: its experts, cut by the expert-tensor ranks, of its pipeline stage's layers."""
     from megatron.core import parallel_state
 
-    from megatron_jobs import parallel
     from megatron_jobs.config import ParallelConfig
+    from megatron_jobs.engine import groups
     from moe import statistics
 
     layout = ParallelConfig(**sizes)
-    with parallel.groups(layout, 1):
+    with groups.of_run(layout, 1):
         first = 4 // layout.expert * parallel_state.get_expert_model_parallel_rank()
         cut = parallel_state.get_expert_tensor_parallel_rank()
         layers = range(2) if layout.pipeline == 1 else [parallel_state.get_pipeline_model_parallel_rank()]

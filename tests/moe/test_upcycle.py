@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_jobs.checkpoints.weights import Box, InitialWeights, drawn, shapes
 from megatron_jobs.config import ModelConfig, MoEConfig
-from megatron_jobs.weights import Box, InitialWeights, drawn, shapes
 from moe.upcycle import Upcycled, _mean_and_std
-from user_input import UserError
+from mujina.user_input import UserError
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=24, ffn_hidden_size=96, num_attention_heads=2, num_query_groups=1, vocab_size=10, init_std=0.3

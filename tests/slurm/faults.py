@@ -17,7 +17,7 @@ import psutil
 import yaml
 
 from megatron_jobs import config as configuration
-from megatron_jobs.checkpoint import Checkpoint
+from megatron_jobs.checkpoints.checkpoint import Checkpoint
 from megatron_jobs.config import RunConfig
 from slurm import history
 from tests.cluster import NODES, Cluster, wait_for, wait_for_job

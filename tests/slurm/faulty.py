@@ -10,7 +10,7 @@ _, kind, first, _, module, *arguments = sys.argv
 sys.argv = [module, *arguments]
 sys.path[0] = os.getcwd()  # as with python -m
 if module == "megatron_jobs.train":
-    from megatron_jobs.objective import Objective
+    from megatron_jobs.engine.passes import Objective
 
     gradients = Objective.gradients
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from mujina.user_input import UserError
 from tokenization.compare import COLUMNS, compare, main, to_markdown
 from tokenization.tokenizer import Tokenizer
-from user_input import UserError
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from mujina.user_input import UserError
 from tokenization import extend as extend_module
 from tokenization.extend import ExtendConfig, extend
 from tokenization.merges import continue_merges
 from tokenization.tokenizer import Tokenizer
 from tokenization.train import TrainConfig, train
-from user_input import UserError
 
 CORPUS = Path(__file__).parents[2] / "examples/corpus"
 NUM_NEW = 150

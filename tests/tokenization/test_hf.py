@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from mujina.user_input import UserError
 from tokenization import hf
 from tokenization.tokenizer import CHAT_PIECES, Tokenizer
-from user_input import UserError
 
 CORPUS = sorted((Path(__file__).parents[2] / "examples/corpus").glob("*.jsonl.gz"))
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", *CHAT_PIECES]

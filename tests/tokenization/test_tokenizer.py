@@ -9,9 +9,9 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mujina.user_input import UserError
 from tokenization.tokenizer import CHAT_PIECES, Tokenizer
 from tokenization.train import TrainConfig, train
-from user_input import UserError
 
 CONTROL = [*CHAT_PIECES, "<s>", "</s>", "<unk>", "<pad>", "<0x0A>", "▁"]
 AWKWARD = ["▁▁", "<|user|", "<<|user|>>", "<|user<|user|>|>", "  ", "\t", "\r\n", "🦡", "\x00"]

@@ -10,11 +10,11 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mujina.user_input import UserError
 from tokenization import train as train_module
 from tokenization.presplit import mecab
 from tokenization.tokenizer import Tokenizer
 from tokenization.train import TrainConfig, train
-from user_input import UserError
 
 CORPUS = Path(__file__).parents[2] / "examples/corpus"
 WORDS = mecab()

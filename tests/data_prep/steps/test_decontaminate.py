@@ -10,7 +10,7 @@ from datatrove.data import Document
 
 from data_prep.steps import decontaminate
 from data_prep.steps.decontaminate import Decontaminate
-from user_input import UserError
+from mujina.user_input import UserError
 
 JAPANESE = "太郎さんは時速４キロで歩き、花子さんは時速６キロで歩きます。二人が同時に出発したとき、花子さんは何分早く着くでしょうか。"
 ENGLISH = "A robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts in total does it take to make one?"

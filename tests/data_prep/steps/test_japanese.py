@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from data_prep.steps.japanese import WORDS, JapaneseQuality, WordLimit
 from data_prep.steps.measure import code_points, repeated_ngrams
-from user_input import UserError
+from mujina.user_input import UserError
 
 CORPUS = Path(__file__).parents[3] / "examples" / "corpus"
 SWALLOW = {"min_full_stops": 0, "min_particle_ratio": 0, "adverts": None, "board": None, "ng_words": None}

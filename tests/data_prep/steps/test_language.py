@@ -4,7 +4,7 @@ import pytest
 from datatrove.data import Document
 
 from data_prep.steps.language import Language
-from user_input import UserError, parse
+from mujina.user_input import UserError, parse
 
 TEXTS = {
     "ja": "吾輩は猫である。名前はまだ無い。\nどこで生れたかとんと見当がつかぬ。",

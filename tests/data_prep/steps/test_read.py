@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from data_prep.steps import read as module
 from data_prep.steps.read import find_inputs, read
-from user_input import UserError
+from mujina.user_input import UserError
 
 DEFAULTS = {"kind": "web", "origin": "human", "language": "unknown", "licence": "CC0", "source": "mine"}
 PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}

@@ -9,7 +9,7 @@ from datatrove.data import Document
 
 from data_prep.steps.step import Judge
 from data_prep.steps.url import Url
-from user_input import UserError
+from mujina.user_input import UserError
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,359 @@
+"""Checkpoints that know nothing of the layout they were saved at.
+
+    checkpoints/step-00000200/checkpoint.json        step, tokens, updates, configuration, shapes, size and SHA-256 of every other file, and
+                                                     a SHA-256 of all this
+                              ledger.json            what has been consumed of each source, by phase
+                              rank-00000.safetensors rectangles of the named matrices of `placement.py`, for each of STATES
+    checkpoints/latest                               a link to the newest whole one
+
+Each rank writes only the rectangles that it owns (the distributed optimizer gives every element one owner), and reads only
+those that meet what it needs: no rank ever holds the model, and TP, PP, EP and DP may differ between save and load.
+A checkpoint is written under a temporary name and renamed when all its files are on the disk. Nothing is unpickled.
+No process group is needed here: `saver.py` is what the ranks of a run do together.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_jobs import config as configuration
+from megatron_jobs.checkpoints.weights import Box
+from megatron_jobs.config import RunConfig
+from mujina.files import sha256_of, write_parts, write_whole
+from mujina.tensor_files import Planned, header, progress, write_safetensors
+from mujina.user_input import UserError
+
+STATES = ("master", "exp_avg", "exp_avg_sq")  # float32 weights, and AdamW's two moments
+FORMAT = 2
+FILE_BYTES = 2**30  # of the checkpoints that no rank writes
+
+
+class Checkpoint:
+    """A whole checkpoint folder, as a source of named matrices (`placement.TensorSource`). Needs no process group."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError when the folder is not a whole checkpoint; `verify` looks at the contents of the files too."""
+        self.folder = folder
+        about = _description(folder)
+        self.step: int = about["step"]
+        self.tokens: int = about["tokens"]
+        self.updates: int = about["updates"]  # of the optimizer: fewer than steps where some were left out
+        self.config: RunConfig = configuration.from_dict(about["config"], str(folder / "checkpoint.json"))
+        self.shapes: dict[str, tuple[int, int]] = {name: (rows, columns) for name, (rows, columns) in about["shapes"].items()}
+        self.files: dict[str, dict[str, Any]] = about["files"]
+        for name, facts in self.files.items():
+            size = (folder / name).stat().st_size if (folder / name).exists() else None
+            if size != facts["bytes"]:
+                raise UserError(
+                    f"{folder / name}: {'is missing' if size is None else f'has {size:,} bytes'}, and the checkpoint was saved "
+                    f"with {facts['bytes']:,}: the checkpoint is damaged; take an older one"
+                )
+
+    @functools.cached_property
+    def _pieces(self) -> dict[tuple[str, str], list[tuple[Box, Path, int]]]:
+        """Where everything is, by state and name of the matrix: box, file, and position of its first byte in the file."""
+        found: dict[tuple[str, str], list[tuple[Box, Path, int]]] = {}
+        for path in (self.folder / name for name in self.files if name.endswith(".safetensors")):
+            try:
+                with open(path, "rb") as file:
+                    length = min(int.from_bytes(file.read(8), "little"), self.files[path.name]["bytes"])
+                    header = json.loads(file.read(length))
+                for key, about in header.items():
+                    state, name, row0, column0 = key.split("/")
+                    rows, columns = about["shape"]
+                    box = Box(int(row0), int(row0) + rows, int(column0), int(column0) + columns)
+                    found.setdefault((state, name), []).append((box, path, 8 + length + about["data_offsets"][0]))
+            except ValueError as error:
+                raise UserError(f"{path}: is no list of matrices ({error}): the checkpoint is damaged; take an older one") from None
+        return found
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Tells this checkpoint from any other, by its checksums."""
+        return {"run": str(self.config.run), "step": self.step, "tokens": self.tokens, "files": self.files}
+
+    @property
+    def states(self) -> list[str]:
+        """Those of STATES that were saved: a checkpoint to start from may hold weights only."""
+        return [state for state in STATES if any(state == saved for saved, _ in self._pieces)]
+
+    @property
+    def ledger(self) -> dict[str, Any]:
+        return json.loads((self.folder / "ledger.json").read_text())
+
+    def read(self, name: str, box: Box, state: str = "master") -> torch.Tensor:
+        """float32 on the CPU, shape [box.rows, box.columns]. Raises UserError when a part of the box was not saved."""
+        result = torch.empty(box.rows, box.columns)
+        self.read_into(state, name, box, result)
+        return result
+
+    def read_into(self, state: str, name: str, box: Box, values: torch.Tensor) -> None:
+        """As `read`, into a tensor of that shape, on any device. Several threads may do so at once."""
+        if values.is_cpu and values.is_contiguous() and values.dtype == torch.float32:
+            found = sum(
+                self._read_part(piece, box, path, position, values) for piece, path, position in self._pieces.get((state, name), [])
+            )
+            if found != box.rows * box.columns:
+                raise UserError(
+                    f"{self.folder}: holds {found:,} of the {box.rows * box.columns:,} values of {state} {name} that are asked for"
+                )
+        else:
+            values.copy_(self.read(name, box, state))
+
+    def _read_part(self, piece: Box, box: Box, path: Path, position: int, values: torch.Tensor) -> int:
+        """What a piece of a file has of the box, into its place in `values`; returns how many values that are."""
+        both = piece.meet(box)
+        if both.rows <= 0 or both.columns <= 0:
+            return 0
+        target = values[both.within(box)]
+        is_direct = both.columns == piece.columns == box.columns  # else through whole rows of the piece
+        rows = target if is_direct else torch.empty(both.rows, piece.columns)
+        position += (both.row0 - piece.row0) * piece.columns * 4
+        left = memoryview(rows.numpy()).cast("B")
+        with open(path, "rb", buffering=0) as file:
+            while left:
+                count = os.preadv(file.fileno(), [left], position)
+                if count == 0:
+                    raise UserError(f"{path}: ends before its time: the checkpoint is damaged; take an older one")
+                left, position = left[count:], position + count
+        if not is_direct:
+            target.copy_(rows[:, both.column0 - piece.column0 : both.column1 - piece.column0])
+        return both.rows * both.columns
+
+    def verify(self, share: int = 0, num_shares: int = 1) -> None:
+        """Raises UserError when a file is not what was saved. Several processes may take a share of the files each.
+
+        As many shares as files give rank r the file of rank r, which then waits in the memory of its machine to be loaded.
+        """
+        names = sorted(self.files, key=lambda name: (not name.endswith(".safetensors"), name))
+        for name in names[share::num_shares]:
+            if sha256_of(self.folder / name) != self.files[name]["sha256"]:
+                raise UserError(f"{self.folder / name}: its checksum is not that of the save: the checkpoint is damaged; take an older one")
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    try:
+        about = json.loads((folder / "checkpoint.json").read_text())
+        its_format = about["format"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder}: not a whole checkpoint ({error}): name a folder such as RUN/checkpoints/latest") from None
+    if its_format != FORMAT:
+        raise UserError(f"{folder}: is of format {its_format}, this version reads {FORMAT}: use the version that saved it")
+    if about.pop("sha256", None) != seal(about):
+        raise UserError(f"{folder / 'checkpoint.json'}: its checksum is not that of the save: the checkpoint is damaged; take an older one")
+    return about
+
+
+def seal(about: dict[str, Any]) -> str:
+    """The SHA-256 of what checkpoint.json says, in hex; it stands in the same file."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def newest_whole(
+    folder: Path,
+    keeps: Callable[[Checkpoint], bool] = lambda checkpoint: True,
+    rank: int = 0,
+    gathered: Callable[[Any], list[Any]] = lambda value: [value],
+) -> Checkpoint | None:
+    """The newest checkpoint in `folder` whose files are what was saved; says so when it passes over a damaged one.
+
+    Newer ones that `keeps` refuses (they were rolled back) are removed, and `latest` points at what is left. Called by all ranks of a run,
+    with `groups.gathered`, it gives each of them a share of the files to verify, and the same answer.
+    Raises UserError when there are damaged checkpoints and none that is whole.
+    """
+    names = gathered(sorted((path.name for path in _steps(folder)), reverse=True))
+    num_damaged = 0
+    for name in names[0]:
+        problem, is_kept = None, True
+        try:
+            checkpoint = Checkpoint(folder / name)
+            is_kept = keeps(checkpoint)
+            if is_kept:
+                checkpoint.verify(rank, len(names))
+        except UserError as error:
+            problem = str(error)
+        problems, kept = zip(*gathered((problem, is_kept)), strict=True)
+        if not all(kept):
+            if rank == 0:
+                _remove(folder / name)
+        elif found := next(filter(None, problems), None):
+            num_damaged += 1
+            if rank == 0:
+                print(f"passing over a damaged checkpoint: {found}", flush=True)
+        else:
+            if rank == 0 and not (folder / "latest").exists():
+                _point_latest_at(checkpoint.folder)
+            return checkpoint
+    if num_damaged:
+        raise UserError(f"{folder}: none of its {num_damaged} checkpoints is whole: bring one back, or remove the folder to start anew")
+    if rank == 0:
+        (folder / "latest").unlink(missing_ok=True)
+    return None
+
+
+class Writer:
+    """One checkpoint in the making: every rank calls `add_rank_file`, and one of them `finish` when all files are there."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.folder = folder
+        self.temporary = folder / f".step-{step:08d}"
+        self.final = folder / f"step-{step:08d}"
+        self.step = step
+
+    def clear(self) -> None:
+        """Removes what interrupted saves have left; called by one rank, before any writes."""
+        for left in [*self.folder.glob(".step-*"), *self.folder.glob(".removed-*")]:
+            shutil.rmtree(left)
+        self.temporary.mkdir(parents=True)
+
+    def add_rank_file(self, rank: int, pieces: dict[str, torch.Tensor]) -> None:
+        """Writes the rectangles that this rank owns (keys from `piece_key`; float32, on the CPU), and beside them size and checksum."""
+        path = self.temporary / f"rank-{rank:05d}.safetensors"
+        write_whole(path.with_suffix(".json"), json.dumps(_write(path, _safetensors(pieces))).encode())
+
+    def stream_rank_file(self, rank: int, pieces: Sequence[Planned], seen: Callable[[Any], Any]) -> None:
+        """As `add_rank_file`, of pieces that are read one at a time; `seen` is called with every part that is written."""
+        path = self.temporary / f"rank-{rank:05d}.safetensors"
+        digest = hashlib.sha256()
+        write_safetensors(path, pieces, seen=lambda part: (digest.update(part), seen(part)))
+        facts = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+        write_whole(path.with_suffix(".json"), json.dumps(facts).encode())
+
+    def num_rank_files(self) -> int:
+        """How many files are written to the end."""
+        return sum(1 for _ in self.temporary.glob("rank-*.json"))
+
+    def finish(self, config: RunConfig, tokens: int, updates: int, shapes: dict[str, tuple[int, int]], ledger: dict[str, Any]) -> Path:
+        """Writes the description, gives the folder its name, and points `latest` at it. `updates` are the optimizer's so far."""
+        files = {"ledger.json": _write(self.temporary / "ledger.json", [json.dumps(ledger, indent=1).encode()])}
+        for path in sorted(self.temporary.glob("rank-*.json")):
+            files[path.with_suffix(".safetensors").name] = json.loads(path.read_text())
+            path.unlink()
+        about = {
+            "format": FORMAT,
+            "step": self.step,
+            "tokens": tokens,
+            "updates": updates,
+            "shapes": shapes,
+            "files": files,
+            "config": config.model_dump(mode="json"),
+        }
+        _write(self.temporary / "checkpoint.json", [json.dumps({"sha256": seal(about)} | about, indent=1).encode()])
+        _sync(self.temporary)
+        if self.final.exists():  # a damaged one of the same step
+            _remove(self.final)
+        os.rename(self.temporary, self.final)
+        _point_latest_at(self.final)
+        _sync(self.folder)
+        return self.final
+
+
+def write_weights(
+    folder: Path, config: RunConfig, source: Any, shapes: dict[str, tuple[int, int]], ledger: dict[str, Any], description: str
+) -> Path:
+    """A checkpoint at step 0 without moments, of all that `source` (`placement.TensorSource`) has, one matrix in memory at a time.
+
+    In files of about FILE_BYTES; shows a progress bar with the description. Returns the folder of the checkpoint.
+    """
+    files: list[list[Planned]] = [[]]
+    for name, (rows, columns) in shapes.items():
+        if sum(piece.nbytes for piece in files[-1]) >= FILE_BYTES:
+            files.append([])
+        box = Box(0, rows, 0, columns)
+        read = functools.partial(source.read, name, box)
+        files[-1].append(Planned(piece_key("master", name, box), (rows, columns), torch.float32, read))
+    writer = Writer(folder, step=0)
+    writer.clear()
+    with progress(description, sum(piece.nbytes for pieces in files for piece in pieces)) as advance:
+        for number, pieces in enumerate(files):
+            writer.stream_rank_file(number, pieces, lambda part: advance(len(part)))
+    return writer.finish(config, 0, 0, shapes, ledger)
+
+
+def _point_latest_at(final: Path) -> None:
+    link = final.parent / ".latest"
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
+    os.replace(link, final.parent / "latest")
+
+
+def prune(folder: Path, keep: int, is_kept: Callable[[int], bool]) -> None:
+    """Removes all but the newest `keep` checkpoints and those whose step `is_kept`."""
+    for path in [path for path in sorted(_steps(folder)) if not is_kept(int(path.name[5:]))][:-keep]:
+        _remove(path)
+
+
+def _steps(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+
+
+def _remove(checkpoint: Path) -> None:
+    # Renamed first: a folder that is half removed must not look like a checkpoint.
+    hidden = checkpoint.with_name(f".removed-{checkpoint.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(checkpoint, hidden)
+    shutil.rmtree(hidden)
+
+
+def piece_key(state: str, name: str, box: Box) -> str:
+    return f"{state}/{name}/{box.row0}/{box.column0}"
+
+
+def rectangles(start: int, end: int, columns: int) -> Iterator[tuple[int, int, Box]]:
+    """Cuts the values start … end − 1 of a row-major matrix with `columns` columns into at most three rectangles.
+
+    Yields (start, end, box): the end of a row, whole rows, the beginning of a row.
+    """
+    cuts = sorted({start, min(end, -(-start // columns) * columns), max(start, end // columns * columns), end})
+    for first, last in itertools.pairwise(cuts):
+        row, column = divmod(first, columns)
+        if column or last - first < columns:
+            yield first, last, Box(row, row + 1, column, column + last - first)
+        else:
+            yield first, last, Box(row, last // columns, 0, columns)
+
+
+def _safetensors(pieces: dict[str, torch.Tensor]) -> list[Any]:
+    """The bytes of a safetensors file: the header, and the values, which are not copied."""
+    assert all(piece.dtype == torch.float32 for piece in pieces.values())
+    return [
+        header((key, piece.shape, piece.dtype) for key, piece in pieces.items()),
+        *(memoryview(piece.contiguous().numpy()).cast("B") for piece in pieces.values()),
+    ]
+
+
+def _write(path: Path, parts: Sequence[Any]) -> dict[str, Any]:
+    """Writes the parts, one after the other; returns size and checksum of the file, which is then safely on the disk.
+
+    A second thread computes the checksum meanwhile (hashlib and the disk both let other threads run). SHA-256, because processors
+    have instructions for it: it is faster than BLAKE2, and anybody can check it with sha256sum. An OSError names the file.
+    """
+    with ThreadPoolExecutor(1) as beside:
+        checksum = beside.submit(_sha256, parts)
+        write_parts(path, parts)
+    return {"bytes": path.stat().st_size, "sha256": checksum.result()}
+
+
+def _sha256(parts: Sequence[Any]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

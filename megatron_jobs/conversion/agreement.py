@@ -1,0 +1,183 @@
+"""The gate at the end of upcycling and of conversion: logits of both sides on real text, and a bound that fails the command."""
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_jobs.checkpoints.weights import Box
+from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig
+from megatron_jobs.conversion.hugging_face import COMPUTED, FAMILIES
+from megatron_jobs.data import feeder, phases
+from megatron_jobs.data.order import DataOrder
+from megatron_jobs.engine import placement
+from megatron_jobs.engine.gpt import build
+from megatron_jobs.engine.placement import TensorSource
+from mujina.user_input import UserError
+from tokenization.tokenizer import Tokenizer
+
+NUM_SAMPLES = 8
+TEXTS = (
+    "The Japanese badger lives in burrows which it digs itself, often together with others of its kind. In folk tales it changes its "
+    "shape and plays tricks on travellers: they find themselves in a bath of leaves, or pay for their supper with coins of gold that "
+    "turn out to be acorns in the morning.",
+    "むじなは、アナグマのことをいう。昔話では人を化かす動物とされ、夜道で旅人をからかったり、木の葉を小判に変えて買い物をしたりする。"
+    "山のふもとに穴を掘り、たぬきと同じ穴に住むこともあるという。",
+)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two sides are apart: differences of logits, relative to the largest logit; mean losses in nats a token.
+
+    Without a bound the sides are not meant to agree, and only values that are not finite fail.
+    """
+
+    max_relative_error: float
+    mean_relative_error: float
+    loss_before: float
+    loss_after: float
+    bound: float | None
+
+    @property
+    def holds(self) -> bool:
+        if self.bound is None:
+            return all(map(math.isfinite, (self.max_relative_error, self.loss_before, self.loss_after)))
+        return self.max_relative_error <= self.bound  # False for NaN as well
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        bound = "no bound: they are not meant to agree" if self.bound is None else f"the bound is {self.bound:.0e}"
+        return (
+            f"logits agree to {self.max_relative_error:.2e} at most and {self.mean_relative_error:.2e} on average "
+            f"(relative; {bound}); loss {self.loss_before:.6f} before, {self.loss_after:.6f} after"
+        )
+
+
+def samples(config: RunConfig) -> torch.Tensor:
+    """The first samples that a run trains on: token ids, shape [samples, sequence length + 1]. Raises UserError without its data.
+
+    The checkpoint of an imported model has no data: TEXTS stand in.
+    """
+    if not config.phases:
+        return texts(Tokenizer.load(config.tokenizer))
+    binaries = feeder.open_sources(config)
+    sources = feeder.facts(binaries)
+    config = phases.resolve(config, sources)
+    first = config.phases[0]
+    where = DataOrder(config, sources).samples(0, range(min(NUM_SAMPLES, first.batch_size(0))))
+    return torch.from_numpy(feeder.read(binaries, where, first.sequence_length))
+
+
+def texts(tokenizer: Tokenizer) -> torch.Tensor:
+    """TEXTS as token ids, shape [texts, length + 1]."""
+    ids = [tokenizer.encode(text) for text in TEXTS]
+    return torch.tensor([row[: min(map(len, ids))] for row in ids])
+
+
+def megatron_logits(model_config: ModelConfig, moe: MoEConfig | None, weights: TensorSource, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of megatron-core's model in float32, shape [samples, sequence length, vocabulary]; within `groups.alone()`.
+
+    No more than one layer, the embedding and the output layer are in memory at a time.
+    """
+    of_one_layer = model_config.model_copy(update={"num_layers": 1})
+    kinds = [moe if moe and moe.is_mixture(number) else None for number in range(model_config.num_layers)]
+    gpts = {kind: build(of_one_layer, kind, ParallelConfig(), torch.float32, tokens.shape[1]).eval() for kind in set(kinds)}
+    parameters = {kind: placement.local_parameters(gpt, of_one_layer, kind) for kind, gpt in gpts.items()}
+    gpt = gpts[kinds[0]]
+    with torch.no_grad():
+        placement.fill((local for local in parameters[kinds[0]] if not _is_of_layer(local)), weights)
+        tokens = tokens.to(next(gpt.parameters()).device)
+        hidden_SBH = gpt.embedding(tokens, torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape))
+        rotary = gpt.rotary_pos_emb(tokens.shape[1])
+        for number, kind in enumerate(kinds):
+            placement.fill(filter(_is_of_layer, parameters[kind]), _Layer(weights, number))
+            hidden_SBH, _ = gpts[kind].decoder.layers[0](hidden_states=hidden_SBH, attention_mask=None, rotary_pos_emb=rotary)
+        output = gpt.shared_embedding_or_output_weight() if model_config.tie_embeddings else None
+        logits_SBV, _ = gpt.output_layer(gpt.decoder.final_layernorm(hidden_SBH), weight=output)
+        return logits_SBV.transpose(0, 1)[..., : model_config.vocab_size].float().cpu()
+
+
+def _is_of_layer(local: placement.LocalParameter) -> bool:
+    return local.parts[0].name.startswith("layers.")
+
+
+class _Layer:
+    """One layer of a model as the first layer of another."""
+
+    def __init__(self, weights: TensorSource, number: int) -> None:
+        self.weights, self.number = weights, number
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        return self.weights.read(name.replace("layers.0.", f"layers.{self.number}.", 1), box)
+
+
+def transformers_logits(folder: Path, files: list[Path], tokens: torch.Tensor, what: str) -> torch.Tensor:
+    """Logits of transformers' model of a folder with these weight files: float32, shape [samples, sequence length, vocabulary].
+
+    Each layer is in memory alone, as the only one of a model that `from_pretrained` makes. Raises UserError, which begins with `what`, when
+    transformers finds tensors left over or missing.
+    """
+    import transformers
+    from safetensors import safe_open
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    tensors = {name: tensor for file in files for name, tensor in _slices(safe_open(file, framework="pt"))}
+    prefixes = [f"model.layers.{number}." for number in range(config.num_hidden_layers)]
+    outside = {name: tensor for name, tensor in tensors.items() if not name.startswith(tuple(prefixes))}
+    with torch.no_grad():
+        ends = _transformers_part(config, [], outside, what)
+        hidden_BSH = ends.get_input_embeddings()(tokens)
+        for number, prefix in enumerate(prefixes):
+            of_layer = {name.replace(prefix, "model.layers.0."): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            layer = _transformers_part(config, [number], of_layer, f"{what}, layer {number}")
+            hidden_BSH = layer.model(inputs_embeds=hidden_BSH, use_cache=False).last_hidden_state
+        return ends.lm_head(ends.model.norm(hidden_BSH))
+
+
+def _slices(file: Any) -> Iterator[tuple[str, Any]]:
+    return ((name, file.get_slice(name)) for name in file.keys() if not name.endswith(COMPUTED))
+
+
+def _transformers_part(whole: Any, numbers: list[int], tensors: dict[str, Any], what: str) -> Any:
+    """transformers' model of the layers `numbers` alone, without what stands outside of them; or, without any, of just that."""
+    import transformers
+
+    config = copy.deepcopy(whole)
+    config.num_hidden_layers = len(numbers)
+    if numbers:
+        config.vocab_size, config.pad_token_id = 1, None
+    if types := getattr(whole, "layer_types", None):
+        config.layer_types = [types[number] for number in numbers]
+    if hasattr(whole, "mlp_only_layers"):  # Qwen3-MoE; these say which layers are dense by their numbers
+        dense = [n for n in numbers if n in whole.mlp_only_layers or (n + 1) % whole.decoder_sparse_step]
+        config.mlp_only_layers, config.decoder_sparse_step = [0] * len(dense), 1
+    transformers.utils.logging.disable_progress_bar()  # one a layer would be too many
+    part, info = getattr(transformers, FAMILIES[config.model_type].architecture).from_pretrained(
+        None, config=config, state_dict={name: tensor[:] for name, tensor in tensors.items()}, dtype=torch.float32, output_loading_info=True
+    )
+    if numbers:
+        info["missing_keys"] = [name for name in info["missing_keys"] if ".layers." in name]
+        part.model.norm = torch.nn.Identity()
+    for trouble in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[trouble]:
+            raise UserError(f"{what}: transformers reports {trouble}: {sorted(info[trouble])}: this is a defect, please report it")
+    return part.eval()
+
+
+def compare(before: torch.Tensor, after: torch.Tensor, labels: torch.Tensor, bound: float | None) -> Agreement:
+    difference = (before - after).abs()
+    scale = before.abs().max()
+    losses = [float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())) for logits in (before, after)]
+    return Agreement(float(difference.max() / scale), float(difference.mean() / scale), losses[0], losses[1], bound)
+
+
+def require(agreement: Agreement, what: str) -> None:
+    if not agreement.holds:
+        raise UserError(f"{what}: {agreement}: nothing was written; this is a defect, please report it with the configuration")

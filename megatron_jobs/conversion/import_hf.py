@@ -1,0 +1,181 @@
+"""Makes a Hugging Face folder, or a GGUF file, ready for continued pretraining.
+
+    python -m megatron_jobs.conversion.import_hf MODEL OUTPUT [--tokenizer FOLDER] [--no-check] [--checkpoint]     (`mujina import`)
+
+OUTPUT/model.yaml is a preset with `model:`, `moe:`, `tokenizer:` and `train.init_from`: a run's YAML says `extends: OUTPUT/model.yaml`
+and adds data and phases. OUTPUT holds the tokenizer, and weights where they differ from MODEL's: a GGUF file is unpacked to float32
+(transformers and the package gguf read it), and --tokenizer gives the model another vocabulary, each new piece starting as the mean
+of the pieces that spelled it. Ends with a comparison of the logits of megatron-core's model and of transformers'.
+
+--checkpoint also writes the weights as a checkpoint, OUTPUT/checkpoints/latest: `mujina convert` makes the Hugging Face folder of it
+that it came from, equal to the last bit of every tensor.
+"""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from megatron_jobs.config import from_dict
+from megatron_jobs.conversion.hugging_face import HuggingFaceFolder, compare
+from mujina.files import whole_folder
+from mujina.user_input import UserError, run
+from tokenization.embeddings import extend_embeddings, respell
+from tokenization.hf import HfTokenizer
+from tokenization.tokenizer import Tokenizer
+
+PRESET = "model.yaml"
+# How texts are cut before BPE, by the GGUF's `tokenizer.ggml.pre`: transformers takes every one of them for GPT-2's.
+PRE_TOKENIZERS = {
+    "smollm": {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        ],
+    },
+}
+
+
+def main(
+    model: Annotated[
+        Path, typer.Argument(help="Hugging Face folder (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE), or a Llama's GGUF")
+    ],
+    output: Annotated[Path, typer.Argument(help="folder to write")],
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer folder that replaces the model's own")] = None,
+    no_check: Annotated[bool, typer.Option("--no-check", help="leave out the comparison of logits at the end")] = False,
+    checkpoint: Annotated[bool, typer.Option("--checkpoint", help="also write OUTPUT/checkpoints/latest, weights only")] = False,
+) -> None:
+    """Writes a preset, the tokenizer, and weights where they change, for runs that start from a Hugging Face model."""
+    if not (model.is_file() or (model / "config.json").is_file()):
+        raise UserError(f"{model}: is neither a GGUF file nor a folder with a config.json: check the path")
+    with whole_folder(output, PRESET) as partial:
+        folder = model
+        if model.is_file():
+            folder = partial if tokenizer is None else partial / "before"
+            _unpack_gguf(model, folder)
+        used = _open_tokenizer(folder)
+        if tokenizer is not None:
+            old, used = used, Tokenizer.load(tokenizer)
+            _replace_vocabulary(folder, partial, old, used)
+            shutil.rmtree(partial / "before", ignore_errors=True)
+            folder = partial
+        elif folder != partial:
+            used.save_hf(partial)
+        source = HuggingFaceFolder(folder)
+        if used.vocab_size > source.model.vocab_size:
+            raise UserError(f"{model}: its tokenizer has {used.vocab_size} pieces, more than its vocab_size ({source.model.vocab_size})")
+        if not no_check:
+            from megatron_jobs.conversion import agreement
+
+            compare(source, source, folder, agreement.texts(used)[:, : source.sliding_window], "import")
+        if checkpoint:
+            _write_checkpoint(source, partial / "checkpoints", output)
+        (partial / PRESET).write_text(_preset(source, model, output, output if folder == partial else model), encoding="utf-8")
+    print(f"{output}: a run's YAML may now say extends: {output / PRESET} (relative to itself), and add run, data, train and phases")
+
+
+def _open_tokenizer(folder: Path) -> Tokenizer:
+    """The model's own. A foreign tokenizer.model may be none of ours; then the tokenizer.json beside it does."""
+    try:
+        return Tokenizer.load(folder)
+    except UserError:
+        if not (folder / "tokenizer.json").exists():
+            raise
+        return HfTokenizer(folder)
+
+
+def _unpack_gguf(file: Path, folder: Path) -> None:
+    """A GGUF file as a Hugging Face folder in float32, its tokenizer with it; folder/config.json says what it is."""
+    try:
+        import accelerate  # noqa: F401  transformers wants it for this
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise UserError(f"{file}: reading GGUF needs packages ({error}): pip install -c constraints.txt -e '.[gguf]'") from None
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        reader = GGUFReader(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: is not a GGUF file ({error}): name one, or a Hugging Face folder") from None
+    # transformers passes over both, and would give a model that differs from the file's.
+    if any(".rope.scaling." in name for name in reader.fields) or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
+        raise UserError(f"{file}: its rotary positions are scaled, which is not supported: take another model")
+    cut = reader.fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in reader.fields else None
+    if cut not in PRE_TOKENIZERS:
+        raise UserError(
+            f"{file}: tokenizer.ggml.pre ({cut}) is not known, only {', '.join(PRE_TOKENIZERS)}: take the model's Hugging Face folder"
+        )
+    del reader
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True)
+    model.hf_quantizer = model.quantization_method = None  # with them save_pretrained refuses, though nothing is quantized any more
+    del model.config.quantization_config
+    model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.6g}")  # GGUF has float32: 9.99999974e-06
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True).save_pretrained(folder)
+    document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    document["pre_tokenizer"] = PRE_TOKENIZERS[cut]
+    (folder / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+
+
+def _replace_vocabulary(folder: Path, target: Path, old: Tokenizer, new: Tokenizer) -> None:
+    """Writes the model in `folder` into `target`, with embeddings and output rows for the pieces of `new` made of those of `old`."""
+    from transformers import GenerationConfig
+
+    num_rows = extend_embeddings(folder, target, 0, respell(new, old))
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values |= {"vocab_size": num_rows, "bos_token_id": None, "eos_token_id": new.eod_id, "pad_token_id": None}
+    (target / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
+    GenerationConfig(eos_token_id=[new.eod_id, new.end_of_turn_id], pad_token_id=new.eod_id).save_pretrained(target)
+    new.save_hf(target)
+
+
+def _write_checkpoint(source: HuggingFaceFolder, folder: Path, output: Path) -> None:
+    """The weights as a checkpoint of a run without phases; its ledger says where they come from, for a conversion back."""
+    from megatron_jobs.checkpoints.checkpoint import write_weights
+    from megatron_jobs.checkpoints.weights import shapes
+
+    wanted = dict(shapes(source.model, source.moe))
+    types = Counter(source.dtype(name) for name in wanted)
+    values = {
+        "run": output,
+        "tokenizer": output,
+        "model": source.model.model_dump(mode="json"),
+        "moe": source.moe and source.moe.model_dump(mode="json"),
+        "data": {"folder": output},
+        "train": {"micro_batch_size": 1, "precision": "fp32" if "F32" in types else "bf16"},
+        "phases": [],
+    }
+    usual = types.most_common(1)[0][0]
+    companions = {
+        name: json.loads((source.folder / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("config", "generation_config")
+        if (source.folder / f"{name}.json").exists()
+    }
+    origin = {
+        "folder": str(source.folder),
+        **companions,
+        "type": usual,
+        "other_types": {name: source.dtype(name) for name in wanted if source.dtype(name) != usual},
+    }
+    ledger = {"tokens": 0, "phases": [], "imported_from": origin}
+    write_weights(folder, from_dict(values, str(output)), source, wanted, ledger, "importing")
+
+
+def _preset(source: HuggingFaceFolder, model: Path, output: Path, weights: Path) -> str:
+    sections: dict[str, Any] = {"tokenizer": str(output), "model": source.model.model_dump(mode="json")}
+    if source.moe:
+        sections["moe"] = source.moe.model_dump(mode="json")
+    sections["train"] = {"init_from": str(weights)}
+    return f"# {model}, as mujina import has read it: a run's YAML says extends: and this file's path\n" + yaml.safe_dump(
+        sections, sort_keys=False
+    )
+
+
+if __name__ == "__main__":
+    run(main)

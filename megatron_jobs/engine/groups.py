@@ -1,0 +1,134 @@
+"""Processes: who I am, the process groups, and the small exchanges that the trainer needs.
+
+Started by torchrun (RANK, WORLD_SIZE), by srun (SLURM_PROCID, SLURM_NTASKS) or by hand (one process).
+"""
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_jobs.config import ParallelConfig
+from megatron_jobs.engine import cpu
+from mujina.user_input import UserError
+
+_cpu_is_prepared = False
+
+
+@contextlib.contextmanager
+def of_run(parallel: ParallelConfig, seed: int) -> Iterator[None]:
+    """The process groups of a run, over all processes that were started together; taken down at the end."""
+    if world_size() > 1:
+        with _groups(parallel, seed, "env://", rank(), world_size()):
+            yield
+    else:
+        with alone(parallel, seed):
+            yield
+
+
+@contextlib.contextmanager
+def alone(parallel: ParallelConfig | None = None, seed: int = 1) -> Iterator[None]:
+    """Process groups of one, also for a command that wants the whole model in this process."""
+    with tempfile.TemporaryDirectory() as folder, _groups(parallel or ParallelConfig(), seed, f"file://{folder}/store", 0, 1):
+        yield
+
+
+@contextlib.contextmanager
+def _groups(parallel: ParallelConfig, seed: int, meeting_point: str, rank: int, world_size: int) -> Iterator[None]:
+    prepare_device()
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, init_method=meeting_point, rank=rank, world_size=world_size)
+    initialize(parallel)
+    if torch.cuda.is_available():
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def initialize(parallel: ParallelConfig) -> None:
+    """Divides the processes into megatron-core's groups."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        create_gloo_process_groups=False,
+    )
+
+
+def prepare_device() -> None:
+    """Chooses this process's GPU; where there is none, installs the stand-ins (once) and keeps to its share of the cores."""
+    global _cpu_is_prepared
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
+    elif not _cpu_is_prepared:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world_size())))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+        cpu.install()
+        _cpu_is_prepared = True
+
+
+def device_name() -> str:
+    """What this process computes on, in a line for the log."""
+    if not torch.cuda.is_available():
+        return f"CPU, {torch.get_num_threads()} threads a process"
+    import pynvml
+
+    pynvml.nvmlInit()
+    return f"{torch.cuda.get_device_name()}, driver {pynvml.nvmlSystemGetDriverVersion()}"
+
+
+def memory_gib() -> float:
+    """The most GPU memory that this process has held; without a GPU, the memory that it holds now."""
+    used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    return used / 2**30
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+
+
+def from_rank_0(value: Any) -> Any:
+    """What rank 0 passed in."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def gathered(value: Any) -> list[Any]:
+    """What every rank passed in, by rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a run folder; a crash lets go as well. Raises UserError (on rank 0) when another run is in it."""
+    if rank() != 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"run ({folder}): another process trains in this folder: wait, stop it, or choose another folder") from None
+        yield

@@ -1,0 +1,222 @@
+"""The state of a training run: the model, the optimizer, and their way into and out of checkpoints.
+
+What is saved is, for every matrix of the model, the float32 weights and AdamW's two moments, and one number of updates.
+There is no dropout and the data order is a pure function, so there is no random state to keep.
+"""
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, piece_key, rectangles
+from megatron_jobs.checkpoints.weights import Box, shapes
+from megatron_jobs.config import RunConfig
+from megatron_jobs.engine import placement
+from megatron_jobs.engine.gpt import build, check_machine
+from megatron_jobs.engine.placement import LocalParameter, TensorSource
+
+READERS = min(4, os.cpu_count() or 1)  # one alone leaves the disk waiting while it copies
+
+
+class TrainingState:
+    """This rank's part of the model and of the optimizer."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Builds the model and the optimizer, moments included; the values come from `start_from` or `restore`.
+
+        Raises UserError when this machine cannot do what the configuration asks for.
+        """
+        check_machine(config)
+        dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+        gpts = [
+            build(
+                config.model,
+                config.moe,
+                config.parallel,
+                dtype,
+                max(phase.sequence_length for phase in config.phases),
+                chunk=chunk,
+                recompute=config.train.recompute,
+                fp8=config.train.precision == "fp8",
+            )
+            for chunk in range(config.parallel.virtual_pipeline)
+        ]
+        self.parameters = [local for gpt in gpts for local in placement.local_parameters(gpt, config.model, config.moe)]
+        overlap = dist.get_world_size() > 1
+        ddp_config = DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, overlap_param_gather=overlap
+        )
+        # Only the first chunk is cut into buckets: its backward pass ends the step, and hides no exchange but its own.
+        self.chunks = [DistributedDataParallel(gpt.config, ddp_config, gpt, disable_bucketing=n > 0) for n, gpt in enumerate(gpts)]
+        # A router's bias is moved by `finalize_model_grads`, once a step, and not by gradients: its moments are zero.
+        self._biases = [
+            (local, {"master": local.parameter} | {state: torch.zeros_like(local.parameter) for state in STATES[1:]})
+            for local in self.parameters
+            if not isinstance(local.parameter, torch.nn.Parameter)
+        ]
+        self.optimizer = get_megatron_optimizer(_optimizer_config(config, dtype, overlap), self.chunks, use_gloo_process_groups=False)
+        self._clip_grad = config.optimizer.clip_grad
+        for gpt in gpts:
+            gpt.config.finalize_model_grads_func = self._finalize
+            gpt.config.grad_scale_func = self.optimizer.scale_loss
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            gpt.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        self._groups = list(dict.fromkeys(_group(name) for name, _ in shapes(config.model, config.moe)))
+        for inner in self._inner():
+            for group in inner.param_groups:
+                # megatron-core leaves this to its scheduler, and until then decays the norms as well
+                group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
+                if isinstance(inner, torch.optim.AdamW):
+                    group["fused"] = True  # one pass over the memory instead of a dozen
+        for _, _, main, inner in self._owned():
+            inner.state[main] = {key: torch.zeros_like(main, requires_grad=False) for key in STATES[1:]}
+
+    def start_from(self, weights: TensorSource) -> None:
+        """Takes the weights, and forgets all updates."""
+        for _, state, name, box, values in self._rectangles():
+            if state == "master":
+                values.copy_(weights.read(name, box))
+            else:
+                values.zero_()
+        self._is_filled(updates=0)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Takes weights, moments and the number of updates. This rank reads what it owns, whoever it was that wrote it."""
+        with ThreadPoolExecutor(READERS) as readers:
+            for _ in readers.map(lambda wanted: checkpoint.read_into(*wanted[1:]), self._rectangles()):
+                pass  # raises here what was raised there
+        self._is_filled(checkpoint.updates)
+
+    def _is_filled(self, updates: int) -> None:
+        """Gathers the weights that other ranks own, in the type of the model, and counts on from `updates`."""
+        for distributed in self._distributed():
+            distributed._copy_main_params_to_model_params()
+        for chunk in self.chunks:
+            chunk.start_param_sync(force_sync=True)
+        self.updates = updates
+        for inner in self._inner():
+            if isinstance(inner, torch.optim.AdamW):
+                for main, values in inner.state.items():
+                    values["step"] = torch.tensor(float(updates), device=main.device)
+            else:  # Transformer Engine's FusedAdam counts per group
+                for group in inner.param_groups:
+                    group["step"] = updates
+
+    def pieces(self) -> dict[str, torch.Tensor]:
+        """What this rank owns, as rectangles for `saver.Saver.save`: views of the state itself, on its device."""
+        return {piece_key(state, name, box): values for is_first, state, name, box, values in self._rectangles() if is_first}
+
+    def zero_grad(self) -> None:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def _finalize(self, *args: Any, **options: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # the exchange of gradients is in a stream of its own
+        self.gradients_at = time.perf_counter()  # this rank's own are there; now it waits for others
+        finalize_model_grads(*args, **options)
+
+    def gradient_norm(self) -> float:
+        """Makes the gradients ready for an update; returns their norm over the whole model, before clipping."""
+        self.optimizer.prepare_grads()
+        self._norm = float(self.optimizer.get_grad_norm())
+        return self._norm
+
+    def layer_norms(self) -> dict[str, dict[str, float]]:
+        """The norm of the gradient, before clipping, and of the weights of each layer and of what stands outside of the layers.
+
+        For use between `gradient_norm` and `update`; each rank adds up what it owns of the optimizer.
+        """
+        squares = torch.zeros(len(self._groups), 2, dtype=torch.float64, device=torch.cuda.current_device())
+        for local, _, main, _ in self._owned():
+            if local.is_first_copy:
+                norms = [torch.linalg.vector_norm(values.detach(), dtype=torch.float64) for values in (main.grad, main)]
+                squares[self._groups.index(_group(local.parts[0].name))] += torch.stack(norms).square()
+        dist.all_reduce(squares)
+        return {
+            name: {"gradient": gradient, "weight": weight}
+            for name, (gradient, weight) in zip(self._groups, squares.sqrt().tolist(), strict=True)
+        }
+
+    def update(self, learning_rate: float) -> None:
+        """One update with the gradients whose norm was taken last, clipped."""
+        for distributed in self._distributed():
+            for group in distributed.optimizer.param_groups:
+                group["lr"] = learning_rate
+            clip_grad_by_total_norm_fp32(distributed.get_parameters(), self._clip_grad, self._norm)
+        for distributed in self._distributed():
+            distributed.step_with_ready_grads()
+        self.updates += 1
+
+    def _distributed(self) -> list[DistributedOptimizer]:
+        return self.optimizer.chained_optimizers  # dense parameters and experts have different data-parallel groups
+
+    def _inner(self) -> Iterator[Any]:
+        return (distributed.optimizer for distributed in self._distributed())
+
+    def _rectangles(self) -> Iterator[tuple[bool, str, str, Box, torch.Tensor]]:
+        """What this rank owns: (no other rank saves it, state, name of the matrix, box, its values), in the order of a file."""
+        for state in STATES:
+            for local, start, main, inner in self._owned():
+                flat = main.detach() if state == "master" else inner.state[main][state]
+                for name, box, values in _owned_boxes(local, start, flat):
+                    yield local.is_first_copy, state, name, box, values
+            for local, values in self._biases:
+                [part] = local.parts
+                yield local.is_first_copy, state, part.name, part.box, values[state].view(part.box.rows, part.box.columns)
+
+    def _owned(self) -> Iterator[tuple[LocalParameter, int, torch.Tensor, Any]]:
+        """(parameter, start, float32 weights, inner optimizer): this rank owns the flat values from `start` on."""
+        of = {local.parameter: local for local in self.parameters}
+        for distributed in self._distributed():
+            for parameter in distributed.model_param_gbuf_map:
+                owned = distributed._get_model_param_range_map(parameter)["param"]
+                main = distributed._get_main_param_and_optimizer_states(parameter)["param"]
+                yield of[parameter], owned.start, main, distributed.optimizer
+
+
+def _group(name: str) -> str:
+    """The layer that a matrix belongs to, or its own name outside of the layers."""
+    return re.match(r"layers\.\d+|\w+", name)[0]
+
+
+def _owned_boxes(local: LocalParameter, start: int, flat: torch.Tensor) -> Iterator[tuple[str, Box, torch.Tensor]]:
+    """The flat values of a parameter from `start` on, cut into rectangles of named matrices: (name, box, a view of them)."""
+    for part in local.parts:
+        offset = part.local_row * local.columns
+        first, last = max(start, offset), min(start + len(flat), offset + part.box.rows * local.columns)
+        if first < last:
+            for a, b, box in rectangles(first - offset, last - offset, local.columns):
+                box = box.meet(Box(0, part.box.rows, 0, part.box.columns))
+                if box.columns > 0:
+                    values = flat[offset + a - start : offset + b - start].view(box.rows, -1)[:, : box.columns]
+                    down, right = part.box.row0, part.box.column0
+                    yield part.name, Box(box.row0 + down, box.row1 + down, box.column0 + right, box.column1 + right), values
+
+
+def _optimizer_config(config: RunConfig, dtype: torch.dtype, overlap: bool) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=config.phases[0].learning_rate.start,
+        min_lr=0.0,
+        adam_beta1=config.optimizer.beta1,
+        adam_beta2=config.optimizer.beta2,
+        adam_eps=config.optimizer.epsilon,
+        weight_decay=config.optimizer.weight_decay,
+        clip_grad=config.optimizer.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+        overlap_param_gather=overlap,
+    )

@@ -1,0 +1,1 @@
+"""What is seen of a run: metrics, console, TensorBoard, Weights & Biases, Prometheus, and the health of its processes."""

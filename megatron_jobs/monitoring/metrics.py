@@ -1,0 +1,222 @@
+"""What is seen of a run: `metrics.jsonl`, TensorBoard, Weights & Biases and Prometheus if asked for, and the console.
+
+RUN/metrics.jsonl has one line for each step, also after restarts and rollbacks. Its fields, of which older records may lack some:
+
+    time                        seconds since 1970
+    step, phase                 number of the step from 1, name of its phase
+    tokens                      consumed by the run when the step is done
+    loss                        mean cross-entropy before the update, nats a token
+    loss_by_source, tokens_by_source    the same over the tokens of each source that is in the batch, and their number
+    z_loss, load_balancing_loss, router_z_loss    auxiliary losses before their coefficients; the last two for a mixture
+    expert_load                 share of the routed tokens [layer][expert], sums to 1 over a layer; here and below, a layer is one that is
+                                a mixture, and what a capacity drops is counted where the router wanted it
+    load_entropy, router_entropy    of that, and of the router's mean scores [layer]: 1 is even, 0 all in one expert
+    dropped                     share of the routed tokens that found no room [layer]; with moe.capacity_factor
+    expert_similarity           mean cosine between the weights of two experts [layer], at train.validation_interval
+    validation                  {source: nats a token} at the steps that end with a validation
+    layer_norms, fp8_shadow     at train.layer_norms_interval and train.fp8_shadow_interval
+    lr, grad_norm               learning rate of the update; norm of the gradients before clipping
+    seconds                     of the step: data, forward, backward, update; no save, no validation
+    data_seconds                of these, the wait for data, on the rank that waited longest
+    checkpoint_seconds          that training stood still for saves since the line before
+    tokens_per_second, tokens_per_second_per_gpu    of this step; a process counts as a GPU
+    tflops_per_gpu              10¹² model FLOPs (flops.py) a second of this step
+    mfu                         model FLOPs utilisation: that ÷ the GPU's dense peak at train.precision; null where none is known (CPU)
+    memory_gib, memory_reserved_gib     of the rank that has most: GPU peak of all tensors, and what PyTorch holds; CPU: resident set
+    gpu                         every ten seconds, over all ranks (vitals.py): hottest_c, power_w, slowest_mhz, each with its rank;
+                                ecc_errors (uncorrectable, all GPUs); slowed: {rank: reasons in words}
+
+TensorBoard and W&B get every number in it by the same names (`loss_by_source/web`), and `loss_by_phase/PHASE`; matrices and layers are
+left out. RUN/events.jsonl tells what happened beside the steps, and is never cut: {time, step, what, …}; with what: experts, that an
+expert died or a layer collapsed, or that it is over (moe/statistics.py).
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_jobs.config import RunConfig
+from megatron_jobs.engine import groups
+from megatron_jobs.engine.gpt import has_transformer_engine
+from megatron_jobs.engine.passes import Losses
+from megatron_jobs.monitoring.console import Console, Work
+from megatron_jobs.monitoring.vitals import Vitals
+from megatron_jobs.monitoring.wandb_run import WandbRun
+from megatron_jobs.planning import flops
+from moe import statistics
+from mujina.files import write_whole
+
+
+class Log:
+    """Only rank 0 has one."""
+
+    def __init__(self, config: RunConfig, first_step: int) -> None:
+        """`first_step` is the last step that is done: lines of later steps, from before a restart, are cut off."""
+        self.config = config
+        config.run.mkdir(parents=True, exist_ok=True)
+        resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_whole(config.run / "config.yaml", resolved.encode())
+        self._work = Work(config)
+        self._peak = flops.peak(torch.cuda.get_device_name(), config.train.precision) if torch.cuda.is_available() else None
+        self._notes: dict[str, Any] = {}
+        self._console = Console(self._work)
+        self._wandb = WandbRun(config, self._console.say) if config.wandb else None
+        is_restart = (config.run / "metrics.jsonl").exists()
+        self._prometheus: Any = None
+        self._open(first_step)
+        if config.prometheus:
+            from megatron_jobs.monitoring.prometheus import Endpoint  # its library is imported for those who want it
+
+            self._prometheus = Endpoint(config, self._work, first_step, lambda why: self.event(first_step, "prometheus", reason=why))
+        what = "Transformer Engine" if has_transformer_engine() else "local"
+        self._console.say(f"{config.run}: {dist.get_world_size()} processes on {groups.device_name()}; {what} layers")
+        if first_step:
+            self._console.say(f"{config.run}: goes on at step {first_step} of {self._work.num_steps}")
+        if is_restart:
+            self._record_event(first_step, "restart")
+
+    def step(
+        self,
+        step: int,
+        phase: str,
+        losses: Losses,
+        learning_rate: float,
+        norm: float,
+        seconds: float,
+        now_and_then: dict[str, Any],
+        vitals: Vitals,
+    ) -> None:
+        """`now_and_then`: what only some steps measure: "validation", "layer_norms", "fp8_shadow", "expert_similarity"."""
+        tokens, work = (of(step) - of(step - 1) for of in (self._work.tokens, self._work.flops))
+        num_gpus = dist.get_world_size()
+        flops_per_gpu = work / seconds / num_gpus
+        record: dict[str, Any] = {
+            "time": time.time(),
+            "step": step,
+            "tokens": self._work.tokens(step),
+            "phase": phase,
+            "loss": losses.mean,
+            "lr": learning_rate,
+            "grad_norm": norm,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "tokens_per_second_per_gpu": tokens / seconds / num_gpus,
+            "tflops_per_gpu": flops_per_gpu / 1e12,
+            "mfu": self._peak and flops_per_gpu / self._peak,
+            **vitals.fields,
+            **_details(losses),
+            **now_and_then,
+            **self._notes,
+        }
+        self._notes = {}
+        self._metrics.write(json.dumps(record) + "\n")
+        self._send(record, step)
+        self._console.step(record)
+        for what, warning in vitals.warnings:
+            self.event(step, what, reason=warning)
+        for news in self._alarms.look(record["expert_load"]) if self._alarms else ():
+            self.event(step, "experts", reason=news)
+
+    def saved(self, step: int, seconds: float, whole_seconds: float) -> None:
+        """A checkpoint of `step` is whole: training stood still for `seconds` of the `whole_seconds` that it took."""
+        self._notes["checkpoint_seconds"] = self._notes.get("checkpoint_seconds", 0.0) + seconds
+        self._record_event(step, "checkpoint", seconds=seconds, whole_seconds=whole_seconds)
+
+    def event(self, step: int, what: str, **facts: Any) -> None:
+        """A line in events.jsonl, and one on the console: "spike", "skip", "rollback", …; `reason` among the facts is what people read."""
+        self._record_event(step, what, **facts)
+        told = facts.get("reason") or ", ".join(f"{key} {value}" for key, value in facts.items())
+        self._console.say(f"step {step:,}: {what}{told and ': '}{told}")
+
+    def rewind(self, step: int) -> None:
+        """Cuts metrics.jsonl and TensorBoard back to `step`, the last one that still holds; the steps behind it will come again."""
+        self._metrics.close()
+        self._tensorboard.close()
+        self._notes = {}
+        self._open(step)
+
+    def last_word(self, state: Literal["done", "stopped", "failed"]) -> None:
+        """How the run ends, for those who only see it from outside. The other ranks should wait for it."""
+        if self._prometheus:
+            self._prometheus.close(state)
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._tensorboard.close()
+        if self._wandb:
+            self._wandb.close()
+        self._console.say(f"{self.config.run}: all {self._work.num_steps} steps are done")
+
+    def _open(self, last_step: int) -> None:
+        """Goes on behind `last_step`. A line that a killed process left unfinished goes too."""
+        path, events = (self.config.run / name for name in ("metrics.jsonl", "events.jsonl"))
+        if events.exists():
+            write_whole(events, events.read_bytes()[: events.read_bytes().rfind(b"\n") + 1])
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= last_step] if path.exists() else []
+        write_whole(path, "".join(line + "\n" for line in kept).encode())
+        self._metrics = path.open("a", buffering=1)
+        self._alarms = _alarms(self.config, kept)
+        self._tensorboard = SummaryWriter(str(self.config.run / "tensorboard"), purge_step=last_step + 1)
+
+    def _send(self, record: dict[str, Any], step: int) -> None:
+        values = dict(_scalars(record)) | {f"loss_by_phase/{record['phase']}": record["loss"]}
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values | {"step": step})
+        if self._prometheus:
+            self._prometheus.step(record)
+
+    def _record_event(self, step: int, what: str, **facts: Any) -> None:
+        facts = {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in facts.items()}
+        now = time.time()
+        with (self.config.run / "events.jsonl").open("a") as file:
+            file.write(json.dumps({"time": now, "step": step, "what": what, **facts}, ensure_ascii=False) + "\n")
+        if self._prometheus:
+            self._prometheus.event(what, now)
+
+
+def _details(losses: Losses) -> dict[str, Any]:
+    """What an objective tells beside the mean."""
+    names = ("loss_by_source", "tokens_by_source", "z_loss", "load_balancing_loss", "router_z_loss", "dropped")
+    values = (losses.by_source, losses.tokens_by_source, losses.z_loss, losses.load_balancing_loss, losses.router_z_loss, losses.dropped)
+    details = {name: value for name, value in zip(names, values, strict=True) if value is not None}
+    load = losses.expert_load
+    if load.numel():
+        details["expert_load"] = (load / load.sum(1, keepdim=True)).tolist()
+        details["load_entropy"] = [statistics.evenness(layer) for layer in load.tolist()]
+        details["router_entropy"] = [statistics.evenness(layer) for layer in losses.router_scores.tolist()]
+    return details
+
+
+def _alarms(config: RunConfig, lines: list[str]) -> statistics.Alarms | None:
+    """Alarms that have seen the last steps of `lines`, so that a restart tells nothing twice."""
+    if not config.moe:
+        return None
+    alarms = statistics.Alarms(config.moe.layers(config.model), config.moe.top_k, statistics.WINDOW)
+    for line in lines[-statistics.WINDOW :]:
+        alarms.look(json.loads(line)["expert_load"])
+    return alarms
+
+
+def _scalars(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """(name, value) of every number in a record, as the module's docstring says."""
+    for name, value in record.items():
+        if isinstance(value, dict) and name != "layer_norms":
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name not in ("time", "step"):
+            yield prefix + name, value
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # unfinished
+        return math.inf

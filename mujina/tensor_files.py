@@ -1,0 +1,107 @@
+"""Safetensors files written tensor by tensor: no more than one tensor is in memory at a time.
+
+A safetensors file is the length of a JSON header in 8 bytes, the header, and the values one after the other. Names, types and shapes
+make the header, so it is written before any value is there; the safetensors library wants all tensors of a file at once.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mujina.files import write_parts
+
+TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+class Planned(NamedTuple):
+    """A tensor to be written: `read()` gives its values on the CPU, in this dtype and order, whatever their shape."""
+
+    name: str
+    shape: Sequence[int]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_shards(folder: Path, tensors: Sequence[Planned], shard_bytes: int, description: str) -> None:
+    """The weights of a Hugging Face folder: model.safetensors, or files of at most `shard_bytes` (one tensor at least) and their index.
+
+    Shows a progress bar with the description.
+    """
+    shards: list[list[Planned]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    total = sum(tensor.nbytes for tensor in tensors)
+    with progress(description, total) as advance:
+        for name, shard in zip(names, shards, strict=True):
+            write_safetensors(folder / name, shard, {"format": "pt"}, lambda part: advance(len(part)))
+    if len(shards) > 1:
+        where = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def write_safetensors(
+    path: Path, tensors: Sequence[Planned], metadata: dict[str, str] | None = None, seen: Callable[[Any], Any] = lambda part: None
+) -> None:
+    """Writes one file, which is then safely on the disk. `seen` is called with all its bytes, part by part. An OSError names the file."""
+    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # so each begins at a multiple of the size of its values
+    write_parts(path, _told(_parts(tensors, metadata), seen))
+
+
+def _told(parts: Iterator[Any], seen: Callable[[Any], Any]) -> Iterator[Any]:
+    for part in parts:
+        yield part
+        seen(part)
+        del part  # before the next is read
+
+
+def header(tensors: Iterable[tuple[str, Sequence[int], torch.dtype]], metadata: dict[str, str] | None = None) -> bytes:
+    """What stands before the values in a safetensors file of tensors of these names, shapes and types, which follow in this order."""
+    about: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    start = 0
+    for name, shape, dtype in tensors:
+        end = start + torch.Size(shape).numel() * dtype.itemsize
+        about[name] = {"dtype": TYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(about).encode()
+    text += b" " * (-len(text) % 8)  # the values begin at a multiple of their size
+    return len(text).to_bytes(8, "little") + text
+
+
+def _parts(tensors: Sequence[Planned], metadata: dict[str, str] | None) -> Iterator[Any]:
+    yield header(((tensor.name, tensor.shape, tensor.dtype) for tensor in tensors), metadata)
+    for tensor in tensors:
+        yield _bytes_of(tensor)
+
+
+def _bytes_of(planned: Planned) -> memoryview:
+    values = planned.read()
+    assert (values.nbytes, values.dtype) == (planned.nbytes, planned.dtype), planned.name
+    return memoryview(values.contiguous().flatten().view(torch.uint8).numpy())
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes; gives the function that is told how many more are done."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda count: bar.advance(task, count)

@@ -1,0 +1,144 @@
+"""What users give us, and how we answer when it is wrong: strict YAML, and errors in their terms.
+
+Every room may import this file; it imports no room and nothing heavy.
+"""
+
+import difflib
+import errno
+import functools
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin
+
+import pydantic
+import typer
+import yaml
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message names the field or file, the value, the rule and the remedy."""
+
+
+class Section(pydantic.BaseModel):
+    """One section of a configuration: frozen, and an unknown key is an error."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+T = TypeVar("T", bound=Section)
+
+
+def read_yaml(path: str | Path, model: type[T], overrides: list[str] | None = None) -> T:
+    """Reads `path` into `model`, with `extends:` resolved and dotted `key=value` overrides on top.
+
+    `extends: other.yaml` (relative to the file; or a list of files, the later over the earlier) lays this file over another one, section
+    by section.
+    Raises UserError when the file is missing, is not YAML, or does not fit the model.
+    """
+    values = _load(Path(path))
+    for override in overrides or []:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise UserError(f"override {override!r} is not of the form key=value: write for example optimizer.max_norm=1.0")
+        values = _merge(values, _nested(key.split("."), yaml.safe_load(text)))
+    return parse(values, model, str(path))
+
+
+def parse(values: dict[str, Any], model: type[T], where: str) -> T:
+    """Validates `values` against `model`; raises one UserError that lists every problem in `where`."""
+    try:
+        return model.model_validate(values)
+    except pydantic.ValidationError as error:
+        problems = [_explain(problem, model) for problem in error.errors()]
+        raise UserError("\n".join(f"{where}: {problem}" for problem in problems)) from None
+
+
+def run(*mains: Callable[..., None]) -> None:
+    """Runs `main` as a command line (typer reads its annotations); a UserError or a full disk ends it with one line and status 2.
+
+    Of several, the first argument chooses one by its name.
+    """
+    try:
+        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        for main in mains:
+            app.command()(main)
+        app()
+    except (UserError, OSError) as error:
+        told = explain(error)
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        sys.exit(2)
+
+
+def explain(error: BaseException) -> str | None:
+    """What to tell the user about an error that they can mend; None for any other."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error}: make space on the disk (or raise the quota) and start again: what is whole stays"
+    return None
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The remedy clause for a name that is not among the `known` ones."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(known)) or 'none'}"
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file: check the path") from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds no keys: a configuration is a YAML mapping")
+    parents = values.pop("extends", [])
+    layers = [_load(path.parent / parent) for parent in ([parents] if isinstance(parents, str) else parents)]
+    return functools.reduce(_merge, [*layers, values])
+
+
+def _merge(base: Any, top: Any) -> Any:
+    if not (isinstance(base, dict) and isinstance(top, dict)):
+        return top
+    return base | {key: _merge(base.get(key), value) for key, value in top.items()}
+
+
+def _nested(keys: list[str], value: Any) -> dict[str, Any]:
+    return {keys[0]: _nested(keys[1:], value) if len(keys) > 1 else value}
+
+
+def _explain(problem: Any, model: type[pydantic.BaseModel]) -> str:
+    field = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = list(_section_at(model, problem["loc"][:-1]).model_fields)
+        nearest = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+        return f"unknown key {field}: " + (f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(known)}")
+    if problem["type"] == "missing":
+        return f"{field} is missing: add it"
+    value = "" if isinstance(problem["input"], (dict, pydantic.BaseModel)) else f" ({problem['input']!r})"
+    return f"{field}{value}: {problem['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+
+
+def _section_at(model: type[pydantic.BaseModel], loc: tuple[Any, ...]) -> type[pydantic.BaseModel]:
+    """The section that a pydantic error location points into (list positions and dict keys are passed over)."""
+    models = [model]
+    for part in loc:
+        inside = [m for one in models if part in one.model_fields for m in _models_in(one.model_fields[part].annotation)]
+        # of several sections that may stand here, the location names the one whose tag (a field with one literal value) was given
+        tagged = [m for m in models if any(get_args(field.annotation) == (part,) for field in m.model_fields.values())]
+        models = inside or tagged or models
+    return models[0]
+
+
+def _models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Annotated, typing.Union, types.UnionType, list, dict, tuple):
+        return [model for argument in get_args(annotation) for model in _models_in(argument)]
+    return []

@@ -1,0 +1,65 @@
+"""What a phase may ask for beside its mix, in real runs: a batch ramp, separated documents, an auxiliary loss, amounts, a late decay."""
+
+import json
+
+import pytest
+
+from megatron_jobs.checkpoints.checkpoint import Checkpoint
+from tests.conftest import tiny
+from tests.megatron_jobs.test_train import losses, train_here
+from tests.ranks import run_ranks
+
+WEB = dict(
+    name="web",
+    tokens=(4 + 2 * 8) * 4 * 32,
+    sequence_length=32,
+    global_batch_size=8,
+    batch_ramp=dict(start=4, increment=4, tokens=4 * 4 * 32),
+    sources={"web": 1.0, "code": dict(tokens=640)},
+    learning_rate=dict(start=1e-2, end=1e-3, shape="1-sqrt", decay_steps=3),
+    z_loss=1e-3,
+)
+CHAT = dict(
+    name="chat",
+    tokens=4 * 4 * 64,
+    sequence_length=64,
+    global_batch_size=4,
+    sources={"chat": 1.0},
+    learning_rate=dict(start=5e-3, end=1e-3),
+    separate_documents=True,
+)
+LAYOUTS = [(2, dict()), (2, dict(tensor=2)), (2, dict(pipeline=2)), (2, dict(context=2))]
+
+
+@pytest.fixture(scope="module")
+def alone(prepared, tmp_path_factory):
+    run = tmp_path_factory.mktemp("alone")
+    run_ranks(1, train_here, tiny(prepared, run, phases=[WEB, CHAT]))
+    return run
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_layout_follows_one_process(prepared, tmp_path, alone, layout):
+    world, parallel = layout
+    run_ranks(world, train_here, tiny(prepared, tmp_path, phases=[WEB, CHAT], parallel=parallel))
+    assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-4)
+
+
+def test_the_ramp_and_the_amounts_are_in_the_records(alone):
+    records = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
+    web = [record for record in records if record["phase"] == "web"]
+    tokens = [sum(record["tokens_by_source"].values()) for record in web]
+    assert tokens == [128] * 4 + [256] * 8
+    assert sum(record["tokens_by_source"].get("code", 0) for record in web) == 640
+    rates = [record["lr"] for record in web]
+    assert rates[:9] == pytest.approx([1e-2] * 9) and rates[9] > rates[10] > rates[11] == pytest.approx(1e-3)
+    ledger = Checkpoint(alone / "checkpoints/latest").ledger
+    assert [phase["tokens"] for phase in ledger["phases"]] == [sum(tokens), 4 * 4 * 64]
+
+
+def test_separated_documents_are_another_loss(prepared, tmp_path, alone):
+    """The same first phase, and from the first step of the second on less context."""
+    run_ranks(1, train_here, tiny(prepared, tmp_path, phases=[WEB, CHAT | dict(separate_documents=False)]))
+    joined, separated = losses(tmp_path), losses(alone)
+    assert joined[:12] == separated[:12]
+    assert all(abs(a - b) > 1e-4 for a, b in zip(joined[12:], separated[12:], strict=True))
