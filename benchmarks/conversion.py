@@ -24,8 +24,9 @@ import yaml
 
 from benchmarks.checkpoints import dd, forget, timed
 from megatron_jobs.checkpoints.checkpoint import Writer, piece_key
-from megatron_jobs.checkpoints.weights import Box, drawn, shapes
+from megatron_jobs.checkpoints.weights import drawn, shapes
 from megatron_jobs.config import RunConfig, from_dict
+from mujina.matrices import Box
 from mujina.tensor_files import Planned
 from tokenization.tokenizer import Tokenizer
 

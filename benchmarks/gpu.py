@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import typer
 
+from megatron_jobs import ranks
 from megatron_jobs.checkpoints.weights import InitialWeights
 from megatron_jobs.config import RunConfig, load
 from megatron_jobs.data.feeder import MicroBatch
@@ -96,7 +97,7 @@ def _row(what: str, function: Callable[[], None], tokens: int, operations_per_to
         "tokens_per_second": tokens / seconds,
         "tflops": rate / 1e12,
         "mfu": peak and rate / peak,
-        "memory_gib": groups.memory_gib(),
+        "memory_gib": ranks.memory_gib(),
     }
 
 

@@ -19,7 +19,7 @@ import typer
 from megatron.core import parallel_state
 
 from megatron_jobs import config as configuration
-from megatron_jobs import failures, stability
+from megatron_jobs import failures, ranks, stability
 from megatron_jobs.checkpoints.checkpoint import Checkpoint
 from megatron_jobs.checkpoints.saver import Saver
 from megatron_jobs.checkpoints.weights import InitialWeights, shapes
@@ -30,11 +30,11 @@ from megatron_jobs.data import feeder, phases
 from megatron_jobs.data.order import DataOrder
 from megatron_jobs.engine import groups
 from megatron_jobs.engine.passes import Objective, fp8_warning
-from megatron_jobs.engine.placement import TensorSource
 from megatron_jobs.engine.state import TrainingState
 from megatron_jobs.monitoring.metrics import Log
 from megatron_jobs.monitoring.vitals import Watch
 from megatron_jobs.stability import Guard, Verdict
+from mujina.matrices import TensorSource
 from mujina.user_input import UserError, run
 
 STOPPED = 143  # the exit status after SIGTERM, as if it had ended the process at once
@@ -57,11 +57,11 @@ class Trainer:
         self.config = config = phases.resolve(config, sources)
         self.mark = mark
         self.order = DataOrder(config, sources)
-        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        self.feeder = feeder.Feeder(config, self.order, binaries, rank, ranks)
+        share, shares = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        self.feeder = feeder.Feeder(config, self.order, binaries, share, shares)
         self.phase_ends = set(itertools.accumulate(phase.num_steps for phase in config.phases))
         self.saver = Saver(config, self.phase_ends)
-        self.guard = Guard(config.stability, groups.from_rank_0(stability.read_rollbacks(config.run)))
+        self.guard = Guard(config.stability, ranks.from_rank_0(stability.read_rollbacks(config.run)))
         start = self._newest()
         self.state = TrainingState(config)
         self.objective = Objective(config, self.state, self.order.names)
@@ -161,7 +161,7 @@ class Trainer:
         if start is None:
             initial = _initial(self.config)
             self.state.start_from(initial)
-            self.origin = groups.from_rank_0(_origin(getattr(initial, "ledger", {})) if dist.get_rank() == 0 else None)
+            self.origin = ranks.from_rank_0(_origin(getattr(initial, "ledger", {})) if dist.get_rank() == 0 else None)
             return 0
         self.origin = _origin(start.ledger)
         self.state.restore(start)
@@ -247,10 +247,10 @@ def main(
 ) -> None:
     """One process of a training run; `mujina train` starts as many as are needed."""
     settings = configuration.load(config, overrides)
-    settings.check(groups.world_size())
-    with groups.hold(settings.run), groups.of_run(settings.parallel, settings.seed):
-        attempt = groups.from_rank_0(failures.new_attempt(settings.run) if groups.rank() == 0 else None)
-        with failures.supervised(attempt, groups.rank(), groups.world_size(), settings.train.hang_minutes * 60) as watchdog:
+    settings.check(ranks.world_size())
+    with ranks.hold(settings.run), groups.of_run(settings.parallel, settings.seed):
+        attempt = ranks.from_rank_0(failures.new_attempt(settings.run) if ranks.rank() == 0 else None)
+        with failures.supervised(attempt, ranks.rank(), ranks.world_size(), settings.train.hang_minutes * 60) as watchdog:
             train(settings, watchdog.mark, failures.stop_on_signal())
 
 

@@ -24,19 +24,14 @@ learns from the first step on. (A copy of dense neurons would have to be taken o
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from mujina.matrices import Box, TensorSource
 from mujina.user_input import UserError
 
 BALANCE_NOISE = 0.1  # of router_init_std
-
-Box = Any  # `megatron_jobs.checkpoints.weights.Box`, a named tuple: row0, row1, column0, column1
-
-
-class TensorSource(Protocol):
-    def read(self, name: str, box: Box) -> torch.Tensor: ...
 
 
 class Upcycled(TensorSource):

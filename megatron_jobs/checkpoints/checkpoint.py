@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from megatron_jobs import config as configuration
-from megatron_jobs.checkpoints.weights import Box
 from megatron_jobs.config import RunConfig
 from mujina.files import sha256_of, write_parts, write_whole
+from mujina.matrices import Box
 from mujina.tensor_files import Planned, header, progress, write_safetensors
 from mujina.user_input import UserError
 
@@ -39,7 +39,7 @@ FILE_BYTES = 2**30  # of the checkpoints that no rank writes
 
 
 class Checkpoint:
-    """A whole checkpoint folder, as a source of named matrices (`placement.TensorSource`). Needs no process group."""
+    """A whole checkpoint folder, as a source of named matrices (`matrices.TensorSource`). Needs no process group."""
 
     def __init__(self, folder: Path) -> None:
         """Raises UserError when the folder is not a whole checkpoint; `verify` looks at the contents of the files too."""
@@ -168,7 +168,7 @@ def newest_whole(
     """The newest checkpoint in `folder` whose files are what was saved; says so when it passes over a damaged one.
 
     Newer ones that `keeps` refuses (they were rolled back) are removed, and `latest` points at what is left. Called by all ranks of a run,
-    with `groups.gathered`, it gives each of them a share of the files to verify, and the same answer.
+    with `ranks.gathered`, it gives each of them a share of the files to verify, and the same answer.
     Raises UserError when there are damaged checkpoints and none that is whole.
     """
     names = gathered(sorted((path.name for path in _steps(folder)), reverse=True))
@@ -261,7 +261,7 @@ class Writer:
 def write_weights(
     folder: Path, config: RunConfig, source: Any, shapes: dict[str, tuple[int, int]], ledger: dict[str, Any], description: str
 ) -> Path:
-    """A checkpoint at step 0 without moments, of all that `source` (`placement.TensorSource`) has, one matrix in memory at a time.
+    """A checkpoint at step 0 without moments, of all that `source` (`matrices.TensorSource`) has, one matrix in memory at a time.
 
     In files of about FILE_BYTES; shows a progress bar with the description. Returns the folder of the checkpoint.
     """

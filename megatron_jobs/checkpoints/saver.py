@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_jobs import ranks
 from megatron_jobs.checkpoints.checkpoint import Checkpoint, Writer, newest_whole, prune
 from megatron_jobs.checkpoints.weights import shapes
 from megatron_jobs.config import RunConfig
-from megatron_jobs.engine import groups
 from mujina.user_input import UserError
 
 POLL_SECONDS = 0.05
@@ -46,7 +46,7 @@ class Saver:
         Waits for the save under way; each rank verifies a share of the files.
         """
         self.wait()
-        return newest_whole(self.folder, keeps, dist.get_rank(), groups.gathered)
+        return newest_whole(self.folder, keeps, dist.get_rank(), ranks.gathered)
 
     def save(self, step: int, tokens: int, updates: int, pieces: dict[str, torch.Tensor], ledger: dict[str, Any]) -> None:
         """Saves the rectangles that this rank owns (`TrainingState.pieces`), which may change when this returns. Collective.
@@ -87,9 +87,9 @@ class Saver:
         save, self._save = self._save, None
         save.written.wait()
         # This exchange, unlike a thread that waits for a file, ends when another rank has died.
-        if not any(errors := groups.gathered(save.error and str(save.error))):
+        if not any(errors := ranks.gathered(save.error and str(save.error))):
             save.thread.join()
-            errors = groups.gathered(save.error and str(save.error))
+            errors = ranks.gathered(save.error and str(save.error))
         save.given_up.set()
         if save.error:
             raise save.error

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_jobs.checkpoints.checkpoint import Checkpoint
-    from megatron_jobs.checkpoints.weights import Box
+    from mujina.matrices import Box
 
     Read = Callable[[str, str, Box], torch.Tensor]  # state, name, box → float32
 
@@ -247,7 +247,7 @@ def require_same_model(one: "Checkpoint", other: "Checkpoint") -> None:
 
 def _boxes(shape: tuple[int, int], num_bytes: int) -> "Iterator[Box]":
     """Whole rows of at most `num_bytes` together (one row at least), which make up the matrix."""
-    from megatron_jobs.checkpoints.weights import Box
+    from mujina.matrices import Box
 
     rows, columns = shape
     height = max(1, num_bytes // (4 * columns))

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from megatron_jobs.checkpoints.weights import Box
 from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig
 from megatron_jobs.conversion.hugging_face import COMPUTED, FAMILIES
 from megatron_jobs.data import feeder, phases
 from megatron_jobs.data.order import DataOrder
 from megatron_jobs.engine import placement
 from megatron_jobs.engine.gpt import build
-from megatron_jobs.engine.placement import TensorSource
+from mujina.matrices import Box, TensorSource
 from mujina.user_input import UserError
 from tokenization.tokenizer import Tokenizer
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_jobs.checkpoints.checkpoint import Checkpoint
-    from megatron_jobs.checkpoints.weights import Box
+    from mujina.matrices import Box
     from mujina.tensor_files import Planned
 
 RECORD = "conversion.json"  # where a folder comes from, and how well it agrees
@@ -71,7 +71,7 @@ def write(source: "Exported", output: Path, no_check: bool, **record: Any) -> No
 
 
 class Exported:
-    """A checkpoint as it is exported (`placement.TensorSource`): every value rounded to the type that it is written in.
+    """A checkpoint as it is exported (`matrices.TensorSource`): every value rounded to the type that it is written in.
 
     A mixture that `upcycle.py` makes of a dense model may stand in for the checkpoint. What was imported and not trained comes back under
     the family's name, in the types and with the configuration that it had.
@@ -97,7 +97,7 @@ class Exported:
 
     def tensors(self) -> Iterator["Planned"]:
         """Every matrix under its Hugging Face name, the padding of the vocabulary cut off, to be read when it is written."""
-        from megatron_jobs.checkpoints.weights import Box
+        from mujina.matrices import Box
         from mujina.tensor_files import Planned
 
         names = FAMILIES[self.model_type].names

@@ -16,8 +16,8 @@ from mujina.user_input import UserError, parse
 if TYPE_CHECKING:
     import torch
 
-    from megatron_jobs.checkpoints.weights import Box
     from megatron_jobs.conversion.agreement import Agreement
+    from mujina.matrices import Box
 
 BOUND = 1e-4  # on the relative difference of logits
 
@@ -128,7 +128,7 @@ def hugging_face_name(name: str, rules: dict[str, str]) -> str:
 
 
 class HuggingFaceFolder:
-    """A Hugging Face folder as a source of named matrices (`placement.TensorSource`). Needs no process group.
+    """A Hugging Face folder as a source of named matrices (`matrices.TensorSource`). Needs no process group.
 
     model_type       its key in FAMILIES
     model, moe       what config.json says, in our terms

@@ -25,8 +25,8 @@ from mujina.user_input import UserError, run
 if TYPE_CHECKING:
     import torch
 
-    from megatron_jobs.checkpoints.weights import Box
     from megatron_jobs.conversion.agreement import Agreement
+    from mujina.matrices import Box
 
 BOUND = 1e-5  # where the mixture is to compute what the dense model does
 

@@ -19,11 +19,12 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, piece_key, rectangles
-from megatron_jobs.checkpoints.weights import Box, shapes
+from megatron_jobs.checkpoints.weights import shapes
 from megatron_jobs.config import RunConfig
 from megatron_jobs.engine import placement
 from megatron_jobs.engine.gpt import build, check_machine
-from megatron_jobs.engine.placement import LocalParameter, TensorSource
+from megatron_jobs.engine.placement import LocalParameter
+from mujina.matrices import Box, TensorSource
 
 READERS = min(4, os.cpu_count() or 1)  # one alone leaves the disk waiting while it copies
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_jobs.engine import groups
+from megatron_jobs import ranks
 
 INTERVAL = 10.0  # seconds between two looks at memory and GPU
 # A rank that takes so much longer than its peers for its own part of a step, in the median of so many steps, slows all down.
@@ -71,10 +71,10 @@ class Watch:
 
         `gpu` is told when rank 0 has just looked.
         """
-        self._hosts = self._hosts or groups.gathered(socket.gethostname())
+        self._hosts = self._hosts or ranks.gathered(socket.gethostname())
         is_new = time.monotonic() - self._asked >= INTERVAL
         if is_new:
-            self._asked, self._sample = time.monotonic(), [groups.memory_gib(), _reserved_gib(), *self._health()]
+            self._asked, self._sample = time.monotonic(), [ranks.memory_gib(), _reserved_gib(), *self._health()]
         device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
         mine = torch.tensor([data_seconds, compute_seconds, stop_requested, *self._sample], dtype=torch.float64, device=device)
         rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint
-from megatron_jobs.checkpoints.weights import Box
 from megatron_jobs.config import RunConfig, StabilityConfig
 from megatron_jobs.stability import Guard, write_rollbacks
+from mujina.matrices import Box
 from tests.conftest import tiny
 from tests.megatron_jobs.test_train import losses, train_here
 from tests.ranks import run_ranks

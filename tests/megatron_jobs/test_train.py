@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_jobs.checkpoints.checkpoint import Checkpoint
-from megatron_jobs.checkpoints.weights import Box
 from megatron_jobs.config import RunConfig
+from mujina.matrices import Box
 from tests.conftest import tiny
 from tests.ranks import run_ranks
 

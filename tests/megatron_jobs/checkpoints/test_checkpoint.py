@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from megatron_jobs.checkpoints import checkpoint
 from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, Writer, newest_whole, piece_key, prune, seal
-from megatron_jobs.checkpoints.weights import Box
+from mujina.matrices import Box
 from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
 from tests.megatron_jobs.test_train import losses, train_here

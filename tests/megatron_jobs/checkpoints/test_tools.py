@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from megatron_jobs.checkpoints import tools
 from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, Writer, piece_key
 from megatron_jobs.checkpoints.tools import average, inspect, reshape, rows
-from megatron_jobs.checkpoints.weights import Box, shapes
+from megatron_jobs.checkpoints.weights import shapes
 from megatron_jobs.conversion import convert
+from mujina.matrices import Box
 from mujina.tensor_files import Planned, write_safetensors, write_shards
 from mujina.user_input import UserError
 from tests.conftest import MOE, tiny

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_jobs.checkpoints.checkpoint import Checkpoint, seal
-from megatron_jobs.checkpoints.weights import Box
 from megatron_jobs.conversion import convert, hugging_face
+from mujina.matrices import Box
 from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
 from tests.megatron_jobs.test_train import losses, train_here

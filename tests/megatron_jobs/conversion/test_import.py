@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Mixtr
 
 from data_prep.prepare import PrepareConfig, prepare
 from megatron_jobs import config as configuration
-from megatron_jobs.checkpoints.weights import Box
 from megatron_jobs.config import LearningRate, RunConfig
 from megatron_jobs.conversion import convert, import_hf
 from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
+from mujina.matrices import Box
 from mujina.user_input import UserError
 from tests.conftest import tiny
 from tests.megatron_jobs.test_train import losses, train_here

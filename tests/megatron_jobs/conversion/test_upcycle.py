@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_jobs.checkpoints.checkpoint import Checkpoint
-from megatron_jobs.checkpoints.weights import Box
 from megatron_jobs.config import RunConfig
 from megatron_jobs.conversion import agreement, convert, upcycle
 from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
 from megatron_jobs.engine import groups
 from megatron_jobs.engine.state import TrainingState
+from mujina.matrices import Box
 from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
 from tests.megatron_jobs.test_train import losses, train_here

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from megatron_jobs.checkpoints.checkpoint import Checkpoint
-from megatron_jobs.checkpoints.weights import Box
 from megatron_jobs.config import RunConfig
 from moe import statistics
 from moe.statistics import Alarms
+from mujina.matrices import Box
 from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
 from tests.megatron_jobs.engine.test_passes import one_phase, records

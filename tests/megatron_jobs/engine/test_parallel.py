@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint
-from megatron_jobs.checkpoints.weights import Box
 from megatron_jobs.config import ParallelConfig, RunConfig
+from mujina.matrices import Box
 from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
 from tests.megatron_jobs.test_train import losses, train_here

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from megatron_jobs.checkpoints import checkpoint
-from megatron_jobs.checkpoints.weights import Box, InitialWeights
+from megatron_jobs.checkpoints.weights import InitialWeights
 from megatron_jobs.config import RunConfig
+from mujina.matrices import Box
 from tests.conftest import MOE, tiny
 from tests.megatron_jobs.engine.test_parallel import name
 from tests.megatron_jobs.test_train import plain_loop, train_here

@@ -217,11 +217,12 @@ def nvml(temperature: float, clock: float, reasons: int, errors: int | None) -> 
 
 def watched() -> list[Any]:
     """What rank 0 sees of two GPUs at five looks, the last of them too early."""
+    from megatron_jobs import ranks
     from megatron_jobs.config import ParallelConfig
     from megatron_jobs.engine import groups
     from megatron_jobs.monitoring import vitals
 
-    rank = groups.rank()
+    rank = ranks.rank()
     looks = [(60, 1980, 0x01, 0), (61, 1975, 0x04, 0), (88, 1200, 0x44, 2), (89, 1100, 0x40, 2), (60, 1980, 0x00, 3)]
     with groups.of_run(ParallelConfig(), 1):
         mine = vitals.Watch(None, "GPU-1")
@@ -266,7 +267,7 @@ def test_a_slow_rank_is_named_once(prepared, tmp_path):
 
 
 def train_with_slow_rank(config: RunConfig, slow: int) -> None:
-    from megatron_jobs import train
+    from megatron_jobs import ranks, train
     from megatron_jobs.engine import groups
     from megatron_jobs.engine.gpt import forward
     from megatron_jobs.monitoring import vitals
@@ -278,7 +279,7 @@ def train_with_slow_rank(config: RunConfig, slow: int) -> None:
         time.sleep(0.3)
         return forward(*args, **options)
 
-    if groups.rank() == slow:
+    if ranks.rank() == slow:
         forward = slowed
     with groups.of_run(config.parallel, config.seed):
         train.train(config)
