@@ -220,17 +220,34 @@ class Admit(Section):
     teachers: tuple[str, ...] = ()
 
 
-class Amount(Section):
-    """A fixed amount of a source, in place of a weight: so many tokens, or so many times all of it."""
+class Portion(Section):
+    """What a phase takes of a source: a share by `weight`, or a fixed amount, so many `tokens` or so many `epochs` of it; one of the three.
 
+    A plain number in the place of this section is a weight.
+    """
+
+    weight: PositiveFloat | None = None
     tokens: PositiveInt | None = None
     epochs: PositiveFloat | None = None
+    loss_weight: PositiveFloat = 1.0  # of each of its tokens in the loss
 
     @pydantic.model_validator(mode="after")
-    def _is_one(self) -> "Amount":
-        if (self.tokens is None) == (self.epochs is None):
-            raise ValueError("an amount is either tokens or epochs: write one of them, or a weight (a number)")
+    def _is_one(self) -> "Portion":
+        if sum(value is not None for value in (self.weight, self.tokens, self.epochs)) != 1:
+            raise ValueError("a source is taken by weight, tokens or epochs: write one of them")
         return self
+
+    @property
+    def is_amount(self) -> bool:
+        return self.weight is None
+
+
+class NextToken(Section):
+    """The cross-entropy of each token with the text before it (`losses/next_token.py`)."""
+
+    kind: Literal["next_token"] = "next_token"
+    z_loss: NonNegativeFloat = 0.0  # times the mean square of log Z of the output's softmax (PaLM)
+    token_weights: str | None = None  # the channel of the binaries that weighs each token; None: all count alike
 
 
 class BatchRamp(Section):
@@ -253,11 +270,25 @@ class Phase(Section):
     sequence_length: PositiveInt
     global_batch_size: PositiveInt
     batch_ramp: BatchRamp | None = None
-    sources: dict[str, PositiveFloat | Amount] = Field(min_length=1)
+    sources: dict[str, PositiveFloat | Portion] = Field(min_length=1)
     learning_rate: LearningRate
+    loss: NextToken = NextToken()
+    optimizer: Literal["keep", "reset"] = "keep"  # reset: the phase begins without the moments of the steps before it
     admit: Admit = Admit()
     separate_documents: bool = False  # attention stays within a document, and positions start anew with each
-    z_loss: NonNegativeFloat = 0.0  # times the mean square of log Z of the output's softmax (PaLM)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _earlier_spelling(cls, values: Any) -> Any:
+        """Checkpoints of version 0.1 have `z_loss` beside the phase's other fields."""
+        if isinstance(values, dict) and "z_loss" in values:
+            loss = {"z_loss": values["z_loss"]} | values.get("loss", {})
+            return {name: value for name, value in values.items() if name != "z_loss"} | {"loss": loss}
+        return values
+
+    def portion(self, source: str) -> Portion:
+        value = self.sources[source]
+        return value if isinstance(value, Portion) else Portion(weight=value)
 
     @property
     def tokens_per_step(self) -> int:
@@ -305,8 +336,8 @@ class Phase(Section):
                 f"increments ({ramp.increment}): change one of them"
             )
         if self.tokens is None:
-            for source, weight in self.sources.items():
-                if not isinstance(weight, Amount):
+            for source in self.sources:
+                if (weight := self.portion(source).weight) is not None:
                     raise ValueError(
                         f"phase {self.name}: tokens is missing, and source {source} has a weight ({weight:g}): write the phase's tokens, "
                         f"or an amount of {source}"

@@ -10,7 +10,7 @@ from functools import reduce
 
 import numpy as np
 
-from megatron_jobs.config import Amount, DataConfig, LearningRate, Phase, RunConfig
+from megatron_jobs.config import DataConfig, LearningRate, Phase, RunConfig
 from mujina.user_input import UserError, nearest, parse
 
 
@@ -177,7 +177,7 @@ def _quotas(phase: Phase, data: DataConfig, sources: dict[str, Source]) -> dict[
     """Samples of each source in all steps of the phase, by name. Weights share what the amounts leave."""
     asked, total = _asked(phase, data, sources), phase.num_samples(phase.num_steps)
     rest = total - sum(asked.values())
-    weights = {name: weight for name, weight in phase.sources.items() if name not in asked}
+    weights = {name: weight for name in phase.sources if (weight := phase.portion(name).weight) is not None}
     tokens = sum(asked.values()) * phase.sequence_length
     amounts = f"phases.{phase.name}: the amounts of its sources ({tokens:,} tokens)"
     if weights and rest <= 0:
@@ -199,8 +199,8 @@ def _quotas(phase: Phase, data: DataConfig, sources: dict[str, Source]) -> dict[
 def _asked(phase: Phase, data: DataConfig, sources: dict[str, Source]) -> dict[str, int]:
     """Samples of each source that is given by an amount."""
     samples = {}
-    for name, amount in phase.sources.items():
-        if isinstance(amount, Amount):
+    for name in phase.sources:
+        if (amount := phase.portion(name)).is_amount:
             _admitted(phase, name, sources)
             tokens = amount.tokens or int(amount.epochs * training_blocks(sources[name], data) * data.block_length)
             if tokens < phase.sequence_length:

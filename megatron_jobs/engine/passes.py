@@ -91,7 +91,7 @@ class Objective:
 
     def _pass(self, phase: Phase, batches: Iterable[MicroBatch], num_micro_batches: int, forward_only: bool) -> Losses:
         sums = self._forward_backward(
-            forward_step_func=partial(_forward, len(self.sources) + 1, phase.z_loss),
+            forward_step_func=partial(_forward, len(self.sources) + 1, phase.loss.z_loss),
             data_iterator=list(itertools.tee(batches, len(self.state.chunks))),  # every chunk of a rank reads every micro-batch
             model=self.state.chunks,
             num_microbatches=num_micro_batches,

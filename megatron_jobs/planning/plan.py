@@ -146,13 +146,12 @@ def _source_table(config: RunConfig, sources: dict[str, Source]) -> Table:
 
 
 def _asked_as(phase: Phase, source: str) -> str:
-    match phase.sources[source]:
-        case configuration.Amount(tokens=None, epochs=epochs):
-            return f"{epochs:g} epochs"
-        case configuration.Amount(tokens=tokens):
-            return f"{tokens:,} tokens"
-        case weight:
-            return f"weight {weight:g}"
+    portion = phase.portion(source)
+    if portion.weight is not None:
+        asked = f"weight {portion.weight:g}"
+    else:
+        asked = f"{portion.tokens:,} tokens" if portion.tokens else f"{portion.epochs:g} epochs"
+    return asked + (f", loss × {portion.loss_weight:g}" if portion.loss_weight != 1 else "")
 
 
 def _billions(count: int) -> str:

@@ -72,7 +72,7 @@ def plain_loop(config: RunConfig) -> list[dict[str, Any]]:
         of_samples = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
         z_loss = logits.logsumexp(-1).square().mean()
         adamw.zero_grad()
-        (of_samples.mean() + phase.z_loss * z_loss).backward()
+        (of_samples.mean() + phase.loss.z_loss * z_loss).backward()
         torch.nn.utils.clip_grad_norm_(llama.parameters(), config.optimizer.clip_grad)
         for group in adamw.param_groups:
             group["lr"] = phases.learning_rate(config.phases, step)

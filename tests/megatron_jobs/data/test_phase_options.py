@@ -17,7 +17,7 @@ WEB = dict(
     batch_ramp=dict(start=4, increment=4, tokens=4 * 4 * 32),
     sources={"web": 1.0, "code": dict(tokens=640)},
     learning_rate=dict(start=1e-2, end=1e-3, shape="1-sqrt", decay_steps=3),
-    z_loss=1e-3,
+    loss=dict(kind="next_token", z_loss=1e-3),
 )
 CHAT = dict(
     name="chat",

@@ -51,7 +51,7 @@ def test_amounts_alone_make_the_budget():
         (None, {"a": 1.0, "b": {"epochs": 1}}, "phase p: tokens is missing, and source a has a weight (1)"),
         (None, {"aa": {"epochs": 1}}, "phases.p.sources.aa: no such source in data.folder: did you mean a?"),
         (None, {"a": {"tokens": 17}}, "phase p: tokens (16) must hold at least one step of 64 tokens"),
-        (640, {"a": {"tokens": 17, "epochs": 1}}, "an amount is either tokens or epochs"),
+        (640, {"a": {"tokens": 17, "epochs": 1}}, "a source is taken by weight, tokens or epochs"),
     ],
 )
 def test_amounts_that_do_not_fit_are_refused(tokens, mix, message):

@@ -38,13 +38,13 @@ def one_phase(steps: int, **more: Any) -> list[dict[str, Any]]:
 def by_hand(prepared, tmp_path_factory):
     """Five steps with z-loss in a plain loop over a Llama of transformers."""
     run = tmp_path_factory.mktemp("plain")
-    return run_ranks(1, plain_loop, tiny(prepared, run, phases=one_phase(5, z_loss=Z_LOSS)))[0]
+    return run_ranks(1, plain_loop, tiny(prepared, run, phases=one_phase(5, loss=dict(z_loss=Z_LOSS))))[0]
 
 
 @pytest.mark.parametrize("case", [*DENSE, (4, dict(tensor=2, pipeline=2), None)], ids=name)
 def test_losses_by_source_and_z_loss_are_those_computed_by_hand(prepared, tmp_path, by_hand, case):
     world, parallel, _ = case
-    run_ranks(world, train_here, tiny(prepared, tmp_path, parallel=parallel, phases=one_phase(5, z_loss=Z_LOSS)))
+    run_ranks(world, train_here, tiny(prepared, tmp_path, parallel=parallel, phases=one_phase(5, loss=dict(z_loss=Z_LOSS))))
     got = records(tmp_path)
     assert len(got) == len(by_hand) == 5
     assert {len(step["loss_by_source"]) for step in by_hand} >= {3}
