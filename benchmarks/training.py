@@ -64,11 +64,11 @@ class Turns:
 def ours(folder: str, steps: int) -> dict[str, Any]:
     from megatron_jobs import train
     from megatron_jobs.engine import groups
-    from megatron_jobs.engine.passes import Objective
+    from megatron_jobs.engine.passes import Passes
     from megatron_jobs.engine.state import TrainingState
 
     inside: list[float] = []
-    Objective.gradients = _timed(Objective.gradients, inside)
+    Passes.gradients = _timed(Passes.gradients, inside)
     TrainingState.gradient_norm = _timed(TrainingState.gradient_norm, inside)
     TrainingState.update = update = _timed(TrainingState.update, inside)
     config = config_in(folder, steps)

@@ -154,6 +154,15 @@ def structure(model: ModelConfig, moe: MoEConfig | None) -> dict[str, Any]:
     return fields
 
 
+def differences(model: ModelConfig, moe: MoEConfig | None, its_model: ModelConfig, its_moe: MoEConfig | None) -> list[tuple[str, Any, Any]]:
+    """(field, ours, theirs) of all that two models do not compute alike, and of a router's bias that only one of them has."""
+    ours, theirs = structure(model, moe), structure(its_model, its_moe)
+    found = [(name, ours.get(name), theirs.get(name)) for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    if moe and its_moe and (moe.balancing == "bias") != (its_moe.balancing == "bias"):
+        found.append(("moe.balancing", moe.balancing, its_moe.balancing))
+    return found
+
+
 class ParallelConfig(Section):
     """Sizes of the model-parallel dimensions; what is left of the processes is data parallel. Tensor parallel is sequence parallel too.
 

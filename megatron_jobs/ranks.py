@@ -39,6 +39,17 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+def wait_for_all() -> None:
+    dist.barrier()
+
+
+def any_of(value: bool) -> bool:
+    """Whether one of the ranks passed in True."""
+    told = torch.tensor(float(value))
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return bool(told)
+
+
 def memory_gib() -> float:
     """The most GPU memory that this process has held; without a GPU, the memory that it holds now."""
     used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss

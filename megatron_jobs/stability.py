@@ -38,10 +38,10 @@ class Guard:
         """`rollbacks` are those in the run folder (`read_rollbacks`), oldest first."""
         self.config = config
         self.rollbacks = rollbacks
-        self.recall(None)
+        self.from_ledger(None)
 
-    def recall(self, memory: dict[str, Any] | None) -> None:
-        """Goes back to what `memory` returned at a checkpoint; None is the start of the run. Rollbacks are never forgotten."""
+    def from_ledger(self, memory: dict[str, Any] | None) -> None:
+        """Goes back to what `to_ledger` returned at a checkpoint; None is the start of the run. Rollbacks are never forgotten."""
         memory = memory or {"skipped": [], "skips_in_a_row": 0, "rollbacks": [], "phase": None, "losses": [], "gradient_norms": []}
         self.rollbacks = max(self.rollbacks, memory["rollbacks"], key=len)
         self.skipped: list[dict[str, Any]] = list(memory["skipped"])
@@ -49,7 +49,7 @@ class Guard:
         self.phase: str | None = memory["phase"]
         self.losses, self.gradient_norms = (deque(memory[key], self.config.window) for key in ("losses", "gradient_norms"))
 
-    def memory(self) -> dict[str, Any]:
+    def to_ledger(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, as plain values."""
         return {
             "skipped": list(self.skipped),  # a save beside training writes it down later

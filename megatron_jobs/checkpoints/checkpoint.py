@@ -28,8 +28,9 @@ import torch
 
 from megatron_jobs import config as configuration
 from megatron_jobs.config import RunConfig
+from megatron_jobs.data.ledger import Ledger
 from mujina.files import sha256_of, write_parts, write_whole
-from mujina.matrices import Box
+from mujina.matrices import Box, TensorSource
 from mujina.tensor_files import Planned, header, progress, write_safetensors
 from mujina.user_input import UserError
 
@@ -88,8 +89,8 @@ class Checkpoint:
         return [state for state in STATES if any(state == saved for saved, _ in self._pieces)]
 
     @property
-    def ledger(self) -> dict[str, Any]:
-        return json.loads((self.folder / "ledger.json").read_text())
+    def ledger(self) -> Ledger:
+        return Ledger.from_json((self.folder / "ledger.json").read_text(), str(self.folder / "ledger.json"))
 
     def read(self, name: str, box: Box, state: str = "master") -> torch.Tensor:
         """float32 on the CPU, shape [box.rows, box.columns]. Raises UserError when a part of the box was not saved."""
@@ -233,9 +234,9 @@ class Writer:
         """How many files are written to the end."""
         return sum(1 for _ in self.temporary.glob("rank-*.json"))
 
-    def finish(self, config: RunConfig, tokens: int, updates: int, shapes: dict[str, tuple[int, int]], ledger: dict[str, Any]) -> Path:
+    def finish(self, config: RunConfig, tokens: int, updates: int, shapes: dict[str, tuple[int, int]], ledger: Ledger) -> Path:
         """Writes the description, gives the folder its name, and points `latest` at it. `updates` are the optimizer's so far."""
-        files = {"ledger.json": _write(self.temporary / "ledger.json", [json.dumps(ledger, indent=1).encode()])}
+        files = {"ledger.json": _write(self.temporary / "ledger.json", [ledger.to_json().encode()])}
         for path in sorted(self.temporary.glob("rank-*.json")):
             files[path.with_suffix(".safetensors").name] = json.loads(path.read_text())
             path.unlink()
@@ -259,7 +260,7 @@ class Writer:
 
 
 def write_weights(
-    folder: Path, config: RunConfig, source: Any, shapes: dict[str, tuple[int, int]], ledger: dict[str, Any], description: str
+    folder: Path, config: RunConfig, source: TensorSource, shapes: dict[str, tuple[int, int]], ledger: Ledger, description: str
 ) -> Path:
     """A checkpoint at step 0 without moments, of all that `source` (`matrices.TensorSource`) has, one matrix in memory at a time.
 

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from megatron_jobs import ranks
 from megatron_jobs.checkpoints.checkpoint import Checkpoint, Writer, newest_whole, prune
 from megatron_jobs.checkpoints.weights import shapes
 from megatron_jobs.config import RunConfig
+from megatron_jobs.data.ledger import Ledger
 from mujina.user_input import UserError
 
 POLL_SECONDS = 0.05
@@ -48,7 +48,7 @@ class Saver:
         self.wait()
         return newest_whole(self.folder, keeps, dist.get_rank(), ranks.gathered)
 
-    def save(self, step: int, tokens: int, updates: int, pieces: dict[str, torch.Tensor], ledger: dict[str, Any]) -> None:
+    def save(self, step: int, tokens: int, updates: int, pieces: dict[str, torch.Tensor], ledger: Ledger) -> None:
         """Saves the rectangles that this rank owns (`TrainingState.pieces`), which may change when this returns. Collective.
 
         Waits for the save before it, and for this one too without `train.asynchronous_save`. Raises as `wait` does.
@@ -122,7 +122,7 @@ class _Save:
         tokens: int,
         updates: int,
         pieces: dict[str, torch.Tensor],
-        ledger: dict[str, Any],
+        ledger: Ledger,
         began: float,
     ) -> None:
         self.saver, self.writer = saver, writer

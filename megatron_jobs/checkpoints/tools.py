@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from megatron_jobs.config import structure
+from megatron_jobs.config import differences
+from megatron_jobs.data.ledger import Ledger, Origin
 from mujina.files import whole_folder
 from mujina.user_input import UserError, run
 
@@ -103,7 +104,8 @@ def average(
             total += source.read(name, box, state)
         return (total / len(sources)).float()
 
-    ledger = newest.ledger | {"averaged_from": [source.identity for source in sources]}
+    origin = Origin(kind="averaged", of=tuple(source.identity for source in sources), ledger=newest.ledger)
+    ledger = newest.ledger.model_copy(update={"origin": origin})
     final = _write(output, newest, ["master"], mean, 2**30, None, ledger, "averaging")
     print(f"{final}: the mean of steps {', '.join(str(source.step) for source in sources)}")
 
@@ -221,23 +223,19 @@ def summary(source: "Checkpoint") -> list[str]:
         f"{sum(rows * columns for rows, columns in source.shapes.values()):,} values, {kind}",
         f"files: {len(sizes)} of {min(sizes):,} to {max(sizes):,} bytes, {sum(sizes):,} in all, {moments}",
     ]
-    for phase in ledger["phases"]:
-        consumed = ", ".join(f"{name} {share['tokens']:,}" for name, share in phase["sources"].items())
-        lines.append(f"phase {phase['name']}: {phase['steps']:,} steps, {phase['tokens']:,} tokens: {consumed}")
-    for origin in ledger.get("averaged_from", []):
-        lines.append(f"mean of: {origin['run']}, step {origin['step']:,}, {origin['tokens']:,} tokens")
-    if origin := ledger.get("upcycled_from"):
-        where = origin["folder"] if "folder" in origin else f"{origin['run']}, step {origin['step']:,}, {origin['tokens']:,} tokens"
-        lines.append(f"upcycled from: {where}")
-    if origin := ledger.get("imported_from"):
-        lines.append(f"imported from: {origin['folder']}")
+    for phase in ledger.phases:
+        consumed = ", ".join(f"{name} {share.tokens:,}" for name, share in phase.sources.items())
+        lines.append(f"phase {phase.name}: {phase.steps:,} steps, {phase.tokens:,} tokens: {consumed}")
+    while ledger and ledger.origin:
+        lines.append(f"origin: {ledger.origin}")
+        ledger = ledger.origin.ledger
     return lines
 
 
 def require_same_model(one: "Checkpoint", other: "Checkpoint") -> None:
     """Raises UserError, naming what differs, when the checkpoints are not of one model."""
-    mine, its = (structure(checkpoint.config.model, checkpoint.config.moe) for checkpoint in (one, other))
-    problems = [f"{name} is {mine.get(name)} and {its.get(name)}" for name in mine | its if mine.get(name) != its.get(name)]
+    mine, its = one.config, other.config
+    problems = [f"{name} is {a} and {b}" for name, a, b in differences(mine.model, mine.moe, its.model, its.moe)]
     if one.shapes != other.shapes and not problems:
         name = next(name for name in one.shapes | other.shapes if one.shapes.get(name) != other.shapes.get(name))
         problems.append(f"{name} has the shape {one.shapes.get(name)} and {other.shapes.get(name)}")
@@ -261,7 +259,7 @@ def _write(
     read: "Read",
     file_bytes: int,
     num_files: int | None,
-    ledger: dict[str, Any],
+    ledger: Ledger,
     description: str,
 ) -> Path:
     """A checkpoint of what `read` gives, else like `like`, in equal files, or in files of about `file_bytes`. Returns its folder."""

@@ -82,7 +82,7 @@ class Exported:
         self.checkpoint, self.model, self.moe = checkpoint, checkpoint.config.model, checkpoint.config.moe
         if self.moe:  # inference drops no tokens
             self.moe = self.moe.model_copy(update={"capacity_factor": None})
-        self.origin: dict[str, Any] = checkpoint.ledger.get("imported_from", {})
+        self.origin: dict[str, Any] = checkpoint.ledger.untouched_import or {}
         self.model_type = self.origin["config"]["model_type"] if self.origin else family_of(self.model, self.moe)
         self.architecture = FAMILIES[self.model_type].architecture
         self.type = self.origin.get("type") or ("F32" if checkpoint.config.train.precision == "fp32" else "BF16")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_jobs.config import ModelConfig, MoEConfig, RunConfig, structure
+from megatron_jobs.config import ModelConfig, MoEConfig
 from mujina.user_input import UserError, parse
 
 if TYPE_CHECKING:
@@ -191,26 +191,6 @@ class HuggingFaceFolder:
         """The type of a matrix's values, one of DTYPES."""
         return self._slices[self._names[name]].get_dtype()
 
-    def check(self, config: RunConfig) -> None:
-        """Raises UserError when a run's model is not the one of this folder; names every field and what to write."""
-        if (config.moe is None) != (self.moe is None):
-            wanted = "write moe: " + _as_yaml(self.moe, MOE_FIELDS) if self.moe else "leave it out, or upcycle a checkpoint first"
-            raise UserError(f"moe must fit train.init_from ({self.folder}), which is {'a mixture' if self.moe else 'dense'}: {wanted}")
-        problems = []
-        its = structure(self.model, self.moe)
-        for name, mine in structure(config.model, config.moe).items():
-            if mine != its[name]:
-                wanted = f"write {name.partition('.')[2]}: {its[name]}"
-                problems.append(f"{name} ({mine}) must be that of train.init_from ({self.folder}): {wanted}")
-        for phase in config.phases:
-            if self.sliding_window and phase.sequence_length > self.sliding_window:
-                problems.append(
-                    f"phases.{phase.name}.sequence_length ({phase.sequence_length}) must not exceed the sliding_window of "
-                    f"train.init_from ({self.folder}): write at most {self.sliding_window}"
-                )
-        if problems:
-            raise UserError("\n".join(problems))
-
 
 def family_of(model: ModelConfig, moe: MoEConfig | None) -> str:
     """The key in FAMILIES of the stock architecture that can hold a model. Raises UserError where there is none."""
@@ -344,10 +324,6 @@ def compare(source: Any, weights: Any, folder: Path, tokens: "torch.Tensor", wha
     print(found)
     agreement.require(found, what)
     return found
-
-
-def _as_yaml(section: Any, fields: dict[str, str]) -> str:
-    return "{" + ", ".join(f"{field}: {getattr(section, field)}" for field in fields) + "}"
 
 
 def _some(names: list[str]) -> str:

@@ -22,6 +22,7 @@ import yaml
 
 from megatron_jobs.config import from_dict
 from megatron_jobs.conversion.hugging_face import HuggingFaceFolder, compare
+from megatron_jobs.data.ledger import Ledger, Origin
 from mujina.files import whole_folder
 from mujina.user_input import UserError, run
 from tokenization.embeddings import extend_embeddings, respell
@@ -157,13 +158,12 @@ def _write_checkpoint(source: HuggingFaceFolder, folder: Path, output: Path) -> 
         for name in ("config", "generation_config")
         if (source.folder / f"{name}.json").exists()
     }
-    origin = {
-        "folder": str(source.folder),
+    hugging_face = {
         **companions,
         "type": usual,
         "other_types": {name: source.dtype(name) for name in wanted if source.dtype(name) != usual},
     }
-    ledger = {"tokens": 0, "phases": [], "imported_from": origin}
+    ledger = Ledger(origin=Origin(kind="imported", of=({"folder": str(source.folder)},), hugging_face=hugging_face))
     write_weights(folder, from_dict(values, str(output)), source, wanted, ledger, "importing")
 
 

@@ -65,6 +65,31 @@ class MicroBatch:
     tokens: np.ndarray  # int64 [B, L + 1], the last one of a sample a label only
     sources: np.ndarray  # int64 [B], numbers of names in DataOrder.names
     documents: np.ndarray | None  # int32 [B, L], see `documents`; None unless the phase separates documents
+    weights: np.ndarray | None = None  # float32 [B, L], of each label in the loss; None: 1 each
+
+    @property
+    def num_labels(self) -> int:
+        return self.sources.size * (self.tokens.shape[1] - 1)
+
+
+def weighs(phase: Phase) -> bool:
+    """Whether the tokens of the phase differ in their weight."""
+    return phase.loss.token_weights is not None or any(phase.portion(source).loss_weight != 1 for source in phase.sources)
+
+
+def weights(binaries: dict[str, TokenBinary], where: Sequence[tuple[str, int]], phase: Phase) -> np.ndarray:
+    """The weight of each label of the samples, that is of the tokens behind those that are read: float32 [samples, length].
+
+    What the channel of the source says, times what the phase says of the source.
+    """
+    length = phase.sequence_length
+    rows = np.ones((len(where), length), np.float32)
+    for row, (name, offset) in zip(rows, where, strict=True):
+        if phase.loss.token_weights is not None:
+            row[:] = binaries[name].read_channel(phase.loss.token_weights, offset + 1, length)
+        if name in phase.sources:  # a validation set may be of another phase's source
+            row *= phase.portion(name).loss_weight
+    return rows
 
 
 def micro_batch(order: DataOrder, binaries: dict[str, TokenBinary], where: Sequence[tuple[str, int]], phase: Phase) -> MicroBatch:
@@ -73,6 +98,7 @@ def micro_batch(order: DataOrder, binaries: dict[str, TokenBinary], where: Seque
         tokens=read(binaries, where, phase.sequence_length),
         sources=np.array([order.number_of[name] for name, _ in where]),
         documents=documents(binaries, where, phase.sequence_length) if phase.separate_documents else None,
+        weights=weights(binaries, where, phase) if weighs(phase) else None,
     )
 
 

@@ -54,6 +54,12 @@ def locate(phases: Sequence[Phase], step: int) -> tuple[int, int]:
     raise IndexError("the step lies behind the last phase")
 
 
+def at(phases: Sequence[Phase], step: int) -> tuple[Phase, int]:
+    """The phase of step `step` (from 0), and the step's number in it."""
+    index, step_in_phase = locate(phases, step)
+    return phases[index], step_in_phase
+
+
 def consumed_tokens(phases: Sequence[Phase], steps: int) -> int:
     """Tokens that the first `steps` steps consume."""
     tokens = 0
@@ -66,8 +72,8 @@ def consumed_tokens(phases: Sequence[Phase], steps: int) -> int:
 
 def learning_rate(phases: Sequence[Phase], step: int) -> float:
     """The learning rate of step `step` (from 0): each phase has its own piece of the curve."""
-    index, step_in_phase = locate(phases, step)
-    return _piece(phases[index].learning_rate, step_in_phase, phases[index].num_steps)
+    phase, step_in_phase = at(phases, step)
+    return _piece(phase.learning_rate, step_in_phase, phase.num_steps)
 
 
 def _piece(rate: LearningRate, step: int, steps: int) -> float:

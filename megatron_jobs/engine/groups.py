@@ -62,6 +62,11 @@ def initialize(parallel: ParallelConfig) -> None:
     )
 
 
+def data_parallel() -> tuple[int, int]:
+    """The number of this rank among those that read other data, and how many there are."""
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+
 def prepare_device() -> None:
     """Chooses this process's GPU; where there is none, installs the stand-ins (once) and keeps to its share of the cores."""
     global _cpu_is_prepared

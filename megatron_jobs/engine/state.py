@@ -91,6 +91,13 @@ class TrainingState:
                 values.zero_()
         self._is_filled(updates=0)
 
+    def forget_updates(self) -> None:
+        """Goes on with the weights as they are, as if no update had been made."""
+        for _, state, _, _, values in self._rectangles():
+            if state != "master":
+                values.zero_()
+        self._count_from(0)
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Takes weights, moments and the number of updates. This rank reads what it owns, whoever it was that wrote it."""
         with ThreadPoolExecutor(READERS) as readers:
@@ -99,11 +106,14 @@ class TrainingState:
         self._is_filled(checkpoint.updates)
 
     def _is_filled(self, updates: int) -> None:
-        """Gathers the weights that other ranks own, in the type of the model, and counts on from `updates`."""
+        """Gathers the weights that other ranks own, in the type of the model."""
         for distributed in self._distributed():
             distributed._copy_main_params_to_model_params()
         for chunk in self.chunks:
             chunk.start_param_sync(force_sync=True)
+        self._count_from(updates)
+
+    def _count_from(self, updates: int) -> None:
         self.updates = updates
         for inner in self._inner():
             if isinstance(inner, torch.optim.AdamW):

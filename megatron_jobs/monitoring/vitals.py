@@ -39,7 +39,6 @@ class Vitals:
 
     fields: dict[str, Any]  # for the step's record; the worst of all ranks in each
     warnings: list[tuple[str, str]]  # what is new since the last look: ("gpu" or "straggler", what people read)
-    stop_requested: bool  # of any rank
 
 
 class Watch:
@@ -65,9 +64,9 @@ class Watch:
         uuid = f"GPU-{torch.cuda.get_device_properties().uuid}"  # the number would be another under CUDA_VISIBLE_DEVICES
         return cls(pynvml, uuid, num_stages)
 
-    def vitals(self, data_seconds: float, compute_seconds: float, stop_requested: bool) -> Vitals:
-        """Every rank calls this after a step, with the seconds that it waited for data, those until its gradients were there (the wait
-        for those of other ranks comes behind), and whether it was asked to stop.
+    def vitals(self, data_seconds: float, compute_seconds: float) -> Vitals:
+        """Every rank calls this after a step, with the seconds that it waited for data, and those until its gradients were there (the wait
+        for those of other ranks comes behind).
 
         `gpu` is told when rank 0 has just looked.
         """
@@ -76,18 +75,18 @@ class Watch:
         if is_new:
             self._asked, self._sample = time.monotonic(), [ranks.memory_gib(), _reserved_gib(), *self._health()]
         device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-        mine = torch.tensor([data_seconds, compute_seconds, stop_requested, *self._sample], dtype=torch.float64, device=device)
+        mine = torch.tensor([data_seconds, compute_seconds, *self._sample], dtype=torch.float64, device=device)
         rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(rows, mine)
-        waits, computed, stops, memory, reserved, *health = torch.stack(rows).cpu().T.tolist()
+        waits, computed, memory, reserved, *health = torch.stack(rows).cpu().T.tolist()
         warnings = [("straggler", text) for text in self._new_stragglers(computed)]
         fields: dict[str, Any] = {"data_seconds": max(waits), "memory_gib": max(memory)}
         if torch.cuda.is_available():
             fields["memory_reserved_gib"] = max(reserved)
         if not (is_new and self._nvml):
-            return Vitals(fields, warnings, any(stops))
+            return Vitals(fields, warnings)
         warnings += [("gpu", text) for text in self._warnings(*health)]
-        return Vitals(fields | {"gpu": over_ranks(*health)}, warnings, any(stops))
+        return Vitals(fields | {"gpu": over_ranks(*health)}, warnings)
 
     def _new_stragglers(self, computed: list[float]) -> list[str]:
         """A sentence on each rank that has become slow, and on those of other stages that wait for it within their pipeline.

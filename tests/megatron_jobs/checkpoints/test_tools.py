@@ -20,6 +20,7 @@ from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, Writer, pie
 from megatron_jobs.checkpoints.tools import average, inspect, reshape, rows
 from megatron_jobs.checkpoints.weights import shapes
 from megatron_jobs.conversion import convert
+from megatron_jobs.data.ledger import Consumed, Ledger, Origin, PhaseRecord
 from mujina.matrices import Box
 from mujina.tensor_files import Planned, write_safetensors, write_shards
 from mujina.user_input import UserError
@@ -29,7 +30,8 @@ from tests.megatron_jobs.test_train import losses, train_here
 from tests.ranks import run_ranks
 
 SHAPES = {"embedding": (50, 8), "layers.0.down": (8, 24), "layers.1.down": (8, 24), "layers.1.up": (24, 8), "final_norm": (8, 1)}
-LEDGER = {"tokens": 7, "phases": [{"name": "a", "steps": 1, "tokens": 7, "sources": {"web": {"tokens": 7, "checksum": "x"}}}]}
+WEB = Consumed(samples=1, tokens=7, first_block=0, num_blocks=1, checksum="x")
+LEDGER = Ledger(tokens=7, block_length=8, phases=(PhaseRecord(name="a", steps=1, tokens=7, sources={"web": WEB}),))
 
 
 def whole(shape: tuple[int, int]) -> Box:
@@ -151,7 +153,8 @@ def test_the_mean_of_the_newest_is_a_model_to_start_from_and_to_convert(prepared
         one, other = (source.read(name, whole(shape)).double() for source in steps)
         assert found.read(name, whole(shape)).equal(((one + other) / 2).float()) and not one.equal(other)
     assert (found.step, found.tokens, found.states) == (10, steps[1].tokens, ["master"])
-    assert found.ledger == steps[1].ledger | {"averaged_from": [source.identity for source in steps]}
+    origin = Origin(kind="averaged", of=tuple(source.identity for source in steps), ledger=steps[1].ledger)
+    assert found.ledger == steps[1].ledger.model_copy(update={"origin": origin})
     run_ranks(1, train_here, tiny(prepared, tmp_path / "run", moe=MOE, train=dict(init_from=str(tmp_path / "mean/latest"))), 1)
     first = losses(tmp_path / "run")[0]
     assert first < losses(mixture)[0] - 0.5

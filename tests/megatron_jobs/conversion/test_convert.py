@@ -75,11 +75,11 @@ def test_the_folder_brings_tokenizer_and_chat_template(dense, tmp_path):
 def test_the_model_card_tells_what_is_known_and_nothing_else(dense, tmp_path):
     run_ranks(1, convert.main, dense, tmp_path / "hf")
     card = (tmp_path / "hf/README.md").read_text()
-    consumed = Checkpoint(dense).ledger["phases"]
+    consumed = Checkpoint(dense).ledger.phases
     for phase in consumed:
-        for source, of_it in phase["sources"].items():
+        for source, of_it in phase.sources.items():
             origin, language = ("synthetic", "en") if source == "chat" else ("human", "ja")
-            assert f"| {phase['name']} | {source} | {of_it['tokens']:,} | {source}, {origin} | {language} | x |" in card
+            assert f"| {phase.name} | {source} | {of_it.tokens:,} | {source}, {origin} | {language} | x |" in card
     assert card.count("\n| web |") == 3 and card.count("\n| chat |") == 1
     assert "Step 10, 2,560 tokens." in card and "language:\n- en\n- ja\n" in card and "\nlicense:" not in card
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", local_files_only=True)

@@ -85,9 +85,9 @@ def test_no_token_is_used_twice_within_an_epoch(shapes, seed):
                 used[name][offset : offset + p.sequence_length] += 1
             step += 1
     assert max(counts.max() for counts in used.values()) == 1
-    assert sum(counts.sum() for counts in used.values()) == order.ledger(step)["tokens"] == sum(p["tokens"] for p in phases)
-    for row in order.ledger(step)["phases"]:
-        assert sum(source["tokens"] for source in row["sources"].values()) == row["tokens"]
+    assert sum(counts.sum() for counts in used.values()) == order.ledger(step).tokens == sum(p["tokens"] for p in phases)
+    for row in order.ledger(step).phases:
+        assert sum(source.tokens for source in row.sources.values()) == row.tokens
 
 
 @st.composite
@@ -145,9 +145,9 @@ def test_any_plan_keeps_the_promises(plan, draw, ranks):
                 parts = [again.samples(step, range(size)[rank::ranks]) for rank in range(min(ranks, size))]
                 assert [parts[number % ranks][number // ranks] for number in range(size)] == batch
                 tokens = Counter({name: int(counts.sum()) for name, counts in used.items()})
-                rows = again.ledger(step)["phases"]
-                assert +tokens == +sum((Counter({n: s["tokens"] for n, s in row["sources"].items()}) for row in rows), Counter())
-                assert sum(row["tokens"] for row in rows) == consumed_tokens(config.phases, step) == tokens.total()
+                rows = again.ledger(step).phases
+                assert +tokens == +sum((Counter({n: s.tokens for n, s in row.sources.items()}) for row in rows), Counter())
+                assert sum(row.tokens for row in rows) == consumed_tokens(config.phases, step) == tokens.total()
             for name, offset in batch:
                 used[name][offset : offset + p.sequence_length] += 1
             step += 1
@@ -187,8 +187,8 @@ def test_ledger_counts_what_the_steps_used():
     for step in range(num_steps(config.phases)):
         seen.update(name for name, _ in order.samples(step, range(4)))
         in_ledger = Counter()
-        for row in order.ledger(step + 1)["phases"]:
-            in_ledger.update({name: source["samples"] for name, source in row["sources"].items()})
+        for row in order.ledger(step + 1).phases:
+            in_ledger.update({name: source.samples for name, source in row.sources.items()})
         assert +in_ledger == seen
 
 

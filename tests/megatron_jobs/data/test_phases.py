@@ -130,7 +130,7 @@ def test_the_past_may_not_change_and_the_future_may():
     assert all(
         one.samples(n, range(before.phases[0].batch_size(n))) == other.samples(n, range(before.phases[0].batch_size(n))) for n in range(end)
     )
-    assert one.ledger(end)["phases"][0] == other.ledger(end)["phases"][0]
+    assert one.ledger(end).phases[0] == other.ledger(end).phases[0]
     for changed in (dict(sources={"a": {"epochs": 0.6}}), dict(batch_ramp=dict(start=4, increment=2, tokens=16 * 60))):
         with pytest.raises(UserError, match="phase first has begun and may not change any more"):
             phases.check_resumable(before, config(first=changed), 1)

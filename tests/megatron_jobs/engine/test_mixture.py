@@ -82,7 +82,7 @@ def test_what_a_router_remembers_goes_to_another_layout(prepared, tmp_path, trai
 def remembered(run: Path, router: str, layer: int) -> list[float]:
     saved = Checkpoint(run / "checkpoints/latest")
     if router == "global":
-        return saved.ledger["expert_load"][layer]
+        return saved.ledger.expert_load[layer]
     for moment in ("exp_avg", "exp_avg_sq"):  # there, so that what reads checkpoints needs to know of no exception
         assert not saved.read(f"layers.{layer}.router_bias", Box(0, 4, 0, 1), moment).any()
     return saved.read(f"layers.{layer}.router_bias", Box(0, 4, 0, 1)).flatten().tolist()
