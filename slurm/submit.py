@@ -110,7 +110,7 @@ def _check_disk(config: RunConfig) -> None:
 
 def _tell(config: RunConfig, nodes: int, spare: int, processes: int, left_out: dict[str, object]) -> None:
     step, tokens = history.standing(config.run)
-    all_tokens = sum(phase.num_samples(phase.num_steps) * phase.sequence_length for phase in config.phases)
+    all_tokens = phases.consumed_tokens(config.phases, phases.num_steps(config.phases))
     start = f"goes on from step {step:,}" if step else "starts"
     print(f"run                     {config.run}: {start}, {tokens:,} of {all_tokens:,} tokens")
     print(f"phases                  {', '.join(f'{phase.name} {phase.num_steps:,} steps' for phase in config.phases)}")

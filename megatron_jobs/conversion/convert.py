@@ -63,7 +63,7 @@ def write(source: "Exported", output: Path, no_check: bool, **record: Any) -> No
     """
     with whole_folder(output, RECORD) as folder:
         _write_weights(source, folder)
-        _write_companions(source, folder)
+        write_companions(source, folder)
         agreement = None if no_check else _check(source, folder)
         (folder / "README.md").write_text(model_card(source.checkpoint, source.architecture, agreement), encoding="utf-8")
         record = {"origin": source.checkpoint.identity, "agreement": agreement} | record
@@ -124,7 +124,7 @@ def _write_weights(source: Exported, folder: Path) -> None:
     write_shards(folder, list(source.tensors()), SHARD_BYTES, "converting")
 
 
-def _write_companions(source: Exported, folder: Path) -> None:
+def write_companions(source: Exported, folder: Path) -> None:
     """Configuration, generation configuration, tokenizer and chat template."""
     from transformers import AutoConfig, GenerationConfig
 

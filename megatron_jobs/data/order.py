@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_jobs.config import RunConfig
 from megatron_jobs.data.ledger import Consumed, Ledger, PhaseRecord
-from megatron_jobs.data.phases import Source, locate, num_steps, shares, training_blocks, validation_blocks
+from megatron_jobs.data.phases import Source, consumed_tokens, locate, num_steps, shares, training_blocks, validation_blocks
 from mujina.user_input import UserError
 
 WINDOW = 1024  # samples
@@ -96,10 +96,6 @@ class DataOrder:
         first = self.phases[index].num_samples(step_in_phase)
         return self._samples(index, first + np.asarray(numbers, np.int64))
 
-    def sample(self, phase: int, number: int) -> tuple[str, int]:
-        """(source, offset in tokens) of the sample with `number` (from 0) in phase `phase`."""
-        return self._samples(phase, np.array([number]))[0]
-
     def validation(self, source: str, sequence_length: int) -> np.ndarray:
         """Offsets of the samples that are held out of training: int64 [validation blocks × samples in a block].
 
@@ -136,7 +132,7 @@ class DataOrder:
                 )
                 for share in self.shares[index]
             }
-            rows.append(PhaseRecord(name=phase.name, steps=here, tokens=phase.num_samples(here) * phase.sequence_length, sources=sources))
+            rows.append(PhaseRecord(name=phase.name, steps=here, tokens=consumed_tokens([phase], here), sources=sources))
         return Ledger(tokens=sum(row.tokens for row in rows), block_length=self.block_length, phases=tuple(rows))
 
     def check_continues(self, ledger: Ledger) -> None:

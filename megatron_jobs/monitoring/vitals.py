@@ -16,21 +16,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_jobs import ranks
+from mujina.nvml import TROUBLE, in_words
 
 INTERVAL = 10.0  # seconds between two looks at memory and GPU
 # A rank that takes so much longer than its peers for its own part of a step, in the median of so many steps, slows all down.
 STRAGGLER_SHARE, STRAGGLER_STEPS = 1.2, 20
-
-# NVML's reasons why a clock is below its maximum (nvmlClocksEventReason…). An idle GPU, a clock that an administrator has set, and
-# the power cap, at which a busy GPU always runs, are no trouble.
-REASONS = {
-    0x04: "power cap",
-    0x08: "hardware slowdown",
-    0x20: "thermal slowdown (driver)",
-    0x40: "thermal slowdown (hardware)",
-    0x80: "power brake (power supply)",
-}
-TROUBLE = 0x08 | 0x20 | 0x40 | 0x80
 
 
 @dataclass(frozen=True)
@@ -159,11 +149,6 @@ def over_ranks(
         fields["ecc_errors"] = int(sum(told))
     slowed = {str(rank): words for rank, bits in enumerate(reasons) if (words := in_words(bits))}
     return fields | ({"slowed": slowed} if slowed else {})
-
-
-def in_words(bits: float, mask: int = -1) -> list[str]:
-    """The reasons that stand in NVML's bit field (NaN: not told)."""
-    return [] if math.isnan(bits) else [words for bit, words in REASONS.items() if int(bits) & bit & mask]
 
 
 def _reserved_gib() -> float:

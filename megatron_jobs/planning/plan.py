@@ -103,7 +103,7 @@ def _batch(phase: Phase) -> str:
 
 
 def _tokens(phase: Phase) -> int:
-    return phase.num_samples(phase.num_steps) * phase.sequence_length
+    return phases.consumed_tokens([phase], phase.num_steps)
 
 
 def _calendar(config: RunConfig, tokens_per_day: float, now: datetime) -> Table:

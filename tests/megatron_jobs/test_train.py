@@ -57,7 +57,7 @@ def plain_model(config: RunConfig) -> tuple[Any, Any, Iterator[tuple[Any, list[t
     order = DataOrder(config, feeder.facts(binaries))
     config.run.mkdir(parents=True, exist_ok=True)
     exported = convert.Exported(SimpleNamespace(config=config, ledger=Ledger(), shapes=source.shapes, read=source.read))
-    convert._write_companions(exported, config.run)
+    convert.write_companions(exported, config.run)
     llama = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.run), dtype=torch.float32)
     llama.load_state_dict({tensor.name: tensor.read().view(*tensor.shape) for tensor in exported.tensors()})
     matrices, norms = ([p for p in llama.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))

@@ -124,7 +124,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_loads(dense, tmp_path):
 def convert_and_die(checkpoint: Path, output: Path) -> None:
     child = os.fork()
     if child == 0:
-        convert._write_companions = lambda *_: os.kill(os.getpid(), 9)
+        convert.write_companions = lambda *_: os.kill(os.getpid(), 9)
         convert.main(checkpoint, output)
     os.waitpid(child, 0)
 

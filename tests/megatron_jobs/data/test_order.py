@@ -176,7 +176,7 @@ def test_a_source_too_small_to_hold_out_of_is_refused():
 def test_epochs_are_whole_and_differ():
     """With two epochs allowed, the first pass uses every block once before the second begins, in another order."""
     order = DataOrder(run_config([phase("p", 2 * 1024, 64, 1, {"a": 1.0})], max_epochs=2), sources(a=1025))
-    counts = Counter(order.sample(0, number)[1] for number in range(32))
+    counts = Counter(offset for step in range(32) for _, offset in order.samples(step, [0]))
     assert set(counts.values()) == {2} and len(counts) == 16
 
 
@@ -195,7 +195,7 @@ def test_ledger_counts_what_the_steps_used():
 def test_mix_is_exact_in_every_window():
     config = run_config([phase("p", 16 * 10_000, 16, 100, {"a": 0.9, "b": 0.1})])
     order = DataOrder(config, sources(a=10**6, b=10**6))
-    names = [order.sample(0, number)[0] for number in range(10_000)]
+    names = [name for step in range(100) for name, _ in order.samples(step, range(100))]
     windows = -(-10_000 // WINDOW)
     assert [names[n * 10_000 // windows : (n + 1) * 10_000 // windows].count("b") for n in range(windows)] == [100] * windows
 
@@ -214,7 +214,7 @@ def test_start_is_independent_of_the_corpus():
     many = {name: Source(name, 2_000_000_000, "web", "human", "") for name in names}
     began = time.process_time()
     order = DataOrder(config, many)
-    assert len({order.sample(0, number) for number in range(1024)}) == 1024
+    assert len(set(order.samples(0, range(1024)))) == 1024
     assert time.process_time() - began < 10  # seconds; hours with an index
 
 
