@@ -36,10 +36,7 @@ def by_source(runs: list[Run], field: str, title: str, note: str, smoothed: bool
     runs = [run for run in runs if any(getattr(step, field) for step in run.steps)]
     for run in runs:
         sources = run.largest_sources(len(SOURCE_COLOURS))
-        lines = [
-            run.series(lambda step, source=source: getattr(step, field).get(source), source, colours[source], False, smoothed, False)
-            for source in sources
-        ]
+        lines = [run.series(_of_source(field, source), source, colours[source], False, smoothed, False) for source in sources]
         charts.append((run, [line for line in lines if line.points]))
     y_range = limits([line for _, lines in charts for line in lines])
     drawn = [
@@ -47,6 +44,10 @@ def by_source(runs: list[Run], field: str, title: str, note: str, smoothed: bool
         for run, lines in charts
     ]
     return f'<h2>{title}</h2><p class="note">{note}</p>{side_by_side(drawn)}' if drawn else ""
+
+
+def _of_source(field: str, source: str) -> Callable[[Step], float | None]:
+    return lambda step: getattr(step, field).get(source)
 
 
 def side_by_side(charts: list[tuple[Run, str]]) -> str:

@@ -23,23 +23,23 @@ def section(inputs: Inputs) -> str:
 
 
 def _at_the_end(run: Run) -> str:
-    last = [step.expert_load for step in _routed(run)[-run.window :]]
+    last = _routed(run)[1][-run.window :]
     mean = [[statistics.mean(shares) for shares in zip(*layers, strict=True)] for layers in zip(*last, strict=True)]
     over = f"mean of the last {len(last)} steps" if len(last) > 1 else "last step"
     return _panel(run, heat_map(f"Share of routed tokens, {over}", mean, 540, _every(run)))
 
 
 def _over_the_run(run: Run) -> str:
-    routed = _routed(run)
-    tokens, loads = [step.tokens for step in routed], [step.expert_load for step in routed]
+    routed, loads = _routed(run)
+    tokens = [step.tokens for step in routed]
     return _panel(run, load_over_time("Share of routed tokens over the run", tokens, loads, every=_every(run)))
 
 
 def _imbalance(runs: list[Run]) -> str:
     lines = []
     for run in runs:
-        routed = _routed(run)
-        raw = [(step.tokens, max(max(layer) * len(layer) for layer in step.expert_load)) for step in routed]
+        routed, loads = _routed(run)
+        raw = [(step.tokens, max(max(layer) * len(layer) for layer in load)) for step, load in zip(routed, loads, strict=True)]
         lines.append(Line(run.name, run.colour, smooth_by_phase(raw, routed, run.window), raw))
     chart = line_chart("Load of the busiest expert ÷ mean, worst layer", lines, x_range(runs), (1.0, limits(lines)[1]), size=(540, 260))
     return f'<div class="panel">{run_legend(runs)}{chart}</div>'
@@ -56,8 +56,10 @@ def _curves(runs: list[Run]) -> str:
     return small_section("Experts over time", runs, curves, note)
 
 
-def _routed(run: Run) -> list[Step]:
-    return [step for step in run.steps if step.expert_load]
+def _routed(run: Run) -> tuple[list[Step], list[list[list[float]]]]:
+    """The steps that tell the experts' loads, and the loads[step][layer][expert]."""
+    found = [(step, step.expert_load) for step in run.steps if step.expert_load]
+    return [step for step, _ in found], [load for _, load in found]
 
 
 def _every(run: Run) -> int:

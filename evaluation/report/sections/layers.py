@@ -1,12 +1,12 @@
 """Gradient and weight norms of each layer: from light to dark, with the matrices outside of the layers in colours of their own."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from evaluation.report.charts import limits, line_chart
 from evaluation.report.inputs import Inputs
 from evaluation.report.parts import side_by_side, x_range
-from evaluation.report.runs import Run
+from evaluation.report.runs import Run, Step
 from mujina.page import SOURCE_COLOURS, legend
 
 
@@ -20,16 +20,17 @@ def _charts(run: Run, over: tuple[float, float]) -> Iterator[str]:
     names = list(dict.fromkeys(name for step in run.steps for name in step.layer_norms))
     shade = _shades(run, names)
     for what, title in (("gradient", "Norm of the gradient"), ("weight", "Norm of the weights")):
-        lines = [
-            run.series(lambda step, name=name, what=what: step.layer_norms.get(name, {}).get(what), name, shade[name], smoothed=False)
-            for name in names
-        ]
+        lines = [run.series(_norm(name, what), name, shade[name], smoothed=False) for name in names]
         if any(line.points for line in lines):
             layers = [name for name in names if _is_layer(name)]
             ends = dict.fromkeys([*layers[:1], *layers[-1:], *(name for name in names if not _is_layer(name))])
             key = legend([(shade[name], name) for name in ends])
             low = min((y for line in lines for _, y in line.points if math.isfinite(y) and y > 0), default=1.0)
             yield key + line_chart(title, lines, over, (low, limits(lines)[1]), run.bands, True, (540, 260))
+
+
+def _norm(name: str, what: str) -> Callable[[Step], float | None]:
+    return lambda step: step.layer_norms.get(name, {}).get(what)
 
 
 def _shades(run: Run, names: list[str]) -> dict[str, str]:
