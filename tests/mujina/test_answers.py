@@ -233,10 +233,19 @@ def test_each_answer_is_a_request_with_a_seed_of_its_own(server: ChatServer) -> 
 
 
 def test_only_so_many_requests_are_made_ahead(server: ChatServer) -> None:
-    found = ServerAnswerer(server.url, "teacher", num_in_flight=2).answer([question("x")] * 100, GREEDY)
+    class Counted(list[Conversation]):
+        num_taken = 0
+
+        def __iter__(self) -> Iterator[Conversation]:
+            for conversation in super().__iter__():
+                self.num_taken += 1
+                yield conversation
+
+    conversations = Counted([question("x")] * 100)
+    found = ServerAnswerer(server.url, "teacher", num_in_flight=2).answer(conversations, GREEDY)
     next(found)
-    found.close()
-    assert len(server.requests) <= 10
+    assert conversations.num_taken <= 10
+    assert len(list(found)) == 99
 
 
 @pytest.mark.parametrize(
