@@ -21,8 +21,8 @@ VERBS = {
     "upcycle": ("megatron_jobs.conversion.upcycle", "make a mixture of experts out of a dense model"),
     "convert": ("megatron_jobs.conversion.convert", "write a checkpoint as a Hugging Face folder, logits compared"),
     "checkpoint": ("megatron_jobs.checkpoints.tools", "inspect and compare checkpoints, average them, write them in other files"),
-    "generate": ("evaluation.generate", "let a Hugging Face folder answer prompts"),
-    "evaluate": ("evaluation.arithmetic", "score a Hugging Face folder's answers to arithmetic prompts"),
+    "generate": ("evaluation.generate", "let a chat model answer prompts"),
+    "evaluate": ("evaluation.evaluate", "score a chat model's answers to arithmetic prompts"),
     "report": ("evaluation.report", "draw runs and evaluations into one HTML file"),
 }
 

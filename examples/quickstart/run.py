@@ -39,7 +39,7 @@ def stations() -> list[tuple[str, str, list[str]]]:
         ]
     for label in _labels():
         arguments = [f"{RUN}/hf/{label}", "--prompts", f"{RUN}/chat/held_out.jsonl", "--output", f"{RUN}/evaluation/{label}.json"]
-        rows.append(("evaluation", "evaluation.arithmetic", [*arguments, "--limit", "100"]))
+        rows.append(("evaluation", "evaluation.evaluate", [*arguments, "--limit", "100"]))
     evaluations = [argument for label in _labels() for argument in ("--evaluation", f"{label}={RUN}/evaluation/{label}.json")]
     rows.append(("report", "evaluation.report", [f"{RUN}/dense", f"{RUN}/moe", "--output", f"{RUN}/report.html", *evaluations]))
     return rows
@@ -92,9 +92,9 @@ def summary(seconds: dict[str, float]) -> dict[str, Any]:
             "first_loss": steps[0]["loss"],
             "last_loss": steps[-1]["loss"],
             "conversion_max_relative_error": _json(RUN / f"hf/{model}/conversion.json")["agreement"]["max_relative_error"],
-            "well_formed_before_chat_phase": before["well_formed"],
-            "well_formed_after_chat_phase": after["well_formed"],
-            "correct_after_chat_phase": after["correct"],
+            "well_formed_before_chat_phase": before["measures"]["well-formed"],
+            "well_formed_after_chat_phase": after["measures"]["well-formed"],
+            "correct_after_chat_phase": after["measures"]["correct"],
         }
     return result
 

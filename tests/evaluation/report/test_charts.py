@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from evaluation.charts import Axis, Band, Bar, Line, heat_map, limits, line_chart, load_over_time, short, smooth, stacked_bars
+from evaluation.report.charts import Axis, Band, Bar, Line, heat_map, limits, line_chart, load_over_time, short, smooth, stacked_bars
 
 
 def path_of(svg: str, label: str) -> str:

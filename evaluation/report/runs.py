@@ -14,8 +14,8 @@ from typing import Any
 import pydantic
 import yaml
 
-from evaluation.charts import Band, Line, Mark, Points, smooth
 from evaluation.files import parse_object, read_text
+from evaluation.report.charts import Band, Line, Mark, Points, smooth
 from mujina.user_input import Section, UserError, parse
 
 _SMOOTHED_SHARE = 1 / 40  # of a run's steps: the window of the smoothed lines, and "the end" of a run

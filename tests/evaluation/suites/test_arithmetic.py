@@ -1,16 +1,27 @@
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from evaluation import arithmetic
-from evaluation.arithmetic import Message, Problem, Result, read_problems, score, stated_number
-from evaluation.generate import Answer
+from evaluation.suites.arithmetic import Problem, evaluate, read_problems, score, stated_number
+from mujina.answers import Answer, Answerer, Conversation, Sampling, question
 from mujina.user_input import UserError
 
 
 def problem(answer: str = "12", language: str = "en", prompt: str = "What is 5 + 7?") -> Problem:
-    return Problem(messages=[Message(role="user", content=prompt)], answer=answer, language=language)
+    return Problem(messages=question(prompt).messages, answer=answer, language=language)
+
+
+class Scripted(Answerer):
+    """Gives the answers that it was made with, and keeps what it was asked."""
+
+    def __init__(self, *texts: str) -> None:
+        self.texts, self.asked = texts, []
+
+    def answer(self, conversations: Sequence[Conversation], sampling: Sampling) -> Iterator[list[Answer]]:
+        self.asked.append((list(conversations), sampling))
+        yield from ([Answer(text, "stop")] for text in self.texts)
 
 
 def row(**changes: object) -> str:
@@ -48,66 +59,53 @@ def row(**changes: object) -> str:
     ],
 )
 def test_the_fixed_form(language: str, text: str, number: int | None) -> None:
-    assert stated_number(Answer(text, stopped=True), language) == number
+    assert stated_number(Answer(text, "stop"), language) == number
 
 
 def test_an_answer_that_was_cut_off_is_not_well_formed() -> None:
-    assert stated_number(Answer("The answer is 12.", stopped=False), "en") is None
+    assert stated_number(Answer("The answer is 12.", "length"), "en") is None
 
 
-def test_shares_over_all_and_by_language() -> None:
+def test_verdicts() -> None:
     problems = [problem("12"), problem("-4"), problem("7", "ja"), problem("8", "ja")]
     found = [
-        Answer("The answer is 12.", True),
-        Answer("The answer is 4.", True),
-        Answer("答えは7です。", False),
-        Answer("はい。答えは8です。", True),
+        Answer("The answer is 12.", "stop"),
+        Answer("The answer is 4.", "stop"),
+        Answer("答えは7です。", "length"),
+        Answer("はい。答えは8です。", "stop"),
     ]
-    result = score(problems, found, Path("model"), Path("held_out.jsonl"))
-    assert (result.num_prompts, result.well_formed, result.correct) == (4, 0.75, 0.5)
-    assert {language: shares.model_dump() for language, shares in result.by_language.items()} == {
-        "en": {"num_prompts": 2, "well_formed": 1.0, "correct": 0.5},
-        "ja": {"num_prompts": 2, "well_formed": 0.5, "correct": 0.5},
-    }
-    assert [(sample.well_formed, sample.correct) for sample in result.samples] == [
-        (True, True),
-        (True, False),
-        (False, False),
-        (True, True),
+    samples = score(problems, found)
+    assert [(sample.right, sample.verdict, sample.scores["well-formed"], sample.scores["correct"]) for sample in samples] == [
+        (True, "correct", 1, 1),
+        (False, "wrong number", 1, 0),
+        (False, "not well-formed", 0, 0),
+        (True, "correct", 1, 1),
     ]
-    assert result.samples[3].model_dump() == {
+    assert samples[3].model_dump() == {
         "prompt": "What is 5 + 7?",
         "expected": "8",
         "answer": "はい。答えは8です。",
-        "well_formed": True,
-        "correct": True,
+        "group": "Japanese",
+        "right": True,
+        "verdict": "correct",
+        "scores": {"well-formed": 1.0, "correct": 1.0},
     }
 
 
-def test_the_command_writes_the_result_and_prints_a_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = []
-
-    def fake(folder: Path, conversations: list[list[dict[str, str]]], max_new_tokens: int) -> list[Answer]:
-        asked.extend(conversations)
-        return [Answer("The answer is 12.", True) for _ in conversations]
-
-    monkeypatch.setattr(arithmetic, "answers", fake)
-    prompts = tmp_path / "held_out.jsonl"
-    prompts.write_text("\n".join([row(), row(answer="13"), row()]) + "\n")
-    output = tmp_path / "new" / "result.json"
-    arithmetic.main(tmp_path / "model", prompts, output, limit=2)
-
-    result = json.loads(output.read_text())
-    assert asked == [[{"role": "user", "content": "What is 5 + 7?"}]] * 2
-    assert list(output.parent.iterdir()) == [output]
-    assert (result["folder"], result["prompts"]) == (str(tmp_path / "model"), str(prompts))
-    assert (result["num_prompts"], result["well_formed"], result["correct"]) == (2, 1.0, 0.5)
-    assert len(result["samples"]) == 2
-    assert Result.model_validate(result).by_language["en"].correct == 0.5
-    printed = capsys.readouterr().out
-    assert "100.0%" in printed and "50.0%" in printed
+def test_the_first_problems_are_asked_and_their_answers_scored(tmp_path: Path) -> None:
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("\n".join([row(), row(answer="13"), row(answer="14", language="ja"), row()]) + "\n")
+    answerer = Scripted("The answer is 12.", "The answer is 12.", "答えは14です。")
+    result = evaluate(answerer, "a model", path, limit=3)
+    assert answerer.asked == [([question("What is 5 + 7?")] * 3, Sampling(max_new_tokens=128))]
+    assert (result.model, result.sampling, result.suite.name, result.suite.prompts) == ("a model", Sampling(128), "arithmetic", str(path))
+    assert (result.num_prompts, result.measures) == (3, {"well-formed": 1.0, "correct": pytest.approx(2 / 3)})
+    assert {group: (scores.num_prompts, scores.measures["correct"]) for group, scores in result.groups.items()} == {
+        "English": (2, 0.5),
+        "Japanese": (1, 1.0),
+    }
+    path.write_text(row(answer="15"))
+    assert evaluate(Scripted("15"), "a model", path, limit=None).suite.prompts_sha256 != result.suite.prompts_sha256
 
 
 @pytest.mark.parametrize(
