@@ -19,7 +19,7 @@ import numpy as np
 import pydantic
 
 from data_prep.documents import Kind, Origin
-from mujina.files import sha256_of, write_whole
+from mujina.files import sha256_of, sync, write_whole
 from mujina.user_input import Section, UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -104,10 +104,13 @@ class BinaryWriter:
             bin_sha256=bin_sha256,
             idx_sha256=self._write_index(),
         )
+        # What each line does is on the disk before the next: a manifest must not come back over files that it does not describe.
         path_of(self._prefix, "json").unlink(missing_ok=True)
-        os.replace(self._partial("bin"), path_of(self._prefix, "bin"))
-        os.replace(self._partial("idx"), path_of(self._prefix, "idx"))
+        sync(self._prefix.parent)
+        for kind in ("bin", "idx"):
+            os.replace(self._partial(kind), path_of(self._prefix, kind))
         self._partial("lengths").unlink()
+        sync(self._prefix.parent)
         write_whole(path_of(self._prefix, "json"), (manifest.model_dump_json(indent=2) + "\n").encode())
         return manifest
 

@@ -31,7 +31,7 @@ from data_prep.documents import SourceFacts
 from data_prep.report import SourceReport, StepCounts
 from data_prep.steps.read import find_inputs, read
 from data_prep.steps.step import CorpusStep, Judge, Step
-from mujina.files import read_rows, write_whole
+from mujina.files import read_rows, rename_folder, write_whole
 from mujina.user_input import UserError
 
 GIGABYTE = 1 << 30
@@ -83,7 +83,7 @@ def stages(name: str, source: SourceConfig, folder: Path) -> list[Stage]:
 def finish(folder: Path) -> list[str]:
     """Gives the documents of a source their name and removes what was kept between its stages, which have all ended; the files' paths."""
     if (folder / ".documents").exists():
-        os.replace(folder / ".documents", folder / "documents")
+        rename_folder(folder / ".documents", folder / "documents")
     shutil.rmtree(folder / "work", ignore_errors=True)
     return _documents(folder)
 

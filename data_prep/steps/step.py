@@ -30,7 +30,7 @@ class CorpusStep(Section, ABC):
 
     @abstractmethod
     def mark(self, documents: Iterable[Document], folder: Path, rank: int) -> Iterator[Document]:
-        """Passes the documents of a rank on as they are and writes its marks (<name>.partial first, renamed when whole)."""
+        """Passes the documents of a rank on as they are and writes its marks, in whole files."""
 
     @abstractmethod
     def find(self, folder: Path, num_ranks: int) -> list[tuple[int, Callable[[int], None]]]:
