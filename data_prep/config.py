@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
-from data_prep.documents import SourceFacts
+from data_prep.row import SourceFacts
 from data_prep.steps.chat import Dialogue
 from data_prep.steps.code import CodeQuality
 from data_prep.steps.decontaminate import Decontaminate

@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 import pydantic
 
-from data_prep.documents import Kind, Origin
+from data_prep.row import Kind, Origin
 from mujina.files import sha256_of, sync, write_whole
 from mujina.user_input import Section, UserError
 

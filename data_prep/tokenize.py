@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.blocks import Block, read_blocks
-from data_prep.documents import Document, SourceFacts, documents_of
+from data_prep.blocks import Block, read_blocks, rows_of
 from data_prep.indexed import BinaryWriter, Labels, Manifest, open_binary, token_dtype
+from data_prep.row import Row, SourceFacts
 from data_prep.workers import Workers
 from mujina.files import sha256_of
 from mujina.user_input import UserError
@@ -48,10 +48,10 @@ class _Tally:
     teachers: Counter[str] = field(default_factory=Counter)
     num_characters: int = 0
 
-    def add(self, documents: tuple[Document, ...], num_characters: int) -> None:
-        self.languages.update(document.language for document in documents)
-        self.licences.update(document.licence for document in documents)
-        self.teachers.update(document.teacher for document in documents if document.teacher is not None)
+    def add(self, rows: tuple[Row, ...], num_characters: int) -> None:
+        self.languages.update(row["language"] for row in rows)
+        self.licences.update(row["licence"] for row in rows)
+        self.teachers.update(row["teacher"] for row in rows if "teacher" in row)
         self.num_characters += num_characters
 
     def add_shard(self, shard: Manifest) -> None:
@@ -110,26 +110,26 @@ def _build_shard(source: str, facts: SourceFacts, block: Block, prefix: Path) ->
     if manifest is not None:
         return manifest
     writer, tally = BinaryWriter(prefix, token_dtype(_tokenizer.vocab_size)), _Tally()
-    for documents in batched(documents_of(block, source, facts), BATCH):
-        ids, num_characters = _tokenized(documents)
-        tally.add(documents, num_characters)
+    for rows in batched(rows_of(block, facts.labels(source)), BATCH):
+        ids, num_characters = _tokenized(rows)
+        tally.add(rows, num_characters)
         writer.add_documents(np.concatenate(ids), np.array([document.size for document in ids]))
     if writer.num_documents == 0:
         return None
     return writer.finish(tally.labels(prefix.name, facts, fingerprint))
 
 
-def _tokenized(documents: tuple[Document, ...]) -> tuple[list[np.ndarray], int]:
-    """The ids of each document with its end-of-document token, and the characters of all."""
-    texts = iter(_tokenizer.encode_batch([document.text for document in documents if document.text is not None]))
+def _tokenized(rows: tuple[Row, ...]) -> tuple[list[np.ndarray], int]:
+    """The ids of each row with its end-of-document token, and the characters of all."""
+    texts = iter(_tokenizer.encode_batch([row["text"] for row in rows if "text" in row]))
     ids, characters = [], 0
-    for document in documents:
-        if document.messages is None:
+    for row in rows:
+        if "text" in row:
             ids.append(next(texts))
-            characters += len(document.text or "")
+            characters += len(row["text"])
         else:
-            ids.append(np.array(_tokenizer.encode_chat(document.messages), dtype=np.int32))
-            characters += sum(len(turn["content"]) for turn in document.messages)
+            ids.append(np.array(_tokenizer.encode_chat(row["messages"]), dtype=np.int32))
+            characters += sum(len(turn["content"]) for turn in row["messages"])
     return [np.append(document, np.int32(_tokenizer.eod_id)) for document in ids], characters
 
 

@@ -21,10 +21,10 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from data_prep import blocks
 from data_prep import tokenize as tokenize_module
-from data_prep.blocks import Block, read_blocks
-from data_prep.documents import Document, documents_of
+from data_prep.blocks import Block, read_blocks, rows_of
 from data_prep.indexed import open_binary
 from data_prep.prepare import PrepareConfig, prepare
+from data_prep.row import Row
 from mujina.user_input import UserError
 from tokenization.tokenizer import Tokenizer
 from tokenization.train import TrainConfig, train
@@ -102,14 +102,17 @@ def test_several_files_are_one_source_in_order(tokenizer_folder: Path, tmp_path:
     tokenizer = Tokenizer.load(tokenizer_folder)
     for name in ("b", "a"):
         write_rows(tmp_path / f"{name}.jsonl", [{"text": name}])
-    prepare(config(tokenizer_folder, tmp_path / "out", web={"documents": [str(tmp_path / "*.jsonl")]}))
+    documents = [str(tmp_path / "*.jsonl"), str(tmp_path / "b.jsonl")]  # a file that two patterns find is read once
+    prepare(config(tokenizer_folder, tmp_path / "out", web={"documents": documents}))
     assert tokenizer.decode(open_binary(tmp_path / "out/web").tokens) == "ab"
 
 
 def test_an_empty_source_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
-    empty = write_rows(tmp_path / "empty.jsonl", [])
-    with pytest.raises(UserError, match="source web: holds no documents.*empty.jsonl"):
-        prepare(config(tokenizer_folder, tmp_path / "out", web={"documents": [empty]}))
+    empty, one = write_rows(tmp_path / "empty.jsonl", []), write_rows(tmp_path / "one.jsonl", [{"text": " "}])
+    with pytest.raises(UserError, match="empty.jsonl: holds nothing"):
+        prepare(config(tokenizer_folder, tmp_path / "out", web={"documents": [one, empty]}))
+    with pytest.raises(UserError, match="source web: holds no documents.*its steps dropped all"):
+        prepare(config(tokenizer_folder, tmp_path / "out", web={"documents": [one], "steps": [{"step": "normalise"}]}))
     with pytest.raises(UserError, match="not a whole binary"):
         open_binary(tmp_path / "out/web")
 
@@ -149,12 +152,12 @@ def test_a_killed_preparation_goes_on_where_it_stopped(tokenizer_folder: Path, t
     assert 0 < num_whole < num_blocks
     built = tmp_path / "built"
 
-    def recorded(block: Block, *labels: str) -> Iterator[Document]:
+    def recorded(block: Block, labels: dict[str, str]) -> Iterator[Row]:
         with open(built, "a") as stream:
             stream.write("x")
-        return documents_of(block, *labels)
+        return rows_of(block, labels)
 
-    monkeypatch.setattr(tokenize_module, "documents_of", recorded)
+    monkeypatch.setattr(tokenize_module, "rows_of", recorded)
     prepare(config(tokenizer_folder, killed, web={"documents": [documents]}))
     assert built.stat().st_size == num_blocks - num_whole
     prepare(config(tokenizer_folder, whole, web={"documents": [documents]}))
@@ -217,7 +220,7 @@ def test_of_several_bad_rows_the_first_is_named(tokenizer_folder: Path, tmp_path
 
 def test_a_worker_that_is_killed_is_reported(tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = write_rows(tmp_path / "web.jsonl", [{"text": "x"}])
-    monkeypatch.setattr(tokenize_module, "documents_of", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(tokenize_module, "rows_of", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match="a worker process ended with status -9.*`processes`"):
         prepare(config(tokenizer_folder, tmp_path / "out", web={"documents": [documents]}))
 
