@@ -239,7 +239,7 @@ def _start(step: Step, _: int) -> Judge:
 def _check_continues(source: SourceConfig, files: list[str], tasks: int, folder: Path) -> None:
     """Completion markers say that a rank has ended, not with which steps: those stand in pipeline.json."""
     inputs = [(path, 0 if path.startswith("datasets:") else os.path.getsize(path)) for path in files]
-    described = source.model_dump(mode="json", exclude={"documents", "damaged", "tasks"})
+    described = source.model_dump(mode="json", exclude={"documents", "damaged", "tasks", "answer_weights"})
     fingerprint = hashlib.sha256(json.dumps([described, inputs, tasks]).encode()).hexdigest()
     state = folder / "pipeline.json"
     if not state.exists():

@@ -1,6 +1,7 @@
 """Sources become binaries once, again when something changed, and wholly or not at all."""
 
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import tokenizers
@@ -25,7 +27,7 @@ from data_prep.blocks import Block, read_blocks, rows_of
 from data_prep.indexed import open_binary
 from data_prep.prepare import PrepareConfig, prepare
 from data_prep.row import Row
-from mujina.user_input import UserError
+from mujina.user_input import UserError, parse
 from tokenization.tokenizer import Tokenizer
 from tokenization.train import TrainConfig, train
 
@@ -67,6 +69,67 @@ def test_documents_and_dialogues_decode_to_what_went_in(tokenizer_folder: Path, 
         assert tokenizer.decode(ids[:-1]) == text
     dialogue = open_binary(tmp_path / "out/chat", tokenizer.hash).document(2)
     assert dialogue.tolist() == [*tokenizer.encode_chat(messages), tokenizer.eod_id]
+
+
+def test_answers_have_weights_beside_the_tokens(tokenizer_folder: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    first = [{"role": "user", "content": "7 + 5?"}, {"role": "assistant", "content": "The answer is 12."}]
+    second = [{"role": "system", "content": "the cat"}, *first, {"role": "user", "content": "猫"}, {"role": "assistant", "content": ""}]
+    documents = write_rows(tmp_path / "chat.jsonl", [{"messages": messages} for messages in (first, second, first[:1])])
+    source = {"documents": [documents], "kind": "chat", "origin": "synthetic", "answer_weights": True}
+    (manifest,) = prepare(config(tokenizer_folder, tmp_path / "out", chat=source))
+    binary = open_binary(tmp_path / "out/chat")
+    binary.verify()
+    assert {name: (channel.dtype, channel.per) for name, channel in manifest.channels.items()} == {"weights": ("uint8", "token")}
+    # The plain way: an answer and the end of its turn are said by the assistant; what names the speaker, and what comes after, is not.
+    expected: list[list[int]] = []
+    for messages in (first, second, first[:1]):
+        expected.append([])
+        for turn in messages:
+            said = int(turn["role"] == "assistant")
+            expected[-1] += [0, *[said] * len(tokenizer.encode(turn["content"])), said]
+        expected[-1] += [0]
+    assert binary.lengths.tolist() == list(map(len, expected))
+    assert binary.channel("weights").tolist() == sum(expected, []) and 1 in sum(expected, [])
+    answer = binary.document(0)[np.array(expected[0], bool)]
+    assert tokenizer.decode(answer[:-1]) == "The answer is 12." and answer[-1] == tokenizer.end_of_turn_id
+
+
+def test_weights_of_answers_are_built_and_removed_with_their_field_only(tokenizer_folder: Path, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "7 + 5?"}, {"role": "assistant", "content": "12"}]
+    documents = write_rows(tmp_path / "chat.jsonl", [{"messages": messages}] * 3)
+    source: dict[str, Any] = {"documents": [documents], "kind": "chat", "steps": [{"step": "dialogue"}]}
+    built: list[dict[str, bytes]] = []
+    for answer_weights in (False, True, True, False):
+        (manifest,) = prepare(config(tokenizer_folder, tmp_path / "out", chat=source | {"answer_weights": answer_weights}))
+        built.append({path.name: path.read_bytes() for path in (tmp_path / "out").glob("chat.*")})
+        assert ("chat.weights.bin" in built[-1]) == answer_weights == ("weights" in manifest.channels)
+    assert built[0] == built[3] and built[1] == built[2] and built[0]["chat.json"] != built[1]["chat.json"]
+    assert all(built[0][name] == built[1][name] for name in ("chat.bin", "chat.idx"))
+    prepare(config(tokenizer_folder, tmp_path / "out", chat=source | {"answer_weights": True}))
+    os.truncate(tmp_path / "out/chat.weights.bin", 1)
+    prepare(config(tokenizer_folder, tmp_path / "out", chat=source | {"answer_weights": True}))
+    open_binary(tmp_path / "out/chat").verify()
+
+
+def test_weights_are_for_chat_and_need_a_name_of_their_own(tokenizer_folder: Path, tmp_path: Path) -> None:
+    chat = {"documents": ["a.jsonl"], "kind": "chat", "answer_weights": True}
+    for sources, problem in (
+        ({"web": chat | {"kind": "web"}}, r"answer_weights \(true\) needs kind chat, not web"),
+        ({"chat": chat, "chat.weights": chat}, "sources chat and chat.weights would both write chat.weights.bin"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            parse({"tokenizer": str(tokenizer_folder), "output": str(tmp_path), "sources": sources}, PrepareConfig, "config.yaml")
+
+
+def test_a_fingerprint_is_what_it_was_before_there_were_channels(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """So that what users have prepared is kept."""
+    documents = write_rows(tmp_path / "web.jsonl", [{"text": "the cat"}])
+    (manifest,) = prepare(config(tokenizer_folder, tmp_path / "out", web={"documents": [documents]}))
+    facts = {"kind": "web", "origin": "human", "language": "unknown", "licence": "unknown", "teacher": None}
+    contents = [hashlib.sha256(Path(documents).read_bytes()).hexdigest()]
+    described = json.dumps([Tokenizer.load(tokenizer_folder).hash, "web", facts, contents])
+    assert manifest.fingerprint == hashlib.sha256(described.encode()).hexdigest()
 
 
 def test_only_what_changed_is_built_again(tokenizer_folder: Path, tmp_path: Path) -> None:
