@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
-from data_prep.documents import SourceFacts
+from data_prep.row import SourceFacts
 from data_prep.steps.chat import Dialogue
 from data_prep.steps.code import CodeQuality
 from data_prep.steps.decontaminate import Decontaminate
@@ -48,12 +48,21 @@ class SourceConfig(SourceFacts):
     steps       none: the documents are tokenized as they are
     damaged     what a damaged file or row does: stop the run, or be passed over and reported
     tasks       that share the files, for steps; more than files make no sense. One for each gigabyte, and at least 16, unless given
+    answer_weights   for kind chat: beside the tokens lies the channel `weights`, uint8, 1 for each token that the assistant has to say, the
+                end of its turn included, and 0 for all others. The end-of-document token has 0: the end of the turn has ended the answer
     """
 
     documents: list[str] = Field(min_length=1)
     steps: list[AnyStep] = []
     damaged: Literal["stop", "skip"] = "stop"
     tasks: int | None = Field(default=None, gt=0)
+    answer_weights: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _has_answers(self) -> "SourceConfig":
+        if self.answer_weights and self.kind != "chat":
+            raise ValueError(f"answer_weights (true) needs kind chat, not {self.kind}, which has no answers: remove it")
+        return self
 
 
 class SlurmConfig(Section):
@@ -87,4 +96,7 @@ class PrepareConfig(Section):
             raise ValueError("executor slurm needs a section slurm: write at least slurm: {partition: NAME}")
         if self.tokenizer is None and not all(source.steps for source in self.sources.values()):
             raise ValueError("tokenizer is missing, and a source without steps has nothing else to be done: add it")
+        for name, source in self.sources.items():
+            if source.answer_weights and f"{name}.weights" in self.sources:
+                raise ValueError(f"sources {name} and {name}.weights would both write {name}.weights.bin: give one of them another name")
         return self

@@ -17,10 +17,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from data_prep import pipeline
 from data_prep.config import PrepareConfig
-from data_prep.documents import find_files
 from data_prep.indexed import Manifest
 from data_prep.pipeline import Stage, Task
 from data_prep.report import write_report
+from data_prep.steps.read import find_inputs
 from data_prep.tokenize import tokenize, use
 from data_prep.workers import Workers
 from mujina.files import write_whole
@@ -157,7 +157,7 @@ def _check(config: PrepareConfig) -> dict[str, list[Stage]]:
 
 
 def _plain(documents: list[str]) -> list[Stage]:
-    find_files(documents)
+    find_inputs(documents)
     return []
 
 
@@ -187,5 +187,5 @@ def _finish(config: PrepareConfig, name: str, workers: Workers, say: Callable[[s
         write_report([pipeline.report(name, source, folder)], folder / "report.html")
         say(f"documents in {folder / 'documents'}")
     else:
-        files = find_files(source.documents)
+        files = find_inputs(source.documents)
     return tokenize(name, source, files, output, workers, say) if config.tokenizer else None

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from data_prep.documents import Kind, Origin
+from data_prep.row import Kind, Origin
 from mujina.user_input import Section, UserError, parse, read_yaml
 
 VOCABULARY_MULTIPLE = 128  # one size at every tensor-parallel size, and a shape that GPU kernels like

@@ -8,7 +8,6 @@ Steps are counted as in metrics.jsonl, from 1. Needs no torch.
 
 import json
 import math
-import os
 import statistics
 from collections import deque
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_jobs.config import StabilityConfig
+from mujina.files import write_whole
 
 MAD_TO_SIGMA = 1.4826  # the median absolute deviation of a normal distribution times this is its standard deviation
 FLOOR = 0.01  # of the median: the least deviation that is reckoned with, so that a flat curve does not make everything a spike
@@ -125,9 +125,4 @@ def read_rollbacks(run: Path) -> list[dict[str, Any]]:
 
 def write_rollbacks(run: Path, rollbacks: list[dict[str, Any]]) -> None:
     """Leaves the old file or the new one, whatever happens, and on the disk before this returns."""
-    temporary = run / ".rollbacks.json"
-    with temporary.open("w") as file:
-        json.dump(rollbacks, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, run / "rollbacks.json")
+    write_whole(run / "rollbacks.json", json.dumps(rollbacks, indent=1).encode())

@@ -29,7 +29,7 @@ import torch
 from megatron_jobs import config as configuration
 from megatron_jobs.config import RunConfig
 from megatron_jobs.data.ledger import Ledger
-from mujina.files import sha256_of, write_parts, write_whole
+from mujina.files import sha256_of, sync, write_parts, write_whole
 from mujina.matrices import Box, TensorSource
 from mujina.tensor_files import Planned, header, progress, write_safetensors
 from mujina.user_input import UserError
@@ -250,12 +250,12 @@ class Writer:
             "config": config.model_dump(mode="json"),
         }
         _write(self.temporary / "checkpoint.json", [json.dumps({"sha256": seal(about)} | about, indent=1).encode()])
-        _sync(self.temporary)
+        sync(self.temporary)
         if self.final.exists():  # a damaged one of the same step
             _remove(self.final)
         os.rename(self.temporary, self.final)
         _point_latest_at(self.final)
-        _sync(self.folder)
+        sync(self.folder)
         return self.final
 
 
@@ -350,11 +350,3 @@ def _sha256(parts: Sequence[Any]) -> str:
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from data_prep.indexed import open_binary
+from data_prep.indexed import BinaryWriter, Channel, Labels, open_binary
 from data_prep.inspect import facts, frequent_pieces, show_document
 from data_prep.prepare import PrepareConfig, prepare
 from tokenization.tokenizer import Tokenizer
@@ -24,6 +25,22 @@ def prefix(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     source = {"kind": "web", "documents": [str(folder / "web.jsonl")]}
     prepare(PrepareConfig.model_validate({"tokenizer": str(tokenizer_folder), "output": str(folder / "out"), "sources": {"web": source}}))
     return folder / "out/web"
+
+
+def test_channels_are_shown(tmp_path: Path) -> None:
+    channels = {"weights": Channel(dtype="uint8", per="token"), "logp": Channel(dtype="float16", per="document")}
+    writer = BinaryWriter(tmp_path / "a", np.dtype(np.uint16), channels)
+    values = {"weights": np.array([0, 1, 1, 0], np.uint8), "logp": np.array([-1e4, -6e4], np.float16)}
+    for _ in range(3):  # the sum of the halves is above what one can hold
+        writer.add_documents(np.array([5, 6, 7, 2]), np.array([3, 1]), values)
+    labels = Labels(
+        name="a", kind="chat", origin="human", languages={}, licences={}, teachers={}, num_characters=9, tokenizer_hash="a" * 64,
+        vocab_size=300, fingerprint="f",
+    )  # fmt: skip
+    writer.finish(labels)
+    shown = dict(facts(open_binary(tmp_path / "a")))
+    assert shown["channel weights"] == "12 uint8, one per token: min 0, mean 0.5, max 1"
+    assert shown["channel logp"] == "6 float16, one per document: min -6e+04, mean -3.5e+04, max -1e+04"
 
 
 def inspect(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
