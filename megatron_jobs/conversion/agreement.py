@@ -13,7 +13,7 @@ from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig, RunConf
 from megatron_jobs.conversion.hugging_face import COMPUTED, FAMILIES
 from megatron_jobs.data import feeder, phases
 from megatron_jobs.data.order import DataOrder
-from megatron_jobs.engine import placement
+from megatron_jobs.engine import core, placement
 from megatron_jobs.engine.gpt import build
 from mujina.matrices import Box, TensorSource
 from mujina.user_input import UserError
@@ -93,14 +93,11 @@ def megatron_logits(model_config: ModelConfig, moe: MoEConfig | None, weights: T
     with torch.no_grad():
         placement.fill((local for local in parameters[kinds[0]] if not _is_of_layer(local)), weights)
         tokens = tokens.to(next(gpt.parameters()).device)
-        hidden_SBH = gpt.embedding(tokens, torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape))
-        rotary = gpt.rotary_pos_emb(tokens.shape[1])
+        hidden_SBH, rotary = core.embed(gpt, tokens)
         for number, kind in enumerate(kinds):
             placement.fill(filter(_is_of_layer, parameters[kind]), _Layer(weights, number))
-            hidden_SBH, _ = gpts[kind].decoder.layers[0](hidden_states=hidden_SBH, attention_mask=None, rotary_pos_emb=rotary)
-        output = gpt.shared_embedding_or_output_weight() if model_config.tie_embeddings else None
-        logits_SBV, _ = gpt.output_layer(gpt.decoder.final_layernorm(hidden_SBH), weight=output)
-        return logits_SBV.transpose(0, 1)[..., : model_config.vocab_size].float().cpu()
+            hidden_SBH = core.layer_forward(gpts[kind], 0, hidden_SBH, rotary)
+        return core.unembed(gpt, hidden_SBH).transpose(0, 1)[..., : model_config.vocab_size].float().cpu()
 
 
 def _is_of_layer(local: placement.LocalParameter) -> bool:

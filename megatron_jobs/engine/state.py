@@ -15,13 +15,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, piece_key, rectangles
 from megatron_jobs.checkpoints.weights import shapes
 from megatron_jobs.config import RunConfig
-from megatron_jobs.engine import placement
+from megatron_jobs.engine import core, placement
 from megatron_jobs.engine.gpt import build, check_machine
 from megatron_jobs.engine.placement import LocalParameter
 from mujina.matrices import Box, TensorSource
@@ -73,14 +71,9 @@ class TrainingState:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             gpt.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._groups = list(dict.fromkeys(_group(name) for name, _ in shapes(config.model, config.moe)))
-        for inner in self._inner():
-            for group in inner.param_groups:
-                # megatron-core leaves this to its scheduler, and until then decays the norms as well
-                group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
-                if isinstance(inner, torch.optim.AdamW):
-                    group["fused"] = True  # one pass over the memory instead of a dozen
-        for _, _, main, inner in self._owned():
-            inner.state[main] = {key: torch.zeros_like(main, requires_grad=False) for key in STATES[1:]}
+        core.set_up_adamw(self.optimizer, config.optimizer.weight_decay)
+        for owned in core.owned_ranges(self.optimizer):
+            owned.state.update({key: torch.zeros_like(owned.main, requires_grad=False) for key in STATES[1:]})
 
     def start_from(self, weights: TensorSource) -> None:
         """Takes the weights, and forgets all updates."""
@@ -100,18 +93,9 @@ class TrainingState:
 
     def _is_filled(self, updates: int) -> None:
         """Gathers the weights that other ranks own, in the type of the model, and counts on from `updates`."""
-        for distributed in self._distributed():
-            distributed._copy_main_params_to_model_params()
-        for chunk in self.chunks:
-            chunk.start_param_sync(force_sync=True)
+        core.write_back(self.optimizer, self.chunks)
+        core.set_updates(self.optimizer, updates)
         self.updates = updates
-        for inner in self._inner():
-            if isinstance(inner, torch.optim.AdamW):
-                for main, values in inner.state.items():
-                    values["step"] = torch.tensor(float(updates), device=main.device)
-            else:  # Transformer Engine's FusedAdam counts per group
-                for group in inner.param_groups:
-                    group["step"] = updates
 
     def pieces(self) -> dict[str, torch.Tensor]:
         """What this rank owns, as rectangles for `saver.Saver.save`: views of the state itself, on its device."""
@@ -140,9 +124,9 @@ class TrainingState:
         For use between `gradient_norm` and `update`; each rank adds up what it owns of the optimizer.
         """
         squares = torch.zeros(len(self._groups), 2, dtype=torch.float64, device=torch.cuda.current_device())
-        for local, _, main, _ in self._owned():
+        for local, owned in self._owned():
             if local.is_first_copy:
-                norms = [torch.linalg.vector_norm(values.detach(), dtype=torch.float64) for values in (main.grad, main)]
+                norms = [torch.linalg.vector_norm(values.detach(), dtype=torch.float64) for values in (owned.main.grad, owned.main)]
                 squares[self._groups.index(_group(local.parts[0].name))] += torch.stack(norms).square()
         dist.all_reduce(squares)
         return {
@@ -152,39 +136,23 @@ class TrainingState:
 
     def update(self, learning_rate: float) -> None:
         """One update with the gradients whose norm was taken last, clipped."""
-        for distributed in self._distributed():
-            for group in distributed.optimizer.param_groups:
-                group["lr"] = learning_rate
-            clip_grad_by_total_norm_fp32(distributed.get_parameters(), self._clip_grad, self._norm)
-        for distributed in self._distributed():
-            distributed.step_with_ready_grads()
+        core.update(self.optimizer, learning_rate, self._clip_grad, self._norm)
         self.updates += 1
-
-    def _distributed(self) -> list[DistributedOptimizer]:
-        return self.optimizer.chained_optimizers  # dense parameters and experts have different data-parallel groups
-
-    def _inner(self) -> Iterator[Any]:
-        return (distributed.optimizer for distributed in self._distributed())
 
     def _rectangles(self) -> Iterator[tuple[bool, str, str, Box, torch.Tensor]]:
         """What this rank owns: (no other rank saves it, state, name of the matrix, box, its values), in the order of a file."""
         for state in STATES:
-            for local, start, main, inner in self._owned():
-                flat = main.detach() if state == "master" else inner.state[main][state]
-                for name, box, values in _owned_boxes(local, start, flat):
+            for local, owned in self._owned():
+                flat = owned.main.detach() if state == "master" else owned.state[state]
+                for name, box, values in _owned_boxes(local, owned.start, flat):
                     yield local.is_first_copy, state, name, box, values
             for local, values in self._biases:
                 [part] = local.parts
                 yield local.is_first_copy, state, part.name, part.box, values[state].view(part.box.rows, part.box.columns)
 
-    def _owned(self) -> Iterator[tuple[LocalParameter, int, torch.Tensor, Any]]:
-        """(parameter, start, float32 weights, inner optimizer): this rank owns the flat values from `start` on."""
+    def _owned(self) -> Iterator[tuple[LocalParameter, core.OwnedRange]]:
         of = {local.parameter: local for local in self.parameters}
-        for distributed in self._distributed():
-            for parameter in distributed.model_param_gbuf_map:
-                owned = distributed._get_model_param_range_map(parameter)["param"]
-                main = distributed._get_main_param_and_optimizer_states(parameter)["param"]
-                yield of[parameter], owned.start, main, distributed.optimizer
+        return ((of[owned.parameter], owned) for owned in core.owned_ranges(self.optimizer))
 
 
 def _group(name: str) -> str:
