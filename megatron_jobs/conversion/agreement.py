@@ -10,15 +10,17 @@ from typing import Any
 import torch
 
 from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig
-from megatron_jobs.conversion.hugging_face import COMPUTED, FAMILIES
+from megatron_jobs.conversion.families import FAMILIES
+from megatron_jobs.conversion.hugging_face import COMPUTED, weight_files
 from megatron_jobs.data import feeder, phases
 from megatron_jobs.data.order import DataOrder
-from megatron_jobs.engine import core, placement
+from megatron_jobs.engine import core, groups, placement
 from megatron_jobs.engine.gpt import build
 from mujina.matrices import Box, TensorSource
 from mujina.user_input import UserError
 from tokenization.tokenizer import Tokenizer
 
+BOUND = 1e-4  # on the relative difference of logits between megatron-core and transformers
 NUM_SAMPLES = 8
 TEXTS = (
     "The Japanese badger lives in burrows which it digs itself, often together with others of its kind. In folk tales it changes its "
@@ -172,6 +174,21 @@ def compare(before: torch.Tensor, after: torch.Tensor, labels: torch.Tensor, bou
     scale = before.abs().max()
     losses = [float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())) for logits in (before, after)]
     return Agreement(float(difference.max() / scale), float(difference.mean() / scale), losses[0], losses[1], bound)
+
+
+def compare_with_transformers(source: Any, folder: Path, tokens: torch.Tensor, what: str) -> Agreement:
+    """Logits of `source` in megatron-core's model and of `folder` in transformers', on token ids [samples, length + 1].
+
+    `source` has named matrices, a `model` and a `moe`; `what` names the command.
+    Raises UserError when transformers finds keys left over or missing, or logits differ.
+    """
+    with groups.alone():
+        ours = megatron_logits(source.model, source.moe, source, tokens[:, :-1])
+    theirs = transformers_logits(folder, weight_files(folder), tokens[:, :-1], what)
+    found = compare(ours, theirs, tokens[:, 1:], BOUND)
+    print(found)
+    require(found, what)
+    return found
 
 
 def require(agreement: Agreement, what: str) -> None:
