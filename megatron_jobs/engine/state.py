@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, piece_key, rectangles
+from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, box_key, boxes_of_range
 from megatron_jobs.checkpoints.weights import shapes
 from megatron_jobs.config import RunConfig
 from megatron_jobs.engine import core, placement
@@ -77,7 +77,7 @@ class TrainingState:
 
     def start_from(self, weights: TensorSource) -> None:
         """Takes the weights, and forgets all updates."""
-        for _, state, name, box, values in self._rectangles():
+        for _, state, name, box, values in self._boxes():
             if state == "master":
                 values.copy_(weights.read(name, box))
             else:
@@ -87,7 +87,7 @@ class TrainingState:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Takes weights, moments and the number of updates. This rank reads what it owns, whoever it was that wrote it."""
         with ThreadPoolExecutor(READERS) as readers:
-            for _ in readers.map(lambda wanted: checkpoint.read_into(*wanted[1:]), self._rectangles()):
+            for _ in readers.map(lambda wanted: checkpoint.read_into(*wanted[1:]), self._boxes()):
                 pass  # raises here what was raised there
         self._is_filled(checkpoint.updates)
 
@@ -98,8 +98,8 @@ class TrainingState:
         self.updates = updates
 
     def pieces(self) -> dict[str, torch.Tensor]:
-        """What this rank owns, as rectangles for `saver.Saver.save`: views of the state itself, on its device."""
-        return {piece_key(state, name, box): values for is_first, state, name, box, values in self._rectangles() if is_first}
+        """What this rank owns, as boxes for `saver.Saver.save`: views of the state itself, on its device."""
+        return {box_key(state, name, box): values for is_first, state, name, box, values in self._boxes() if is_first}
 
     def zero_grad(self) -> None:
         for chunk in self.chunks:
@@ -126,6 +126,7 @@ class TrainingState:
         squares = torch.zeros(len(self._groups), 2, dtype=torch.float64, device=torch.cuda.current_device())
         for local, owned in self._owned():
             if local.is_first_copy:
+                assert owned.main.grad is not None
                 norms = [torch.linalg.vector_norm(values.detach(), dtype=torch.float64) for values in (owned.main.grad, owned.main)]
                 squares[self._groups.index(_group(local.parts[0].name))] += torch.stack(norms).square()
         dist.all_reduce(squares)
@@ -139,16 +140,16 @@ class TrainingState:
         core.update(self.optimizer, learning_rate, self._clip_grad, self._norm)
         self.updates += 1
 
-    def _rectangles(self) -> Iterator[tuple[bool, str, str, Box, torch.Tensor]]:
+    def _boxes(self) -> Iterator[tuple[bool, str, str, Box, torch.Tensor]]:
         """What this rank owns: (no other rank saves it, state, name of the matrix, box, its values), in the order of a file."""
         for state in STATES:
             for local, owned in self._owned():
                 flat = owned.main.detach() if state == "master" else owned.state[state]
                 for name, box, values in _owned_boxes(local, owned.start, flat):
                     yield local.is_first_copy, state, name, box, values
-            for local, values in self._biases:
+            for local, by_state in self._biases:
                 [part] = local.parts
-                yield local.is_first_copy, state, part.name, part.box, values[state].view(part.box.rows, part.box.columns)
+                yield local.is_first_copy, state, part.name, part.box, by_state[state].view(part.box.rows, part.box.columns)
 
     def _owned(self) -> Iterator[tuple[LocalParameter, core.OwnedRange]]:
         of = {local.parameter: local for local in self.parameters}
@@ -157,16 +158,18 @@ class TrainingState:
 
 def _group(name: str) -> str:
     """The layer that a matrix belongs to, or its own name outside of the layers."""
-    return re.match(r"layers\.\d+|\w+", name)[0]
+    found = re.match(r"layers\.\d+|\w+", name)
+    assert found, name
+    return found[0]
 
 
 def _owned_boxes(local: LocalParameter, start: int, flat: torch.Tensor) -> Iterator[tuple[str, Box, torch.Tensor]]:
-    """The flat values of a parameter from `start` on, cut into rectangles of named matrices: (name, box, a view of them)."""
+    """The flat values of a parameter from `start` on, cut into boxes of named matrices: (name, box, a view of them)."""
     for part in local.parts:
         offset = part.local_row * local.columns
         first, last = max(start, offset), min(start + len(flat), offset + part.box.rows * local.columns)
         if first < last:
-            for a, b, box in rectangles(first - offset, last - offset, local.columns):
+            for a, b, box in boxes_of_range(first - offset, last - offset, local.columns):
                 box = box.meet(Box(0, part.box.rows, 0, part.box.columns))
                 if box.columns > 0:
                     values = flat[offset + a - start : offset + b - start].view(box.rows, -1)[:, : box.columns]
