@@ -120,7 +120,7 @@ RELIED_ON = [
         line=r"attention_mask=attention_mask,\s*inference",
     ),
     Relied(
-        CORE,
+        "megatron_jobs/engine/passes.py",
         f"{GPT}._postprocess",
         "find where the last stage can be given a loss of ours; else a forward hook of output_layer",
         line=r"return output_processor\(\s*hidden_states=hidden_states,\s*output_layer=self\.output_layer,\s*output_weight=",
@@ -167,6 +167,12 @@ RELIED_ON = [
         "megatron.core.transformer.moe.moe_utils:get_capacity",
         "compute it in Router: tokens × top_k ÷ experts × factor, rounded up",
         "num_tokens, num_experts, capacity_factor, min_capacity",
+    ),
+    Relied(
+        "megatron_jobs/engine/gpt.py",
+        "megatron.core.transformer.transformer_block:TransformerBlock.forward",
+        "find what turns fp8 on at each forward pass, and turn that off in without_fp8",
+        line=r"if self\.config\.fp8|self\.config\.fp8 and",
     ),
     Relied(
         "megatron_jobs/engine/placement.py",
