@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from benchmarks.checkpoints import dd, forget, timed
-from megatron_jobs.checkpoints.checkpoint import Writer, piece_key
+from megatron_jobs.checkpoints.checkpoint import Writer, box_key
 from megatron_jobs.checkpoints.weights import drawn, shapes
 from megatron_jobs.config import RunConfig, from_dict
 from mujina.matrices import Box
@@ -87,7 +87,7 @@ def save(settings: RunConfig, folder: Path) -> Path:
     writer.clear()
     wanted = dict(shapes(settings.model, None))
     pieces = [
-        Planned(piece_key("master", name, Box(0, rows, 0, columns)), shape, torch.float32, partial(drawn, 1, name, shape, 0.02))
+        Planned(box_key("master", name, Box(0, rows, 0, columns)), shape, torch.float32, partial(drawn, 1, name, shape, 0.02))
         for name, shape in wanted.items()
         for rows, columns in [shape]
     ]

@@ -86,7 +86,7 @@ def transformers(folder: str, steps: int) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from megatron_jobs.checkpoints.weights import InitialWeights
-    from megatron_jobs.conversion.hugging_face import LLAMA, hugging_face_name
+    from megatron_jobs.conversion.families import LLAMA, hugging_face_name
     from megatron_jobs.data import feeder, phases
     from megatron_jobs.data.order import DataOrder
     from mujina.matrices import Box

@@ -17,6 +17,8 @@ from data_prep.row import Kind, Origin
 from mujina.user_input import Section, UserError, parse, read_yaml
 
 VOCABULARY_MULTIPLE = 128  # one size at every tensor-parallel size, and a shape that GPU kernels like
+# Values of the logits of which the loss takes the softmax at a time, in float32: what fits a cache, what keeps a GPU busy.
+SOFTMAX_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
 
 
 class RopeScaling(Section):

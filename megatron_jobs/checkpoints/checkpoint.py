@@ -3,10 +3,10 @@
     checkpoints/step-00000200/checkpoint.json        step, tokens, updates, configuration, shapes, size and SHA-256 of every other file, and
                                                      a SHA-256 of all this
                               ledger.json            what has been consumed of each source, by phase
-                              rank-00000.safetensors rectangles of the named matrices of `placement.py`, for each of STATES
+                              rank-00000.safetensors boxes of the named matrices of `placement.py`, for each of STATES
     checkpoints/latest                               a link to the newest whole one
 
-Each rank writes only the rectangles that it owns (the distributed optimizer gives every element one owner), and reads only
+Each rank writes only the boxes that it owns (the distributed optimizer gives every element one owner), and reads only
 those that meet what it needs: no rank ever holds the model, and TP, PP, EP and DP may differ between save and load.
 A checkpoint is written under a temporary name and renamed when all its files are on the disk. Nothing is unpickled.
 No process group is needed here: `saver.py` is what the ranks of a run do together.
@@ -61,7 +61,7 @@ class Checkpoint:
                 )
 
     @functools.cached_property
-    def _pieces(self) -> dict[tuple[str, str], list[tuple[Box, Path, int]]]:
+    def _saved_boxes(self) -> dict[tuple[str, str], list[tuple[Box, Path, int]]]:
         """Where everything is, by state and name of the matrix: box, file, and position of its first byte in the file."""
         found: dict[tuple[str, str], list[tuple[Box, Path, int]]] = {}
         for path in (self.folder / name for name in self.files if name.endswith(".safetensors")):
@@ -86,7 +86,7 @@ class Checkpoint:
     @property
     def states(self) -> list[str]:
         """Those of STATES that were saved: a checkpoint to start from may hold weights only."""
-        return [state for state in STATES if any(state == saved for saved, _ in self._pieces)]
+        return [state for state in STATES if any(state == saved for saved, _ in self._saved_boxes)]
 
     @property
     def ledger(self) -> Ledger:
@@ -102,7 +102,7 @@ class Checkpoint:
         """As `read`, into a tensor of that shape, on any device. Several threads may do so at once."""
         if values.is_cpu and values.is_contiguous() and values.dtype == torch.float32:
             found = sum(
-                self._read_part(piece, box, path, position, values) for piece, path, position in self._pieces.get((state, name), [])
+                self._read_box(saved, box, path, position, values) for saved, path, position in self._saved_boxes.get((state, name), [])
             )
             if found != box.rows * box.columns:
                 raise UserError(
@@ -111,15 +111,15 @@ class Checkpoint:
         else:
             values.copy_(self.read(name, box, state))
 
-    def _read_part(self, piece: Box, box: Box, path: Path, position: int, values: torch.Tensor) -> int:
-        """What a piece of a file has of the box, into its place in `values`; returns how many values that are."""
-        both = piece.meet(box)
+    def _read_box(self, saved: Box, box: Box, path: Path, position: int, values: torch.Tensor) -> int:
+        """What a saved box has of the box that is asked for, into its place in `values`; returns how many values that are."""
+        both = saved.meet(box)
         if both.rows <= 0 or both.columns <= 0:
             return 0
         target = values[both.within(box)]
-        is_direct = both.columns == piece.columns == box.columns  # else through whole rows of the piece
-        rows = target if is_direct else torch.empty(both.rows, piece.columns)
-        position += (both.row0 - piece.row0) * piece.columns * 4
+        is_direct = both.columns == saved.columns == box.columns  # else through whole rows of what is saved
+        rows = target if is_direct else torch.empty(both.rows, saved.columns)
+        position += (both.row0 - saved.row0) * saved.columns * 4
         left = memoryview(rows.numpy()).cast("B")
         with open(path, "rb", buffering=0) as file:
             while left:
@@ -128,7 +128,7 @@ class Checkpoint:
                     raise UserError(f"{path}: ends before its time: the checkpoint is damaged; take an older one")
                 left, position = left[count:], position + count
         if not is_direct:
-            target.copy_(rows[:, both.column0 - piece.column0 : both.column1 - piece.column0])
+            target.copy_(rows[:, both.column0 - saved.column0 : both.column1 - saved.column0])
         return both.rows * both.columns
 
     def verify(self, share: int = 0, num_shares: int = 1) -> None:
@@ -217,16 +217,16 @@ class Writer:
             shutil.rmtree(left)
         self.temporary.mkdir(parents=True)
 
-    def add_rank_file(self, rank: int, pieces: dict[str, torch.Tensor]) -> None:
-        """Writes the rectangles that this rank owns (keys from `piece_key`; float32, on the CPU), and beside them size and checksum."""
+    def add_rank_file(self, rank: int, boxes: dict[str, torch.Tensor]) -> None:
+        """Writes the boxes that this rank owns (keys from `box_key`; float32, on the CPU), and beside them size and checksum."""
         path = self.temporary / f"rank-{rank:05d}.safetensors"
-        write_whole(path.with_suffix(".json"), json.dumps(_write(path, _safetensors(pieces))).encode())
+        write_whole(path.with_suffix(".json"), json.dumps(_write(path, _safetensors(boxes))).encode())
 
-    def stream_rank_file(self, rank: int, pieces: Sequence[Planned], seen: Callable[[Any], Any]) -> None:
-        """As `add_rank_file`, of pieces that are read one at a time; `seen` is called with every part that is written."""
+    def stream_rank_file(self, rank: int, boxes: Sequence[Planned], seen: Callable[[Any], Any]) -> None:
+        """As `add_rank_file`, of boxes that are read one at a time; `seen` is called with every part that is written."""
         path = self.temporary / f"rank-{rank:05d}.safetensors"
         digest = hashlib.sha256()
-        write_safetensors(path, pieces, seen=lambda part: (digest.update(part), seen(part)))
+        write_safetensors(path, boxes, seen=lambda part: (digest.update(part), seen(part)))
         facts = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
         write_whole(path.with_suffix(".json"), json.dumps(facts).encode())
 
@@ -268,16 +268,16 @@ def write_weights(
     """
     files: list[list[Planned]] = [[]]
     for name, (rows, columns) in shapes.items():
-        if sum(piece.nbytes for piece in files[-1]) >= FILE_BYTES:
+        if sum(planned.nbytes for planned in files[-1]) >= FILE_BYTES:
             files.append([])
         box = Box(0, rows, 0, columns)
         read = functools.partial(source.read, name, box)
-        files[-1].append(Planned(piece_key("master", name, box), (rows, columns), torch.float32, read))
+        files[-1].append(Planned(box_key("master", name, box), (rows, columns), torch.float32, read))
     writer = Writer(folder, step=0)
     writer.clear()
-    with progress(description, sum(piece.nbytes for pieces in files for piece in pieces)) as advance:
-        for number, pieces in enumerate(files):
-            writer.stream_rank_file(number, pieces, lambda part: advance(len(part)))
+    with progress(description, sum(planned.nbytes for boxes in files for planned in boxes)) as advance:
+        for number, boxes in enumerate(files):
+            writer.stream_rank_file(number, boxes, lambda part: advance(len(part)))
     return writer.finish(config, 0, 0, shapes, ledger)
 
 
@@ -306,12 +306,12 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def piece_key(state: str, name: str, box: Box) -> str:
+def box_key(state: str, name: str, box: Box) -> str:
     return f"{state}/{name}/{box.row0}/{box.column0}"
 
 
-def rectangles(start: int, end: int, columns: int) -> Iterator[tuple[int, int, Box]]:
-    """Cuts the values start … end − 1 of a row-major matrix with `columns` columns into at most three rectangles.
+def boxes_of_range(start: int, end: int, columns: int) -> Iterator[tuple[int, int, Box]]:
+    """Cuts the values start … end − 1 of a row-major matrix with `columns` columns into at most three boxes.
 
     Yields (start, end, box): the end of a row, whole rows, the beginning of a row.
     """
@@ -324,12 +324,12 @@ def rectangles(start: int, end: int, columns: int) -> Iterator[tuple[int, int, B
             yield first, last, Box(row, last // columns, 0, columns)
 
 
-def _safetensors(pieces: dict[str, torch.Tensor]) -> list[Any]:
+def _safetensors(boxes: dict[str, torch.Tensor]) -> list[Any]:
     """The bytes of a safetensors file: the header, and the values, which are not copied."""
-    assert all(piece.dtype == torch.float32 for piece in pieces.values())
+    assert all(values.dtype == torch.float32 for values in boxes.values())
     return [
-        header((key, piece.shape, piece.dtype) for key, piece in pieces.items()),
-        *(memoryview(piece.contiguous().numpy()).cast("B") for piece in pieces.values()),
+        header((key, values.shape, values.dtype) for key, values in boxes.items()),
+        *(memoryview(values.contiguous().numpy()).cast("B") for values in boxes.values()),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Looks into checkpoints, averages them, and writes them in other files: piece by piece, without a GPU or a process group.
+"""Looks into checkpoints, averages them, and writes them in other files: box by box, without a GPU or a process group.
 
     python -m megatron_jobs.checkpoints.tools inspect CHECKPOINT [--against OTHER]        (what `mujina checkpoint inspect` calls)
     python -m megatron_jobs.checkpoints.tools average CHECKPOINT… OUTPUT                  (or --last N RUN OUTPUT)
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     Read = Callable[[str, str, Box], torch.Tensor]  # state, name, box → float32
 
-PIECE_BYTES = 2**26  # what is in memory at a time, of each checkpoint
+BOX_BYTES = 2**26  # what is in memory at a time, of each checkpoint
 
 Named = Annotated[Path, typer.Argument(help="checkpoint folder, such as RUN/checkpoints/latest")]
 Output = Annotated[Path, typer.Argument(help="new folder for the checkpoint, such as NEW_RUN/checkpoints")]
@@ -203,7 +203,7 @@ def rows(source: "Checkpoint", other: "Checkpoint | None", state: str = "master"
     for group, names in track(groups.items(), description=f"reading {state}", transient=True):
         found = Facts()
         for name in names:
-            for box in _boxes(source.shapes[name], PIECE_BYTES):
+            for box in _boxes(source.shapes[name], BOX_BYTES):
                 found += facts(source.read(name, box, state), other.read(name, box, state) if other else None)
         shape = " × ".join(map(str, source.shapes[names[0]])) if names == [group] else f"{len(names)} matrices"
         yield group, shape, found
@@ -265,7 +265,7 @@ def _write(
     """A checkpoint of what `read` gives, else like `like`, in equal files, or in files of about `file_bytes`. Returns its folder."""
     import torch
 
-    from megatron_jobs.checkpoints.checkpoint import Checkpoint, Writer, piece_key
+    from megatron_jobs.checkpoints.checkpoint import Checkpoint, Writer, box_key
     from mujina.tensor_files import Planned, progress
 
     if output.exists() and any(output.iterdir()):
@@ -276,17 +276,17 @@ def _write(
     position = 0
     for state in states:
         for name, shape in like.shapes.items():
-            for box in _boxes(shape, min(PIECE_BYTES, total // num_files)):
-                piece = Planned(piece_key(state, name, box), (box.rows, box.columns), torch.float32, partial(read, state, name, box))
-                files[position * num_files // total].append(piece)  # the file in whose equal share the piece begins
-                position += piece.nbytes
+            for box in _boxes(shape, min(BOX_BYTES, total // num_files)):
+                planned = Planned(box_key(state, name, box), (box.rows, box.columns), torch.float32, partial(read, state, name, box))
+                files[position * num_files // total].append(planned)  # the file in whose equal share the box begins
+                position += planned.nbytes
     if not all(files):
         raise UserError(f"{num_files} files are too many for {total:,} bytes, whose rows are not cut: ask for fewer, or for larger ones")
     with whole_folder(output, "latest") as partial_folder, progress(description, total) as advance:
         writer = Writer(partial_folder, like.step)
         writer.clear()
-        for rank, pieces in enumerate(files):
-            writer.stream_rank_file(rank, pieces, lambda part: advance(len(part)))
+        for rank, boxes in enumerate(files):
+            writer.stream_rank_file(rank, boxes, lambda part: advance(len(part)))
         final = writer.finish(like.config, like.tokens, like.updates, like.shapes, ledger)
         Checkpoint(final).verify()
     return output / final.name

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatron_jobs.conversion.hugging_face import FAMILIES, compare, config_values, family_of, hugging_face_name, older_spellings
+from megatron_jobs.conversion.families import FAMILIES, config_values, family_of, hugging_face_name, older_spellings
 from megatron_jobs.conversion.model_card import model_card
 from mujina.files import whole_folder
+from mujina.matrices import Box
 from mujina.user_input import UserError, run
 
 if TYPE_CHECKING:
     import torch
 
     from megatron_jobs.checkpoints.checkpoint import Checkpoint
-    from mujina.matrices import Box
     from mujina.tensor_files import Planned
 
 RECORD = "conversion.json"  # where a folder comes from, and how well it agrees
@@ -92,12 +92,11 @@ class Exported:
         """Of most of the tensors, as config.json spells it."""
         return str(_dtype(self.type)).removeprefix("torch.")
 
-    def read(self, name: str, box: "Box") -> "torch.Tensor":
+    def read(self, name: str, box: Box) -> "torch.Tensor":
         return self.checkpoint.read(name, box).to(self._dtype_of(name))
 
     def tensors(self) -> Iterator["Planned"]:
         """Every matrix under its Hugging Face name, the padding of the vocabulary cut off, to be read when it is written."""
-        from mujina.matrices import Box
         from mujina.tensor_files import Planned
 
         names = FAMILIES[self.model_type].names
@@ -154,7 +153,7 @@ def _check(source: Exported, folder: Path) -> dict[str, Any]:
     from megatron_jobs.conversion import agreement
 
     tokens = agreement.samples(source.checkpoint.config)[:, : source.origin.get("config", {}).get("sliding_window")]
-    return compare(source, source, folder, tokens, "conversion").as_dict()
+    return agreement.compare_with_transformers(source, folder, tokens, "conversion").as_dict()
 
 
 def origin_of(folder: Path) -> dict[str, Any] | None:

@@ -5,7 +5,8 @@ from typing import Any
 
 from megatron_jobs.checkpoints.checkpoint import Checkpoint
 from megatron_jobs.config import MoEConfig, RunConfig, differences
-from megatron_jobs.conversion.hugging_face import MOE_FIELDS, HuggingFaceFolder
+from megatron_jobs.conversion.families import MOE_FIELDS
+from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
 from megatron_jobs.data.ledger import Origin
 from mujina.files import sha256_of
 from mujina.user_input import UserError

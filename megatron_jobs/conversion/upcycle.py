@@ -21,13 +21,13 @@ from megatron_jobs.conversion import convert
 from megatron_jobs.data.ledger import Ledger, Origin
 from megatron_jobs.planning import flops
 from mujina.files import write_whole
+from mujina.matrices import Box
 from mujina.user_input import UserError, run
 
 if TYPE_CHECKING:
     import torch
 
     from megatron_jobs.conversion.agreement import Agreement
-    from mujina.matrices import Box
 
 BOUND = 1e-5  # where the mixture is to compute what the dense model does
 
@@ -81,7 +81,7 @@ class Mixture:
         self._upcycled = Upcycled(self.dense, InitialWeights(config.model, config.moe, config.seed), config.model, config.moe, normal)
         self.keeps_the_function = self._upcycled.keeps_the_function
 
-    def read(self, name: str, box: "Box") -> "torch.Tensor":
+    def read(self, name: str, box: Box) -> "torch.Tensor":
         """float32 on the CPU, shape [box.rows, box.columns]."""
         return self._upcycled.read(name, box)
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_jobs.config import ParallelConfig
-from megatron_jobs.engine import cpu
+from megatron_jobs.engine import cpu, cpu_speed
 from megatron_jobs.ranks import rank, world_size
 
 _cpu_is_prepared = False
@@ -76,6 +76,7 @@ def prepare_device() -> None:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world_size())))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
         cpu.install()
+        cpu_speed.install()
         _cpu_is_prepared = True
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
 from megatron_jobs.config import MoEConfig, RunConfig
+from megatron_jobs.engine import core
 from megatron_jobs.engine.state import TrainingState
 from moe import statistics
 from moe.router import Router
@@ -65,15 +65,13 @@ class Routing:
         for router in self.routers:
             tally_3NE[:, self._place(router)] = router.tally_3E
             router.tally_3E.zero_()
-        tracked = get_moe_metrics_tracker()
         # A rank has its share of a micro-batch's load-balancing loss, and a z-loss of its own tokens.
         copies = parallel_state.get_data_parallel_world_size() * num_micro_batches * len(self.layers)
         parts = parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()
-        losses = tally_3NE.new_zeros(2)
+        tracked, losses = core.router_losses(), tally_3NE.new_zeros(2)
         for place, (name, divisor) in enumerate((("load_balancing_loss", copies), ("z_loss", copies * parts))):
-            if name in tracked.metrics:
-                losses[place] = tracked.metrics[name].values.sum() / divisor
-        tracked.clear()
+            if name in tracked:
+                losses[place] = tracked[name] / divisor
         return torch.cat([losses.double(), tally_3NE.double().flatten()])
 
     def routed(self, total: torch.Tensor) -> Routed:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_jobs.checkpoints import checkpoint
-from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, Writer, newest_whole, piece_key, prune, seal
+from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, Writer, box_key, newest_whole, prune, seal
 from mujina.matrices import Box
 from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
@@ -32,7 +32,7 @@ def pieces_of(step: int, rank: int = 0, num_ranks: int = 1) -> dict[str, torch.T
     """A matrix `a` that is full of the step's number, in equal parts of its rows."""
     rows = ROWS // num_ranks
     box = Box(rank * rows, (rank + 1) * rows, 0, COLUMNS)
-    return {piece_key(state, "a", box): torch.full((rows, COLUMNS), float(step)) for state in STATES}
+    return {box_key(state, "a", box): torch.full((rows, COLUMNS), float(step)) for state in STATES}
 
 
 def save(config: Any, folder: Path, step: int, num_ranks: int = 1) -> Path:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_jobs.checkpoints.checkpoint import Checkpoint, seal
-from megatron_jobs.conversion import convert, hugging_face
+from megatron_jobs.conversion import convert, families
 from mujina.matrices import Box
 from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
@@ -107,7 +107,7 @@ def test_a_wrong_rule_does_not_pass_the_gate(dense, tmp_path):
 
 def convert_with_exchanged_rules(checkpoint: Path, output: Path) -> None:
     gate, up = "layers.*.gate", "layers.*.up"
-    names = hugging_face.FAMILIES["llama"].names
+    names = families.FAMILIES["llama"].names
     names[gate], names[up] = names[up], names[gate]
     convert.main(checkpoint, output)
 

@@ -14,7 +14,8 @@ from megatron_jobs import config as configuration
 from megatron_jobs.checkpoints.checkpoint import seal
 from megatron_jobs.config import MoEConfig
 from megatron_jobs.conversion import convert, import_hf
-from megatron_jobs.conversion.hugging_face import HuggingFaceFolder, family_of
+from megatron_jobs.conversion.families import family_of
+from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
 from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
 from tests.megatron_jobs.conversion.test_import import run_from, transformers_loss
