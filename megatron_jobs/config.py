@@ -1,12 +1,9 @@
 """The configuration of a training run: what may be written in its YAML file, and the rules that hold between the fields.
 
-`load(path, overrides)` reads a file; `RunConfig.check(world_size)` raises on what cannot be and never edits.
+`load(path, overrides)` reads a file; `planning.layouts.check(config, world_size)` tells whether it can be on so many processes.
 Needs no torch. Counts start with `num_`, `tokens` are tokens, intervals are optimizer steps.
 """
 
-import itertools
-import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,10 +166,6 @@ class ParallelConfig(Section):
 
     def data(self, world_size: int) -> int:
         return world_size // (self.tensor * self.pipeline * self.context)
-
-    def distance(self, other: "ParallelConfig") -> float:
-        """The factors of two that lie between the sizes of two layouts."""
-        return sum(abs(math.log2(getattr(self, field) / getattr(other, field))) for field in type(self).model_fields)
 
     def __str__(self) -> str:
         return ", ".join(f"{field} {size}" for field, size in self if size > 1) or "data parallel only"
@@ -457,102 +450,6 @@ class RunConfig(Section):
                 )
         return self
 
-    def check(self, world_size: int) -> None:
-        """Raises UserError when the run cannot be laid out over `world_size` processes, and names the nearest layouts that can."""
-        try:
-            self._check_layout(world_size)
-        except UserError as error:
-            raise UserError(f"{error}; {self._remedy(world_size)}") from None
-
-    def _check_layout(self, world_size: int) -> None:
-        model, moe, parallel = self.model, self.moe, self.parallel
-        if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-            raise UserError(f"parallel.virtual_pipeline ({parallel.virtual_pipeline}) needs parallel.pipeline above 1: raise it, or set 1")
-        model_parallel = parallel.tensor * parallel.pipeline * parallel.context
-        _divides("parallel.tensor × parallel.pipeline × parallel.context", model_parallel, "the number of processes", world_size)
-        groups_each = model.split_over(parallel.tensor).num_query_groups // parallel.tensor
-        if groups_each * (parallel.tensor - 1) >= model.num_query_groups:
-            raise UserError(
-                f"parallel.tensor ({parallel.tensor}) is too much for model.num_query_groups ({model.num_query_groups}): at {groups_each} "
-                "on a process some would have none; lower it"
-            )
-        _divides("parallel.tensor", parallel.tensor, "the padded vocabulary", model.padded_vocab_size)
-        if parallel.virtual_pipeline == 1:
-            _divides("parallel.pipeline", parallel.pipeline, "model.num_layers", model.num_layers)
-        else:
-            chunks = parallel.pipeline * parallel.virtual_pipeline
-            _divides("parallel.pipeline × parallel.virtual_pipeline", chunks, "model.num_layers", model.num_layers)
-        if moe is None:
-            for field in ("expert", "expert_tensor"):
-                if (size := getattr(parallel, field)) > 1:
-                    raise UserError(f"parallel.{field} ({size}) needs a moe section: add one, or set parallel.{field} to 1")
-            _divides("parallel.tensor", parallel.tensor, "model.ffn_hidden_size", model.ffn_hidden_size)
-        else:
-            if self.train.precision == "fp8" and moe.dispatcher == "allgather":
-                raise UserError("moe.dispatcher (allgather) cannot pad for train.precision (fp8): use alltoall, or train.precision bf16")
-            _divides("parallel.expert", parallel.expert, "moe.num_experts", moe.num_experts)
-            width_name = "moe.ffn_hidden_size" if moe.ffn_hidden_size else "model.ffn_hidden_size"
-            _divides("parallel.expert_tensor", parallel.expert_tensor, width_name, moe.expert_width(model))
-            _divides("parallel.tensor", parallel.tensor, "moe.shared_ffn_hidden_size", moe.shared_ffn_hidden_size)
-            if moe.every > 1:
-                _divides("parallel.tensor", parallel.tensor, "model.ffn_hidden_size", model.ffn_hidden_size)
-            _divides(
-                "parallel.expert × parallel.expert_tensor",
-                parallel.expert * parallel.expert_tensor,
-                "the processes of a pipeline stage",
-                world_size // parallel.pipeline,
-            )
-        for phase in self.phases:
-            self._check_phase(phase, parallel.data(world_size))
-
-    def _check_phase(self, phase: Phase, data_parallel: int) -> None:
-        parallel, where = self.parallel, f"phases.{phase.name}"
-        share, unit = "train.micro_batch_size × the data-parallel size", self.train.micro_batch_size * data_parallel
-        if parallel.virtual_pipeline > 1:  # the interleaved schedule takes micro-batches in groups
-            share, unit = f"{share} × parallel.pipeline", unit * parallel.pipeline
-        _divides(share, unit, f"{where}.global_batch_size", phase.global_batch_size)
-        if phase.batch_ramp:
-            _divides(share, unit, f"{where}.batch_ramp.start", phase.batch_ramp.start)
-            _divides(share, unit, f"{where}.batch_ramp.increment", phase.batch_ramp.increment)
-        length = f"{where}.sequence_length"
-        if parallel.context > 1:  # each rank holds two chunks of a sequence
-            _divides("2 × parallel.context", 2 * parallel.context, length, phase.sequence_length)
-        _divides("parallel.tensor × parallel.context", parallel.tensor * parallel.context, length, phase.sequence_length)
-
-    def _remedy(self, world_size: int) -> str:
-        if found := list(itertools.islice(self.nearest_layouts(world_size), 3)):
-            return f"the nearest layouts of {world_size} processes that can be: " + "; ".join(map(str, found))
-        sizes = sorted(range(1, 2 * world_size + 1), key=lambda size: abs(size - world_size))
-        for size in sizes:
-            if layout := next(self.nearest_layouts(size), None):
-                return f"no layout of {world_size} processes can be; the nearest number that can is {size} ({layout})"
-        return "no layout can be: change the model or the batches"
-
-    def nearest_layouts(self, world_size: int) -> Iterator[ParallelConfig]:
-        """The layouts of `world_size` processes that `check` accepts, those first that differ least from this one."""
-        model, experts = self.model, self.moe.num_experts if self.moe else 1
-        pipelines = [
-            (pipeline, virtual)
-            for pipeline in _divisors(math.gcd(world_size, model.num_layers))
-            for virtual in (_divisors(model.num_layers // pipeline) if pipeline > 1 else [1])
-        ]
-        layouts = [
-            ParallelConfig(
-                tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context, expert=expert, expert_tensor=expert_tensor
-            )
-            for tensor in _divisors(math.gcd(world_size, model.num_query_groups))
-            for pipeline, virtual in pipelines
-            for context in _divisors(world_size // math.gcd(world_size, tensor * pipeline))
-            for expert in _divisors(math.gcd(world_size // pipeline, experts))
-            for expert_tensor in (_divisors(world_size // pipeline // expert) if self.moe else [1])
-        ]
-        for layout in sorted(layouts, key=self.parallel.distance):
-            try:
-                self.model_copy(update={"parallel": layout})._check_layout(world_size)
-            except UserError:
-                continue
-            yield layout
-
 
 class _PhaseFile(Section):
     phases: list[dict[str, Any]]
@@ -569,14 +466,3 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
 def from_dict(values: dict[str, Any], where: str) -> RunConfig:
     """A configuration that was stored as plain values (in a checkpoint)."""
     return parse(values, RunConfig, where)
-
-
-def _divides(part_name: str, part: int, whole_name: str, whole: int) -> None:
-    if whole % part:
-        near = sorted(sorted(_divisors(whole), key=lambda n: abs(n - part))[:4])
-        raise UserError(f"{part_name} ({part}) must divide {whole_name} ({whole}): the nearest that do are {', '.join(map(str, near))}")
-
-
-def _divisors(whole: int) -> list[int]:
-    small = [n for n in range(1, math.isqrt(whole) + 1) if whole % n == 0]
-    return sorted({*small, *(whole // n for n in small)})

@@ -10,6 +10,7 @@ import yaml
 
 from megatron_jobs import config as configuration
 from megatron_jobs.data import phases
+from megatron_jobs.planning import layouts
 from megatron_jobs.planning.plan import num_parameters
 from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
@@ -78,7 +79,7 @@ def test_an_unknown_key_inside_a_phase_names_the_nearest(file):
 )
 def test_a_layout_that_cannot_be_is_refused(prepared, tmp_path, world, sections, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        tiny(prepared, tmp_path, **sections).check(world)
+        layouts.check(tiny(prepared, tmp_path, **sections), world)
 
 
 def test_overrides_and_extends(file, tmp_path):
@@ -117,7 +118,7 @@ def test_the_past_of_a_run_may_not_change(prepared, tmp_path):
 def test_the_reference_models(name, total, active, steps, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = configuration.load(f"megatron_jobs/configs/{name}.yaml")
-    settings.check(128)
+    layouts.check(settings, 128)
     assert num_parameters(settings) == (pytest.approx(total, rel=0.02), pytest.approx(active, rel=0.02))
     assert phases.num_steps(settings.phases) == pytest.approx(steps, rel=0.01)
     assert settings.model.padded_vocab_size == 65_024
