@@ -23,9 +23,12 @@ class UserError(Exception):
 
 
 class Section(pydantic.BaseModel):
-    """One section of a configuration: frozen, and an unknown key is an error."""
+    """One section of a configuration: frozen, and an unknown key is an error.
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    The string under a field is its documentation: what it means, its unit, the rule it obeys (`mujina explain` reads it).
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 T = TypeVar("T", bound=Section)
