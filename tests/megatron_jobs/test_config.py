@@ -141,8 +141,8 @@ def mujina(*arguments: str) -> subprocess.CompletedProcess:
 def test_the_command_and_its_verbs():
     listing = mujina("--help")
     verbs = re.findall(r"^  (\w+) ", listing.stdout, re.MULTILINE)
-    assert verbs[:6] == ["tokenizer", "prepare", "inspect", "import", "plan", "train"]
-    assert verbs[6:] == ["submit", "status", "logs", "upcycle", "convert", "checkpoint", "generate", "evaluate", "report"]
+    assert verbs[:7] == ["explain", "tokenizer", "prepare", "inspect", "import", "plan", "train"]
+    assert verbs[7:] == ["submit", "status", "logs", "upcycle", "convert", "checkpoint", "generate", "evaluate", "report"]
     for verb in verbs:
         shown = mujina(verb, "--help")
         assert shown.returncode == 0 and f"mujina {verb}" in shown.stdout and len(shown.stdout) > 200, verb
