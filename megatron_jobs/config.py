@@ -5,7 +5,7 @@ Needs no torch. Counts start with `num_`, `tokens` are tokens, intervals are opt
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -523,6 +523,8 @@ class PrometheusConfig(Section):
 class RunConfig(Section):
     """A run: a model, the phases that train it, and how."""
 
+    from_file: ClassVar = ("phases",)
+
     run: Path
     """The run folder: resolved configuration, checkpoints, metrics, logs."""
     seed: NonNegativeInt = 1
@@ -548,16 +550,10 @@ class RunConfig(Section):
     prometheus: PrometheusConfig | None = None
     """Metrics to Prometheus; null: no."""
     phases: tuple[Phase, ...]
-    """The stretches of the training, in order; a list, or the path of a file that holds one under `phases:`.
+    """The stretches of the training, in order; a list, or the path of a file (relative to this one) that holds one under `phases:`.
 
     None only in the checkpoint of a model that was imported and not trained here.
     """
-
-    @pydantic.field_validator("phases", mode="before", json_schema_input_type=tuple[Phase, ...] | str)
-    @classmethod
-    def _phase_file(cls, value: Any) -> Any:
-        """`phases:` is a list, or the path of a file that holds such a list under `phases:`."""
-        return read_yaml(value, _PhaseFile).phases if isinstance(value, str) else value
 
     @pydantic.model_validator(mode="after")
     def _one_start(self) -> "RunConfig":
@@ -580,10 +576,6 @@ class RunConfig(Section):
                     f"data.block_length ({self.data.block_length}): change one of them"
                 )
         return self
-
-
-class _PhaseFile(Section):
-    phases: list[dict[str, Any]]
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

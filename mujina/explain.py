@@ -129,6 +129,9 @@ def schema(model: type[Section]) -> dict[str, Any]:
     made = _without_required(model.model_json_schema())
     files = {"type": "array", "items": {"type": "string"}}
     about = "The file, or files, that this one is laid over; relative to this file."
+    for name in model.from_file:
+        field = made["properties"][name]
+        made["properties"][name] = {"description": field.pop("description", ""), "anyOf": [field, {"type": "string"}]}
     made["properties"] = {"extends": {"anyOf": [{"type": "string"}, files], "description": about}} | made["properties"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | made
 

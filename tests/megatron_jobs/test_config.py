@@ -97,6 +97,30 @@ def test_overrides_and_extends(file, tmp_path):
         configuration.load(tmp_path / "missing.yaml")
 
 
+def test_what_a_file_includes_is_relative_to_it(file, tmp_path, monkeypatch):
+    path = file()
+    values = yaml.safe_load(path.read_text())
+    inside = configuration.load(path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "phases.yaml").write_text(yaml.safe_dump({"phases": values.pop("phases")}))
+    path.write_text(yaml.safe_dump(values | {"phases": "sub/phases.yaml"}))
+    (tmp_path / "sub" / "top.yaml").write_text("extends: ../run.yaml\nseed: 1\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert configuration.load(path) == configuration.load(tmp_path / "sub" / "top.yaml") == inside
+    assert configuration.load(path, ["phases=../sub/phases.yaml"]) == inside  # there a path is relative to the working directory
+
+    (tmp_path / "sub" / "top.yaml").write_text("extends: ../run.yaml\nphases: sub/phases.yaml\n")
+    monkeypatch.chdir(tmp_path)
+    rule = r"top.yaml: phases \(sub/phases.yaml\): what a file includes is relative to that file: write phases.yaml"
+    with pytest.raises(UserError, match=rule):
+        configuration.load(tmp_path / "sub" / "top.yaml")
+    with pytest.raises(UserError, match="none.yaml: no such file"):
+        configuration.load(path, ["phases=none.yaml"])
+    with pytest.raises(UserError, match="run.yaml: must hold phases and nothing else"):
+        configuration.load(path, ["phases=run.yaml"])
+
+
 def test_the_learning_rate_follows_the_phases(prepared, tmp_path):
     settings = tiny(prepared, tmp_path)
     rates = [phases.learning_rate(settings.phases, step) for step in range(10)]
