@@ -51,7 +51,7 @@ class ModelConfig(Section):
     head_size: PositiveInt
     """Width of a head; `hidden_size / num_attention_heads` where it is left out."""
     vocab_size: PositiveInt
-    """Pieces of the tokenizer. The matrices are padded to a multiple of 128 rows, which no checkpoint for others holds."""
+    """Pieces of the tokenizer. The matrices have the next multiple of 128 rows, of which those behind it are never looked up."""
     norm_epsilon: PositiveFloat = 1e-5
     """Added to the mean square in RMSNorm."""
     rope_theta: PositiveFloat = 10_000

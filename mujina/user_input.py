@@ -74,7 +74,7 @@ def run(*mains: Callable[..., None]) -> None:
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         for main in mains:
             app.command()(main)
-        app()
+        app(prog_name=sys.argv[0] if sys.argv[0].startswith("mujina ") else None)
     except (UserError, OSError) as error:
         told = explain(error)
         if told is None:
