@@ -22,6 +22,8 @@ def test_the_reference_is_what_the_program_says(tmp_path):
     subprocess.run([sys.executable, "-W", "ignore", "-m", "docs.generate", str(tmp_path)], cwd=ROOT, check=True, timeout=600)
     for name in GENERATED:
         assert (tmp_path / name).read_text() == (ROOT / "docs" / name).read_text(), f"docs/{name} is old: python -m docs.generate"
+    shown = (tmp_path / "commands.md").read_text()
+    assert [verb for verb in VERBS if f"Usage: mujina {verb} [OPTIONS]" not in shown] == []
 
 
 def test_the_site_is_built_and_loads_nothing(tmp_path):
