@@ -25,17 +25,18 @@ KEYS = ("text", "messages", "id", "url", *LABELS)  # that a row may bring from a
 
 
 class SourceFacts(Section):
-    """What phases may know of a source. `language`, `licence` and `teacher` hold for the rows that do not state their own.
-
-    kind      web, code, documents or chat
-    origin    who wrote it: human, synthetic (a model; `teacher` is its name), or rule (a program)
-    """
+    """What phases may know of a source. `language`, `licence` and `teacher` hold for the rows that do not state their own."""
 
     kind: Kind
+    """What kind of text it is."""
     origin: Origin = "human"
+    """Who wrote it: human, synthetic (a model; `teacher` is its name), or rule (a program)."""
     language: str = "unknown"
+    """Of the rows that do not state their own, such as ja."""
     licence: str = "unknown"
+    """Of the rows that do not state their own."""
     teacher: str | None = None
+    """The model that wrote the rows that do not state their own."""
 
     def labels(self, name: str) -> dict[str, str]:
         """The labels of the rows of this source, which is called `name`, where they state none."""

@@ -22,6 +22,7 @@ import typer
 from megatron_jobs import config as configuration
 from megatron_jobs import failures
 from megatron_jobs.data import feeder, phases
+from megatron_jobs.planning import layouts
 from mujina.user_input import run
 
 TAIL = 15  # lines of a traceback or log that are shown
@@ -34,7 +35,7 @@ def main(
 ) -> None:
     """Trains to the end of the last phase; a run that was interrupted goes on where its newest whole checkpoint stands."""
     settings = configuration.load(config, overrides)
-    settings.check(processes)
+    layouts.check(settings, processes)
     sources = feeder.facts(feeder.open_sources(settings))
     settings = phases.resolve(settings, sources)
     phases.shares(settings, sources)

@@ -33,6 +33,7 @@ from megatron_jobs.engine.passes import Passes, fp8_warning
 from megatron_jobs.engine.state import TrainingState
 from megatron_jobs.monitoring.metrics import Log
 from megatron_jobs.monitoring.vitals import Watch
+from megatron_jobs.planning import layouts
 from megatron_jobs.stability import Guard, Verdict
 from mujina.matrices import TensorSource
 from mujina.user_input import UserError, run
@@ -248,7 +249,7 @@ def main(
 ) -> None:
     """One process of a training run; `mujina train` starts as many as are needed."""
     settings = configuration.load(config, overrides)
-    settings.check(ranks.world_size())
+    layouts.check(settings, ranks.world_size())
     with ranks.hold(settings.run), groups.of_run(settings.parallel, settings.seed):
         attempt = ranks.from_rank_0(failures.new_attempt(settings.run) if ranks.rank() == 0 else None)
         with failures.supervised(attempt, ranks.rank(), ranks.world_size(), settings.train.hang_minutes * 60) as watchdog:

@@ -7,6 +7,7 @@ import runpy
 import sys
 
 VERBS = {
+    "explain": ("mujina.explain", "tell what may be written into a configuration, field by field"),
     "tokenizer": ("tokenization.train", "train a SentencePiece tokenizer with chat roles"),
     "extend-vocabulary": ("tokenization.extend", "add pieces to a Hugging Face model's vocabulary"),
     "compare-tokenizers": ("tokenization.compare", "characters per token of tokenizers, by language and kind of text"),

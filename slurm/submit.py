@@ -17,7 +17,7 @@ import typer
 from megatron_jobs import config as configuration
 from megatron_jobs.config import RunConfig
 from megatron_jobs.data import feeder, phases
-from megatron_jobs.planning import plan, planner
+from megatron_jobs.planning import layouts, plan, planner
 from mujina.user_input import UserError, run
 from slurm import history
 
@@ -42,7 +42,7 @@ def main(
     asked = directives(script)
     nodes = nodes or int(asked.get("nodes", 1))
     processes = nodes * int(asked.get("ntasks-per-node", 1))
-    settings.check(processes)
+    layouts.check(settings, processes)
     sources = feeder.facts(feeder.open_sources(settings))
     settings = phases.resolve(settings, sources)
     phases.shares(settings, sources)

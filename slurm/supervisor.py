@@ -36,6 +36,7 @@ import typer
 from megatron_jobs import config as configuration
 from megatron_jobs import failures
 from megatron_jobs.config import RunConfig
+from megatron_jobs.planning import layouts
 from mujina.files import write_whole
 from mujina.user_input import UserError, run
 from slurm import history, preflight
@@ -83,7 +84,7 @@ class Supervisor:
             _say(f"the attempt before this one (job {before[-1].job}) ended without a word: a node lost power, or Slurm ended it")
         self.attempt = attempt = history.began(self.folder, self.job, self.restart, self.nodes)
         try:
-            self.config.check(self.needed * self.tasks_per_node)
+            layouts.check(self.config, self.needed * self.tasks_per_node)
         except UserError as error:
             history.ended(self.folder, attempt, "mistake", str(error))
             raise

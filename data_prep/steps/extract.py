@@ -32,14 +32,16 @@ MANY_TAGS = 20_000
 
 
 class Extract(Step):
-    """timeout   seconds that a page may take which is not extracted at once (trafilatura's, and those of many tags)
+    """HTML to its main text.
 
     Dropped: no_text, timeout, and not_parsed with the engine's error.
     """
 
     step: Literal["extract"] = "extract"
     engine: Literal["resiliparse", "trafilatura"] = "resiliparse"
+    """Resiliparse is fast; trafilatura is slower and takes less of what is not the text."""
     timeout: float = Field(default=10, gt=0)
+    """Seconds that a page may take which is not extracted at once (trafilatura's, and those of many tags)."""
 
     def start(self) -> Judge:
         engine = {"resiliparse": _resiliparse, "trafilatura": _trafilatura}[self.engine]

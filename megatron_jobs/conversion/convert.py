@@ -4,6 +4,9 @@
 
 Streams matrix by matrix, needs no process group and no GPU, and ends with a comparison of the logits of both sides on the
 run's data. The folder gets its name when that comparison holds.
+
+OUTPUT_FOLDER/conversion.json has `origin` (run, step, tokens and files of the checkpoint, with their checksums) and `agreement` (what the
+comparison found; null with --no-check); README.md is the model's card.
 """
 
 import json

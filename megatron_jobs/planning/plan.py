@@ -15,7 +15,7 @@ from megatron_jobs import config as configuration
 from megatron_jobs.config import Phase, RunConfig
 from megatron_jobs.data import feeder, phases
 from megatron_jobs.data.phases import Source
-from megatron_jobs.planning import flops, memory, planner
+from megatron_jobs.planning import flops, layouts, memory, planner
 from mujina.user_input import UserError, run
 
 
@@ -38,7 +38,7 @@ def main(
     if gpu is not None:
         planner.show(settings, planner.machine(gpus, gpu, gpus_per_node, stack), gpu, console)
     elif gpus is not None:
-        settings.check(gpus)
+        layouts.check(settings, gpus)
         sizes = settings.parallel
         console.print(
             f"layout            {gpus} processes: tensor {sizes.tensor}, pipeline {sizes.pipeline}, expert {sizes.expert}, "

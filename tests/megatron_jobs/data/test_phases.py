@@ -10,7 +10,7 @@ from rich.console import Console
 from megatron_jobs.config import from_dict
 from megatron_jobs.data import phases
 from megatron_jobs.data.order import DataOrder
-from megatron_jobs.planning import plan
+from megatron_jobs.planning import layouts, plan
 from mujina.user_input import UserError
 from tests.conftest import tiny
 from tests.megatron_jobs.data.test_order import phase, run_config, sources
@@ -90,9 +90,9 @@ def test_a_ramp_that_cannot_be_is_refused(ramp, message):
 
 def test_every_batch_of_a_ramp_is_laid_out_over_the_processes():
     config = run_config([ramped()])
-    config.check(2)
+    layouts.check(config, 2)
     with pytest.raises(UserError, match=r"the data-parallel size \(4\) must divide phases.p.batch_ramp.start \(2\)"):
-        config.check(4)
+        layouts.check(config, 4)
 
 
 def rates(steps, **rate):

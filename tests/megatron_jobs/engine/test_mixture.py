@@ -9,6 +9,7 @@ import pytest
 
 from megatron_jobs.checkpoints.checkpoint import Checkpoint
 from megatron_jobs.config import RunConfig
+from megatron_jobs.planning import layouts
 from moe import statistics
 from moe.statistics import Alarms
 from mujina.matrices import Box
@@ -157,4 +158,4 @@ def test_options_that_contradict_each_other_are_refused(prepared, tmp_path, moe,
 def test_a_dispatcher_that_cannot_pad_is_refused_with_fp8(prepared, tmp_path):
     config = tiny(prepared, tmp_path, moe=MOE | dict(dispatcher="allgather"), train=dict(precision="fp8"))
     with pytest.raises(UserError, match=r"moe.dispatcher \(allgather\) cannot pad for train.precision \(fp8\)"):
-        config.check(1)
+        layouts.check(config, 1)
