@@ -22,6 +22,7 @@ import typer
 from megatron_jobs import config as configuration
 from megatron_jobs import failures
 from megatron_jobs.data import feeder, phases
+from mujina.exits import MISTAKE, STOPPED
 from mujina.user_input import run
 
 TAIL = 15  # lines of a traceback or log that are shown
@@ -54,8 +55,8 @@ def main(
         failed = first
     status = ranks[failed].returncode
     if stopping.is_set() and status < 0:  # before it could save, or at the second signal
-        status = 128 + signal.SIGTERM
-    is_told = status in (2, 128 + signal.SIGTERM)  # 2: an error of the user's, which stands on the console in one line
+        status = STOPPED
+    is_told = status in (MISTAKE, STOPPED)  # a mistake stands on the console in one line
     # Before the others are taken down: they wait for this, or would take their lost connections for the first error.
     block = None if is_told else _first_error(failed, status, attempt)
     _take_down(ranks)

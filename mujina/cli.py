@@ -37,10 +37,11 @@ def main() -> None:
         sys.argv = [f"mujina {verb}", *sys.argv[2:]]
         runpy.run_module(VERBS[verb][0], run_name="__main__")
     else:
+        from mujina.exits import MISTAKE
         from mujina.user_input import nearest
 
         print(f"error: no such verb: {verb}: {nearest(verb, list(VERBS))}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(MISTAKE)
 
 
 if __name__ == "__main__":

@@ -36,12 +36,12 @@ import typer
 from megatron_jobs import config as configuration
 from megatron_jobs import failures
 from megatron_jobs.config import RunConfig
+from mujina.exits import MISTAKE, STOPPED
 from mujina.files import write_whole
 from mujina.user_input import UserError, run
 from slurm import history, preflight
 from slurm.history import Attempt
 
-MISTAKE, STOPPED = 2, 143  # exit statuses of the training: see user_input.run and megatron_jobs.train
 SAME_CRASHES = 3  # at one step
 MAX_CRASHES = 8  # in a row, without a token gained
 TOO_SHORT = 3  # time limits in a row, without a token gained
