@@ -6,7 +6,6 @@ When one process dies, the others are taken down, and the error that came first 
 step with a checkpoint; a second one ends it at once. On a cluster the Slurm scripts start `python -m megatron_jobs.train` themselves.
 """
 
-import ctypes
 import os
 import signal
 import socket
@@ -23,6 +22,7 @@ from megatron_jobs import config as configuration
 from megatron_jobs import failures
 from megatron_jobs.data import feeder, phases
 from mujina.exits import MISTAKE, STOPPED
+from mujina.processes import end_with_parent
 from mujina.user_input import run
 
 TAIL = 15  # lines of a traceback or log that are shown
@@ -74,14 +74,9 @@ def _start(command: list[str], processes: int) -> list[subprocess.Popen[bytes]]:
     environments = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
     return [
         # In sessions of their own: Ctrl-C reaches the launcher alone, which passes it on as SIGTERM.
-        subprocess.Popen(command, env=os.environ | {k: str(v) for k, v in env.items()}, start_new_session=True, preexec_fn=_die_with_parent)
+        subprocess.Popen(command, env=os.environ | {k: str(v) for k, v in env.items()}, start_new_session=True, preexec_fn=end_with_parent)
         for env in environments
     ]
-
-
-def _die_with_parent() -> None:
-    # A launcher that is killed outright cannot stop its processes; then the kernel does.
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 def _forward_signals(ranks: list[subprocess.Popen[bytes]]) -> threading.Event:
