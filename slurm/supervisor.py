@@ -36,6 +36,7 @@ import typer
 from megatron_jobs import config as configuration
 from megatron_jobs import failures
 from megatron_jobs.config import RunConfig
+from mujina import sbatch
 from mujina.exits import MISTAKE, STOPPED
 from mujina.files import write_whole
 from mujina.user_input import UserError, run
@@ -61,7 +62,9 @@ def main(
             "SLURM_JOB_ID is not set: this runs inside a job; submit one with `mujina submit`, or train here with `mujina train`"
         )
     settings = configuration.load(config, overrides)
-    sys.exit(Supervisor(settings, ["-m", "megatron_jobs.train", str(config), *(overrides or [])]).run())
+    status = Supervisor(settings, ["-m", "megatron_jobs.train", str(config), *(overrides or [])]).run()
+    sbatch.record_end(status)
+    sys.exit(status)
 
 
 class Supervisor:
