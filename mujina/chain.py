@@ -251,8 +251,8 @@ def standing(plan: Plan, journal: Journal) -> list[dict[str, Any]]:
         found = journal.last(station.name)
         row = found[1] if found else None
         state = "in the queue" if row and row.is_queued else due.get(station.name, "done")
-        facts = {"status": row and row.status, "seconds": journal.seconds(station.name), "job": row and row.job}
-        table.append({"station": station.name, "state": state} | facts)
+        status, job = (row.status, row.job) if row else (None, None)
+        table.append({"station": station.name, "state": state, "status": status, "seconds": journal.seconds(station.name), "job": job})
     return table
 
 

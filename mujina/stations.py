@@ -104,6 +104,7 @@ def read_chain(path: Path, overrides: list[str]) -> Plan:
         raise UserError(f"{path}: variables.{missing[0]} is not set: give it on the command line: mujina chain {path} {remedy}")
     known: dict[str, str | list[str]] = {}
     for name, value in chain.variables.items():
+        assert value is not None
         where = f"{path}: variables.{name}"
         known[name] = _list(value, known, where) if isinstance(value, list) else _fill(_text(value), known, where)
     stations: list[Station] = []
