@@ -13,7 +13,7 @@ setup(
         "tokenization": ["chat_template.jinja"],
         "data_prep": ["configs/*.yaml", "steps/*.ftz", "steps/words/*.txt"],
         "megatron_jobs": ["configs/*.yaml"],
-        "slurm": ["*.sh", "cluster.env.example", "grafana.json"],
+        "slurm": ["*.sh", "chain.yaml", "cluster.env.example", "grafana.json"],
     },
     entry_points={"console_scripts": ["mujina = mujina.cli:main"]},
     install_requires=[
@@ -54,7 +54,7 @@ setup(
         # NVIDIA Apex is used where it is found and is built from source; the package called "apex" on PyPI is another project.
         "gpu": ["transformer-engine[core_cu13,pytorch]==2.20.2"],
         "ray": ["ray"],
-        "test": ["accelerate", "gguf", "grafana-foundation-sdk", "hypothesis", "jsonschema", "pytest", "ruff"],
+        "test": ["accelerate", "gguf", "grafana-foundation-sdk", "hypothesis", "jsonschema", "pytest", "ruff", "setuptools>=77"],
         "wandb": ["wandb>=0.31"],
     },
 )

@@ -4,7 +4,7 @@
     srun python -m megatron_jobs.train CONFIG.yaml [key=value …]                      (what the Slurm scripts call)
 
 A run that was interrupted goes on from its newest whole checkpoint when it is started again, with the same losses to the
-last bit; a run that is finished says so. After SIGTERM or SIGUSR1 it finishes its step, saves and ends with status 143.
+last bit; a run that is finished says so. After SIGTERM or SIGUSR1 it finishes its step, saves and ends with status 143 (`mujina.exits`).
 """
 
 import itertools
@@ -35,10 +35,9 @@ from megatron_jobs.monitoring.metrics import Log
 from megatron_jobs.monitoring.vitals import Watch
 from megatron_jobs.planning import layouts
 from megatron_jobs.stability import Guard, Verdict
+from mujina.exits import STOPPED
 from mujina.matrices import TensorSource
 from mujina.user_input import UserError, run
-
-STOPPED = 143  # the exit status after SIGTERM, as if it had ended the process at once
 
 
 def train(

@@ -18,6 +18,8 @@ import pydantic
 import typer
 import yaml
 
+from mujina.exits import MISTAKE
+
 
 class UserError(Exception):
     """A mistake that the user can mend. The message names the field or file, the value, the rule and the remedy."""
@@ -66,7 +68,7 @@ def parse(values: dict[str, Any], model: type[T], where: str) -> T:
 
 
 def run(*mains: Callable[..., None]) -> None:
-    """Runs `main` as a command line (typer reads its annotations); a UserError or a full disk ends it with one line and status 2.
+    """Runs `main` as a command line (typer reads its annotations); a UserError or a full disk ends it with one line and status MISTAKE.
 
     Of several, the first argument chooses one by its name.
     """
@@ -80,7 +82,7 @@ def run(*mains: Callable[..., None]) -> None:
         if told is None:
             raise
         print(f"error: {told}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(MISTAKE)
 
 
 def explain(error: BaseException) -> str | None:

@@ -13,7 +13,7 @@ from datatrove.pipeline.extractors.base import ExtractorSandbox
 from pydantic import Field
 
 from data_prep.steps.step import Judge, Step
-from data_prep.workers import end_with_parent
+from mujina.processes import end_with_parent
 
 # Source lines are wrapped in HTML. Japanese and Chinese have no spaces between words: a wrap between two full-width characters is
 # nothing, also where an element of the line ends before it or starts after it.

@@ -6,6 +6,8 @@
                               rank-00000.safetensors boxes of the named matrices of `placement.py`, for each of STATES
     checkpoints/latest                               a link to the newest whole one
 
+Wherever a checkpoint is to be named, RUN@PHASE stands for the one at the end of a phase of the run.
+
 Each rank writes only the boxes that it owns (the distributed optimizer gives every element one owner), and reads only
 those that meet what it needs: no rank ever holds the model, and TP, PP, EP and DP may differ between save and load.
 A checkpoint is written under a temporary name and renamed when all its files are on the disk. Nothing is unpickled.
@@ -32,7 +34,7 @@ from megatron_jobs.data.ledger import Ledger
 from mujina.files import sha256_of, sync, write_parts, write_whole
 from mujina.matrices import Box, TensorSource
 from mujina.tensor_files import Planned, header, progress, write_safetensors
-from mujina.user_input import UserError
+from mujina.user_input import UserError, nearest
 
 STATES = ("master", "exp_avg", "exp_avg_sq")  # float32 weights, and AdamW's two moments
 FORMAT = 2
@@ -44,7 +46,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         """Raises UserError when the folder is not a whole checkpoint; `verify` looks at the contents of the files too."""
-        self.folder = folder
+        self.folder = folder = _at_end_of_phase(folder)
         about = _description(folder)
         self.step: int = about["step"]
         self.tokens: int = about["tokens"]
@@ -140,6 +142,19 @@ class Checkpoint:
         for name in names[share::num_shares]:
             if sha256_of(self.folder / name) != self.files[name]["sha256"]:
                 raise UserError(f"{self.folder / name}: its checksum is not that of the save: the checkpoint is damaged; take an older one")
+
+
+def _at_end_of_phase(named: Path) -> Path:
+    """The folder of RUN@PHASE; another name as it is. Raises UserError when the run has no such phase."""
+    run, at, phase = named.name.rpartition("@")
+    if not at or named.exists():
+        return named
+    checkpoints = named.with_name(run) / "checkpoints"
+    phases = configuration.from_dict(_description(checkpoints / "latest")["config"], str(checkpoints / "latest/checkpoint.json")).phases
+    names = [one.name for one in phases]
+    if phase not in names:
+        raise UserError(f"{named}: the run has no phase {phase}: {nearest(phase, names)}")
+    return checkpoints / f"step-{sum(one.num_steps for one in phases[: names.index(phase) + 1]):08d}"
 
 
 def _description(folder: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ SHARD_BYTES = 4 * 2**30
 
 
 def main(
-    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, such as RUN/checkpoints/latest")],
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, such as RUN/checkpoints/latest, or RUN@PHASE")],
     output: Annotated[Path, typer.Argument(help="Hugging Face folder to write")],
     no_check: Annotated[bool, typer.Option("--no-check", help="leave out the comparison of logits at the end")] = False,
 ) -> None:

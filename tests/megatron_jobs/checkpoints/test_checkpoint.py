@@ -125,6 +125,18 @@ def test_the_rules_of_keeping(prepared, tmp_path):
     assert (tmp_path / "latest").resolve().name == "step-00000009"
 
 
+def test_the_end_of_a_phase_is_a_name_for_a_checkpoint(prepared, tmp_path):
+    run = tmp_path / "run"
+    for step in (6, 8, 10):  # of phases with 6 and 4 steps
+        save(tiny(prepared, run), run / "checkpoints", step)
+    assert is_whole(Checkpoint(tmp_path / "run@web"), 6) and is_whole(Checkpoint(tmp_path / "run@chat"), 10)
+    with pytest.raises(UserError, match="run@wbe: the run has no phase wbe: did you mean web?"):
+        Checkpoint(tmp_path / "run@wbe")
+    shutil.rmtree(run / "checkpoints/step-00000006")
+    with pytest.raises(UserError, match="step-00000006: not a whole checkpoint"):
+        Checkpoint(tmp_path / "run@web")
+
+
 def test_killed_at_every_change_of_the_disk(prepared, tmp_path):
     """A child that saves step 2 and removes step 1 is killed at its first change of the disk, at its second, and so on."""
     config = tiny(prepared, tmp_path)
