@@ -142,7 +142,9 @@ class BinaryWriter:
             dtype=self._dtype.name,
             bin_sha256=bin_sha256,
             idx_sha256=self._write_index(),
-            channels={name: {"sha256": self._values[name].close(), **channel.model_dump()} for name, channel in self._channels.items()},
+            channels={
+                name: StoredChannel(**channel.model_dump(), sha256=self._values[name].close()) for name, channel in self._channels.items()
+            },
         )
         # What each line does is on the disk before the next: a manifest must not come back over files that it does not describe.
         former = _former_channels(self._prefix) - self._channels.keys()

@@ -30,11 +30,15 @@ class Disk:
             self._note("rename", Path(old), Path(new))
             how(old, new)
 
+        def sync(file: int) -> None:
+            fsync(file)
+            self._note("sync", Path(os.readlink(f"/proc/self/fd/{file}")))
+
         def remove(path: Path, **options: int) -> None:
             unlink(path, **options)
             self.events.append(("remove", Path(path), 0))
 
-        monkeypatch.setattr(os, "fsync", lambda file: (fsync(file), self._note("sync", Path(os.readlink(f"/proc/self/fd/{file}")))))
+        monkeypatch.setattr(os, "fsync", sync)
         monkeypatch.setattr(os, "replace", lambda old, new: move(old, new, replace))
         monkeypatch.setattr(os, "rename", lambda old, new: move(old, new, rename))
         monkeypatch.setattr(os, "unlink", remove)
