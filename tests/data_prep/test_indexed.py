@@ -5,6 +5,7 @@ import json
 import os
 import time
 import tracemalloc
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ CHANNELS = {
 
 def values_of(documents: list[list[int]]) -> dict[str, np.ndarray]:
     """Of CHANNELS: twice the id, half of it, and the sum of the ids."""
-    ids = np.array(sum(documents, []))
+    ids = np.array([*chain(*documents)])
     sums = np.array([sum(document) for document in documents])
     return {"weights": (2 * ids).astype(np.uint8), "halves": (ids / 2).astype(np.float16), "logp": -sums.astype(np.float32)}
 
@@ -41,8 +42,8 @@ def write(
     writer = BinaryWriter(prefix, token_dtype(vocab_size), channels)
     for part in (documents[:1], documents[1:]):
         if part:
-            values = {name: values for name, values in values_of(part).items() if name in (channels or {})}
-            writer.add_documents(np.array(sum(part, [])), np.array([len(ids) for ids in part]), values)
+            values = {name: values for name, values in values_of(part).items() if name in channels} if channels else {}
+            writer.add_documents(np.array([*chain(*part)]), np.array([len(ids) for ids in part]), values)
     labels = Labels(
         name=prefix.name, kind="web", origin="human", languages={"en": len(documents)}, licences={"MIT": len(documents)}, teachers={},
         num_characters=10, tokenizer_hash=tokenizer_hash, vocab_size=vocab_size, fingerprint="f",
