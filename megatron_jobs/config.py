@@ -110,7 +110,7 @@ class UpcyclingConfig(Section):
     """
     noise_std: PositiveFloat = 0.01
     """Of `noise`: its standard deviation, relative to that of each matrix."""
-    drop_ratio: float = Field(0.5, gt=0, le=1)
+    drop_ratio: float = Field(default=0.5, gt=0, le=1)
     """Of `drop`: the share of an expert's neurons that are drawn anew; above 0, at most 1."""
     independent: bool = False
     """Of `drop`: gate, up and down each draw their neurons, as in the published code."""
@@ -525,7 +525,7 @@ class WandbConfig(Section):
 class PrometheusConfig(Section):
     """Also serves the metrics to Prometheus, at http://HOST:port/metrics on the node of rank 0 (`prometheus.py`)."""
 
-    port: int = Field(9410, ge=1024, le=65520)
+    port: int = Field(default=9410, ge=1024, le=65520)
     """TCP port, or one of the 15 behind it where it is taken; 9400 is that of NVIDIA's DCGM exporter."""
     targets: Path | None = None
     """The folder of Prometheus's file_sd_configs, where the run says on which host and port it is; null: nowhere."""

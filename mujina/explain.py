@@ -61,7 +61,8 @@ class Entry:
     @property
     def documentation(self) -> str:
         """Of the field; of what is no field, the section's own."""
-        return " ".join((self.info.description if self.info else self.sections[0].__doc__ or "").split())
+        text = self.info.description if self.info else self.sections[0].__doc__
+        return " ".join((text or "").split())
 
     @property
     def type(self) -> str:
@@ -114,7 +115,7 @@ def find(model: type[Section], path: str) -> Entry:
 
 def sections_in(annotation: Any) -> list[type[Section]]:
     """The sections that may stand in a field of this type, within lists and mappings too."""
-    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     return [section for argument in get_args(annotation) for section in sections_in(argument)] if get_origin(annotation) else []
 
@@ -244,7 +245,8 @@ def _value(annotation: Any, rules: Sequence[Any] = ()) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
         return {name: _value(info.annotation, info.metadata) for name, info in annotation.model_fields.items() if info.is_required()}
     if annotation is int:
-        return max([1, *(rule.gt + 1 for rule in rules if isinstance(rule, Gt))])
+        bounds: list[Any] = [rule.gt for rule in rules if isinstance(rule, Gt)]
+        return max([1, *(bound + 1 for bound in bounds)])
     return EXAMPLES.get(annotation, "…")
 
 
