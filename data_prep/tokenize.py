@@ -128,7 +128,7 @@ def _tokenized(documents: tuple[Document, ...]) -> tuple[list[np.ndarray], int]:
             ids.append(next(texts))
             characters += len(document.text or "")
         else:
-            ids.append(np.array(_tokenizer.encode_chat(document.messages), dtype=np.int32))
+            ids.append(_tokenizer.render(document.messages).ids)
             characters += sum(len(turn["content"]) for turn in document.messages)
     return [np.append(document, np.int32(_tokenizer.eod_id)) for document in ids], characters
 

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from mujina.user_input import UserError, run
+from tokenization.tokenizer import END_OF_TURN
 
-END_OF_TURN = "<|end|>"
 BATCH_SIZE = 16  # conversations decoded together
 
 

@@ -18,6 +18,7 @@ from megatron_jobs.engine import placement
 from megatron_jobs.engine.gpt import build
 from megatron_jobs.engine.placement import TensorSource
 from mujina.user_input import UserError
+from tokenization.load import load as load_tokenizer
 from tokenization.tokenizer import Tokenizer
 
 NUM_SAMPLES = 8
@@ -66,7 +67,7 @@ def samples(config: RunConfig) -> torch.Tensor:
     The checkpoint of an imported model has no data: TEXTS stand in.
     """
     if not config.phases:
-        return texts(Tokenizer.load(config.tokenizer))
+        return texts(load_tokenizer(config.tokenizer))
     binaries = feeder.open_sources(config)
     sources = feeder.facts(binaries)
     config = phases.resolve(config, sources)

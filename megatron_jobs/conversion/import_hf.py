@@ -26,6 +26,7 @@ from mujina.files import whole_folder
 from mujina.user_input import UserError, run
 from tokenization.embeddings import extend_embeddings, respell
 from tokenization.hf import HfTokenizer
+from tokenization.load import load as load_tokenizer
 from tokenization.tokenizer import Tokenizer
 
 PRESET = "model.yaml"
@@ -60,7 +61,7 @@ def main(
             _unpack_gguf(model, folder)
         used = _open_tokenizer(folder)
         if tokenizer is not None:
-            old, used = used, Tokenizer.load(tokenizer)
+            old, used = used, load_tokenizer(tokenizer)
             _replace_vocabulary(folder, partial, old, used)
             shutil.rmtree(partial / "before", ignore_errors=True)
             folder = partial
@@ -82,7 +83,7 @@ def main(
 def _open_tokenizer(folder: Path) -> Tokenizer:
     """The model's own. A foreign tokenizer.model may be none of ours; then the tokenizer.json beside it does."""
     try:
-        return Tokenizer.load(folder)
+        return load_tokenizer(folder)
     except UserError:
         if not (folder / "tokenizer.json").exists():
             raise
