@@ -30,7 +30,7 @@ from megatron_jobs import config as configuration
 from megatron_jobs.checkpoints.weights import Box
 from megatron_jobs.config import RunConfig
 from mujina.files import sha256_of, write_parts, write_whole
-from mujina.tensor_files import Planned, header, progress, write_safetensors
+from mujina.tensor_files import Planned, header, progress, read_header, write_safetensors
 from mujina.user_input import UserError
 
 STATES = ("master", "exp_avg", "exp_avg_sq")  # float32 weights, and AdamW's two moments
@@ -65,14 +65,12 @@ class Checkpoint:
         found: dict[tuple[str, str], list[tuple[Box, Path, int]]] = {}
         for path in (self.folder / name for name in self.files if name.endswith(".safetensors")):
             try:
-                with open(path, "rb") as file:
-                    length = min(int.from_bytes(file.read(8), "little"), self.files[path.name]["bytes"])
-                    header = json.loads(file.read(length))
-                for key, about in header.items():
+                pieces, start = read_header(path)
+                for key, about in pieces.items():
                     state, name, row0, column0 = key.split("/")
                     rows, columns = about["shape"]
                     box = Box(int(row0), int(row0) + rows, int(column0), int(column0) + columns)
-                    found.setdefault((state, name), []).append((box, path, 8 + length + about["data_offsets"][0]))
+                    found.setdefault((state, name), []).append((box, path, start + about["data_offsets"][0]))
             except ValueError as error:
                 raise UserError(f"{path}: is no list of matrices ({error}): the checkpoint is damaged; take an older one") from None
         return found
@@ -327,7 +325,7 @@ def _safetensors(pieces: dict[str, torch.Tensor]) -> list[Any]:
     """The bytes of a safetensors file: the header, and the values, which are not copied."""
     assert all(piece.dtype == torch.float32 for piece in pieces.values())
     return [
-        header((key, piece.shape, piece.dtype) for key, piece in pieces.items()),
+        header((key, "F32", piece.shape, piece.nbytes) for key, piece in pieces.items()),
         *(memoryview(piece.contiguous().numpy()).cast("B") for piece in pieces.values()),
     ]
 

@@ -235,7 +235,11 @@ def test_what_cannot_be_extended_is_explained(place: Path, tmp_path: Path) -> No
     small = model_folder(place / "byte_level", tmp_path / "small", False, rows=700)
     with pytest.raises(UserError, match=r"embeddings of \[700\] rows do not fit a tokenizer of 802 pieces"):
         extend(config(place, "byte_level", small, tmp_path / "new"))
-    for shard in small.glob("*.safetensors"):
+    shards = list(small.glob("*.safetensors"))
+    shards[0].write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match=rf"{shards[0]}: is not a safetensors file .*copy it again"):
+        extend(config(place, "byte_level", small, tmp_path / "new"))
+    for shard in shards:
         shard.unlink()
     with pytest.raises(UserError, match="no \\*.safetensors"):
         extend(config(place, "byte_level", small, tmp_path / "new"))
