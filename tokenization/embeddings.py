@@ -28,7 +28,8 @@ def extend_embeddings(source: Path, folder: Path, first_id: int, old_ids: list[l
     shards = sorted(source.glob("*.safetensors"))
     if not shards:
         raise UserError(f"{source}: holds no *.safetensors: save the model with save_pretrained of transformers first")
-    rows = {extend_shard(shard, folder / shard.name, first_id, old_ids) for shard in shards} - {None}
+    extended = [extend_shard(shard, folder / shard.name, first_id, old_ids) for shard in shards]
+    rows = {num_rows for num_rows in extended if num_rows is not None}
     if len(rows) != 1:
         raise UserError(f"{source}: {'its embeddings differ in length' if rows else 'has no tensor ' + ' or '.join(EMBEDDINGS)}")
     if (source / INDEX).exists():

@@ -87,7 +87,7 @@ class HfTokenizer:
         if template is None and vocabulary.keys() >= set(CHAT_PIECES):
             template = CHAT_TEMPLATE.read_text(encoding="utf-8")
         white = {piece.content: (piece.lstrip, piece.rstrip) for piece in added.values()}
-        controls = {piece: white.get(piece, (False, False)) for piece in map(self._reference.id_to_token, self._control_ids)}
+        controls = {piece: white.get(piece, (False, False)) for piece in map(self.piece, self._control_ids)}
         self._chat = None if template is None else ChatTemplate(template, folder, controls, self._special)
         # Added tokens that are looked for after normalization can be spelled in ways that the pattern does not know.
         hidden = self._reference.normalizer is not None and any(piece.normalized for piece in added.values())
@@ -135,7 +135,7 @@ class HfTokenizer:
         except UnicodeDecodeError:
             if self._is_byte_level:
                 return [token.id for token in self._reference.model.tokenize("".join(CHARACTER_OF[byte] for byte in data))]
-            return [self._reference.token_to_id(f"<0x{byte:02X}>") for byte in data]
+            return [self._id(f"<0x{byte:02X}>") for byte in data]
 
     def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> Rendered:
         """A dialogue as the folder's own chat template writes it, control tokens where the template has them and nowhere else.
@@ -204,7 +204,9 @@ class HfTokenizer:
         return {item["name"]: item["template"] for item in template}.get("default") if isinstance(template, list) else template
 
     def _id(self, piece: str) -> int:
-        return int(self._reference.token_to_id(piece))
+        token = self._reference.token_to_id(piece)
+        assert token is not None, piece
+        return token
 
     def _open_fast(self) -> gigatoken.Tokenizer | None:
         """Gigatoken, or None when it does not know this kind of BPE or splits it differently: then the reference does everything."""
