@@ -25,7 +25,7 @@ from data_prep.tokenize import tokenize, use
 from data_prep.workers import Workers
 from mujina.files import write_whole
 from mujina.user_input import UserError
-from tokenization.tokenizer import Tokenizer
+from tokenization.load import load
 
 
 def prepare(config: PrepareConfig) -> list[Manifest]:
@@ -35,7 +35,7 @@ def prepare(config: PrepareConfig) -> list[Manifest]:
     """
     stages = _check(config)
     if config.tokenizer is not None:
-        use(Tokenizer.load(config.tokenizer))
+        use(load(config.tokenizer))
     logger.remove()  # datatrove tells its story in the log files of the stages
     columns = SpinnerColumn(finished_text="✓"), TextColumn("{task.description:20} {task.fields[state]}"), TimeElapsedColumn()
     manifests = []
@@ -173,7 +173,7 @@ def _run_rank(executor: LocalPipelineExecutor, rank: int) -> None:
 def _finish_alone(config: PrepareConfig, name: str, _: int) -> None:
     """`_finish` as a task of its own on a cluster, with a core for each of its processes."""
     if config.tokenizer is not None:
-        use(Tokenizer.load(config.tokenizer))
+        use(load(config.tokenizer))
     with Workers(config.processes) as workers:
         _finish(config, name, workers, print)
 

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from data_prep.indexed import Channel, TokenBinary, open_binary
 from mujina.user_input import UserError, run
+from tokenization.load import load
 from tokenization.tokenizer import Tokenizer
 
 COUNTED = 100_000_000  # tokens that the most frequent pieces are counted in, from the start: about a second
@@ -93,7 +94,7 @@ def main(
     ] = None,
 ) -> None:
     """Shows what is in a token binary: facts, statistics, and some documents as text."""
-    tokenizer = None if tokenizer_folder is None else Tokenizer.load(tokenizer_folder)
+    tokenizer = None if tokenizer_folder is None else load(tokenizer_folder)
     binary = open_binary(prefix, None if tokenizer is None else tokenizer.hash)
     if documents and first >= binary.manifest.num_documents:
         raise UserError(f"--from {first}: {prefix} holds the documents 0 to {binary.manifest.num_documents - 1:,}: name one of them")

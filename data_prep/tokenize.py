@@ -137,31 +137,13 @@ def _tokenized(rows: tuple[Row, ...], weighted: bool) -> tuple[list[np.ndarray],
             ids.append(next(texts))
             characters += len(row["text"])
         else:
-            tokens, is_answer = _rendered(row["messages"], weighted)
-            ids.append(tokens)
-            weights.append(np.append(is_answer, False).astype(np.uint8))  # the end of the turn has ended the answer
+            # where nobody asks for the answers, a template need not tell them
+            rendered = _tokenizer.render(row["messages"]) if weighted else None
+            ids.append(rendered.ids if rendered else _tokenizer.encode_chat(row["messages"]))
+            if rendered:
+                weights.append(np.append(rendered.is_answer, False).astype(np.uint8))  # the end of the turn has ended the answer
             characters += sum(len(turn["content"]) for turn in row["messages"])
     return [np.append(document, np.int32(_tokenizer.eod_id)) for document in ids], weights, characters
-
-
-def _rendered(messages: list[dict[str, str]], weighted: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of a dialogue, int32, and which of them the assistant has to say, bool (none, unless `weighted`).
-
-    An answer is what the dialogue up to its end has behind the dialogue up to the assistant's turn.
-    """
-    ids = np.array(_tokenizer.encode_chat(messages), dtype=np.int32)
-    is_answer = np.zeros(ids.size, dtype=bool)
-    for number, turn in enumerate(messages):
-        if weighted and turn["role"] == "assistant":
-            before = _tokenizer.encode_chat(messages[:number], add_generation_prompt=True)
-            until = _tokenizer.encode_chat(messages[: number + 1])
-            if until[: len(before)] != before or ids[: len(until)].tolist() != until:
-                raise UserError(
-                    f"answer_weights: the tokenizer's chat template writes a turn in another way when others follow it, so the answers of "
-                    f"{str(messages)[:200]} cannot be told: cut dialogues behind their first answer, or leave answer_weights out"
-                )
-            is_answer[len(before) : len(until)] = True
-    return ids, is_answer
 
 
 def _fingerprint(name: str, source: SourceConfig, contents: Any) -> str:

@@ -30,7 +30,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from mujina.files import read_rows, sha256_of, whole_folder
 from mujina.user_input import Section, UserError, read_yaml, run
 from tokenization.presplit import mecab
-from tokenization.tokenizer import CHAT_PIECES, Tokenizer
+from tokenization.sentence_piece import SentencePieceTokenizer
+from tokenization.tokenizer import CHAT_PIECES
 
 MANIFEST = "tokenizer_manifest.json"
 
@@ -83,7 +84,7 @@ def train(config: TrainConfig) -> Path:
         with Progress(*columns, console=Console(stderr=True)) as progress:
             progress.add_task(f"training {config.vocab_size:,} pieces on {len(config.inputs)} files", total=None)
             (partial / "tokenizer.model").write_bytes(_train_model(config))
-        tokenizer = Tokenizer.load(partial)
+        tokenizer = SentencePieceTokenizer(partial / "tokenizer.model")
         tokenizer.save_hf(partial)
         manifest = {"fingerprint": fingerprint, "tokenizer_hash": tokenizer.hash, "config": config.model_dump()}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -33,7 +33,7 @@ from megatron_jobs.config import RunConfig
 from megatron_jobs.data.ledger import Ledger
 from mujina.files import sha256_of, sync, write_parts, write_whole
 from mujina.matrices import Box, TensorSource
-from mujina.tensor_files import Planned, header, progress, write_safetensors
+from mujina.tensor_files import Planned, header, progress, read_header, write_safetensors
 from mujina.user_input import UserError, nearest
 
 STATES = ("master", "exp_avg", "exp_avg_sq")  # float32 weights, and AdamW's two moments
@@ -68,14 +68,12 @@ class Checkpoint:
         found: dict[tuple[str, str], list[tuple[Box, Path, int]]] = {}
         for path in (self.folder / name for name in self.files if name.endswith(".safetensors")):
             try:
-                with open(path, "rb") as file:
-                    length = min(int.from_bytes(file.read(8), "little"), self.files[path.name]["bytes"])
-                    header = json.loads(file.read(length))
-                for key, about in header.items():
+                pieces, start = read_header(path)
+                for key, about in pieces.items():
                     state, name, row0, column0 = key.split("/")
                     rows, columns = about["shape"]
                     box = Box(int(row0), int(row0) + rows, int(column0), int(column0) + columns)
-                    found.setdefault((state, name), []).append((box, path, 8 + length + about["data_offsets"][0]))
+                    found.setdefault((state, name), []).append((box, path, start + about["data_offsets"][0]))
             except ValueError as error:
                 raise UserError(f"{path}: is no list of matrices ({error}): the checkpoint is damaged; take an older one") from None
         return found
@@ -343,7 +341,7 @@ def _safetensors(boxes: dict[str, torch.Tensor]) -> list[Any]:
     """The bytes of a safetensors file: the header, and the values, which are not copied."""
     assert all(values.dtype == torch.float32 for values in boxes.values())
     return [
-        header((key, values.shape, values.dtype) for key, values in boxes.items()),
+        header((key, "F32", values.shape, values.nbytes) for key, values in boxes.items()),
         *(memoryview(values.contiguous().numpy()).cast("B") for values in boxes.values()),
     ]
 

@@ -18,6 +18,7 @@ from megatron_jobs.engine import core, groups, placement
 from megatron_jobs.engine.gpt import build
 from mujina.matrices import Box, TensorSource
 from mujina.user_input import UserError
+from tokenization.load import load as load_tokenizer
 from tokenization.tokenizer import Tokenizer
 
 BOUND = 1e-4  # on the relative difference of logits between megatron-core and transformers
@@ -67,7 +68,7 @@ def samples(config: RunConfig) -> torch.Tensor:
     The checkpoint of an imported model has no data: TEXTS stand in.
     """
     if not config.phases:
-        return texts(Tokenizer.load(config.tokenizer))
+        return texts(load_tokenizer(config.tokenizer))
     binaries = feeder.open_sources(config)
     sources = feeder.facts(binaries)
     config = phases.resolve(config, sources)

@@ -130,10 +130,10 @@ def write_companions(source: Exported, folder: Path) -> None:
     """Configuration, generation configuration, tokenizer and chat template."""
     from transformers import AutoConfig, GenerationConfig
 
-    from tokenization.tokenizer import Tokenizer
+    from tokenization.load import load as load_tokenizer
 
     run = source.checkpoint.config
-    tokenizer = Tokenizer.load(run.tokenizer)
+    tokenizer = load_tokenizer(run.tokenizer)
     if source.origin:
         respelled = ("torch_dtype", "rope_theta", "rope_scaling")  # of older folders, see `older_spellings`
         values = {name: value for name, value in source.origin["config"].items() if name not in respelled}

