@@ -12,7 +12,7 @@ from data_prep.indexed import Manifest, TokenBinary, open_binary
 from megatron_jobs.config import Phase, RunConfig
 from megatron_jobs.data.order import DataOrder
 from megatron_jobs.data.phases import Source, locate, num_steps
-from mujina.user_input import UserError
+from mujina.user_input import UserError, nearest
 from tokenization.load import load as load_tokenizer
 
 OPENERS = 16  # threads: on a shared file system most of the time goes into waiting for its answers
@@ -33,7 +33,21 @@ def open_sources(config: RunConfig) -> dict[str, TokenBinary]:
     prefixes = {path.stem: path.with_suffix("") for path in sorted(config.data.folder.glob("*.json")) if path.stem in used}
     with ThreadPoolExecutor(OPENERS) as threads:
         binaries = threads.map(lambda prefix: open_binary(prefix, tokenizer.hash), prefixes.values())
-        return dict(zip(prefixes, binaries, strict=True))
+        opened = dict(zip(prefixes, binaries, strict=True))
+    for phase in config.phases:
+        for name in phase.sources:
+            if (channel := phase.loss.token_weights) and name in opened:
+                _check_channel(f"phases.{phase.name}.loss.token_weights ({channel})", channel, name, opened[name].manifest)
+    return opened
+
+
+def _check_channel(field: str, channel: str, source: str, manifest: Manifest) -> None:
+    per_token = [name for name, about in manifest.channels.items() if about.per == "token"]
+    if channel not in per_token:
+        raise UserError(
+            f"{field}: the binary of source {source} has no such channel with a number for each token: {nearest(channel, per_token)}; "
+            "prepare it again with answer_weights: true, which gives `weights`, or leave token_weights out"
+        )
 
 
 def facts(binaries: dict[str, TokenBinary]) -> dict[str, Source]:
@@ -85,8 +99,8 @@ def weights(binaries: dict[str, TokenBinary], where: Sequence[tuple[str, int]], 
     length = phase.sequence_length
     rows = np.ones((len(where), length), np.float32)
     for row, (name, offset) in zip(rows, where, strict=True):
-        if phase.loss.token_weights is not None:
-            row[:] = binaries[name].read_channel(phase.loss.token_weights, offset + 1, length)
+        if (channel := phase.loss.token_weights) in binaries[name].manifest.channels:
+            row[:] = binaries[name].read_channel(channel, offset + 1, length)
         if name in phase.sources:  # a validation set may be of another phase's source
             row *= phase.portion(name).loss_weight
     return rows

@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_prep.indexed import BinaryWriter, Channel, Labels, TokenBinary, open_binary
+from data_prep.prepare import PrepareConfig, prepare
 from megatron_jobs.config import RunConfig
-from megatron_jobs.data.feeder import MicroBatch
+from megatron_jobs.data.feeder import open_sources
+from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
 from tests.megatron_jobs.test_train import losses, train_here
 from tests.ranks import run_ranks
@@ -28,40 +31,38 @@ CASES = [
 ]
 
 
-def weighted(prepared: Path, run: Path, micro_batch_size: int, **sections: Any) -> RunConfig:
+@pytest.fixture(scope="module")
+def binaries(prepared, tmp_path_factory) -> Path:
+    """The binaries of `prepared` with a channel of token weights."""
+    folder = tmp_path_factory.mktemp("binaries")
+    for name in ("web", "code", "chat"):
+        binary = open_binary(prepared / "data" / name)
+        writer = BinaryWriter(folder / name, binary.tokens.dtype, {"weights": Channel(dtype="float32", per="token")})
+        writer.add_documents(binary.tokens, binary.lengths, {"weights": token_weights(np.asarray(binary.tokens))})
+        writer.finish(Labels.model_validate(binary.manifest.model_dump(include=set(Labels.model_fields))))
+    return folder
+
+
+def token_weights(tokens: np.ndarray) -> np.ndarray:
+    """By the token itself: most are 0, so that micro-batches and ranks weigh very differently."""
+    return np.where(tokens % 7 == 0, tokens % 5, 0).astype(np.float32)
+
+
+def weighted(prepared: Path, binaries: Path, run: Path, micro_batch_size: int, **sections: Any) -> RunConfig:
     rate = dict(start=1e-2, end=1e-2, shape="constant")
-    phase = dict(
-        name="web", tokens=STEPS * 8 * 32, sequence_length=32, global_batch_size=8, sources=MIX, learning_rate=rate, loss=dict(z_loss=1e-3)
-    )
-    return tiny(prepared, run, phases=[phase], train=dict(micro_batch_size=micro_batch_size), **sections)
+    phase = dict(name="web", tokens=STEPS * 8 * 32, sequence_length=32, global_batch_size=8, sources=MIX, learning_rate=rate)
+    phase["loss"] = dict(z_loss=1e-3, token_weights="weights")
+    data = dict(folder=str(binaries), validation_tokens=64)
+    return tiny(prepared, run, phases=[phase], data=data, train=dict(micro_batch_size=micro_batch_size), **sections)
 
 
 def records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def token_weights(tokens: np.ndarray) -> np.ndarray:
-    """Weights that follow from the token behind each position: most are 0, so that micro-batches and ranks weigh very differently."""
-    return np.where(tokens[:, 1:] % 7 == 0, tokens[:, 1:] % 5, 0).astype(np.float32)
-
-
-def train_with_token_weights(config: RunConfig) -> None:
-    """As if every binary had a channel with `token_weights`."""
-    from megatron_jobs.data import feeder
-
-    plain = feeder.micro_batch
-
-    def with_weights(*arguments: Any) -> MicroBatch:
-        batch = plain(*arguments)
-        return MicroBatch(batch.tokens, batch.sources, batch.documents, batch.weights * token_weights(batch.tokens))
-
-    feeder.micro_batch = with_weights
-    train_here(config)
-
-
 @pytest.fixture(scope="module")
-def by_hand(prepared, tmp_path_factory) -> list[dict[str, Any]]:
-    return run_ranks(1, plain_loop, weighted(prepared, tmp_path_factory.mktemp("plain"), 8))[0]
+def by_hand(prepared, binaries, tmp_path_factory) -> list[dict[str, Any]]:
+    return run_ranks(1, plain_loop, weighted(prepared, binaries, tmp_path_factory.mktemp("plain"), 8))[0]
 
 
 def plain_loop(config: RunConfig) -> list[dict[str, Any]]:
@@ -74,7 +75,7 @@ def plain_loop(config: RunConfig) -> list[dict[str, Any]]:
     result = []
     for tokens, where in steps:
         factor = {name: take["loss_weight"] if isinstance(take, dict) else 1.0 for name, take in MIX.items()}
-        weights = torch.from_numpy(token_weights(tokens.numpy())) * torch.tensor([factor[source] for source, _ in where])[:, None]
+        weights = torch.from_numpy(token_weights(tokens.numpy()[:, 1:])) * torch.tensor([factor[source] for source, _ in where])[:, None]
         logits = llama(tokens[:, :-1]).logits
         nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
         squares = logits.logsumexp(-1).square()
@@ -98,9 +99,9 @@ def plain_loop(config: RunConfig) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_gradient_is_divided_by_the_weight_of_the_global_batch(prepared, tmp_path, by_hand, case):
+def test_the_gradient_is_divided_by_the_weight_of_the_global_batch(prepared, binaries, tmp_path, by_hand, case):
     world, sizes, micro_batch_size = case
-    run_ranks(world, train_with_token_weights, weighted(prepared, tmp_path, micro_batch_size, parallel=sizes))
+    run_ranks(world, train_here, weighted(prepared, binaries, tmp_path, micro_batch_size, parallel=sizes))
     found = records(tmp_path)
     assert len(found) == len(by_hand) == STEPS
     for step, expected in zip(found, by_hand, strict=True):
@@ -117,26 +118,66 @@ def test_a_mean_of_means_would_be_another_loss(by_hand):
 
 
 def test_weights_of_one_are_no_weights(prepared, tmp_path):
-    """To the last bit, also of a mixture, whose routers have losses of their own."""
-    ones = {name: {"weight": take["weight"] if isinstance(take, dict) else take} for name, take in MIX.items()}
-    plain = {name: take["weight"] for name, take in ones.items()}
-    twice = {name: take | {"loss_weight": 2.0} for name, take in ones.items()}
+    """To the last bit, also of a mixture, whose routers have losses of their own; a factor of all sources changes nothing either."""
     runs = {}
-    for name, mix in (("plain", plain), ("ones", ones), ("twice", twice)):
-        config = weighted(prepared, tmp_path / name, 2, moe=MOE)
-        phase = config.phases[0].model_dump() | {"sources": mix}
-        run_ranks(2, train_here, tiny(prepared, tmp_path / name, moe=MOE, phases=[phase]))
+    for name, loss_weight in (("ones", 1.0), ("twice", 2.0)):
+        mix = {source: {"weight": weight, "loss_weight": loss_weight} for source, weight in (("web", 0.5), ("code", 0.3), ("chat", 0.2))}
+        web, _ = tiny(prepared, tmp_path / name).model_dump(mode="json")["phases"]
+        run_ranks(2, train_here, tiny(prepared, tmp_path / name, moe=MOE, phases=[web | {"sources": mix}]))
         runs[name] = losses(tmp_path / name)
-    assert runs["plain"] == runs["ones"] == runs["twice"]
-    assert "weight_by_source" in records(tmp_path / "twice")[0] and "weight_by_source" not in records(tmp_path / "ones")[0]
+    run_ranks(2, train_here, tiny(prepared, tmp_path / "plain", moe=MOE), 6)
+    assert losses(tmp_path / "plain") == runs["ones"] == runs["twice"]
+    shares = records(tmp_path / "twice")[0]["weight_by_source"]
+    assert sum(shares.values()) == pytest.approx(1) and "weight_by_source" not in records(tmp_path / "ones")[0]
 
 
-def test_a_batch_without_any_weight_is_an_error(prepared, tmp_path):
-    with pytest.raises(AssertionError, match="no token of a whole batch has a weight above 0"):
-        run_ranks(1, train_without_weights, weighted(prepared, tmp_path, 2))
+def test_what_cannot_be_weighed_is_refused(prepared, binaries, tmp_path):
+    config = weighted(prepared, binaries, tmp_path, 2)
+    plain = config.model_copy(update={"data": config.data.model_copy(update={"folder": prepared / "data"})})
+    field = r"phases.web.loss.token_weights \(weights\)"
+    with pytest.raises(UserError, match=f"{field}: the binary of source .* has no such channel"):
+        open_sources(plain)
+    zero = weighted(prepared, binaries, tmp_path / "zero", 2)
+    with pytest.raises(AssertionError, match=f"{field}: no token of a whole batch has a weight above 0"):
+        run_ranks(1, train_without_weights, zero)
 
 
 def train_without_weights(config: RunConfig) -> None:
-    global token_weights
-    token_weights = lambda tokens: np.zeros_like(tokens[:, 1:], dtype=np.float32)  # noqa: E731
-    train_with_token_weights(config)
+    TokenBinary.read_channel = lambda self, name, offset, length: np.zeros(length, np.float32)
+    train_here(config)
+
+
+def test_answers_are_learnt_alone(prepared, tmp_path):
+    """From dialogues to the trainer: what `answer_weights: true` marks is what the loss of the phase is a mean over."""
+    chat = {"documents": [str(prepared / "chat.jsonl")], "kind": "chat", "origin": "synthetic", "answer_weights": True}
+    settings = {"tokenizer": str(prepared / "tokenizer"), "output": str(tmp_path / "data"), "sources": {"chat": chat}}
+    prepare(PrepareConfig.model_validate(settings))
+    _, phase = tiny(prepared, tmp_path / "run").model_dump(mode="json")["phases"]
+    phase["loss"] = dict(kind="next_token", token_weights="weights")
+    config = tiny(prepared, tmp_path / "run", phases=[phase], data=dict(folder=str(tmp_path / "data")))
+    run_ranks(2, train_here, config, 1)
+    [step] = records(tmp_path / "run")
+    expected = run_ranks(1, loss_of_the_answers, config)[0]
+    assert step["loss"] == pytest.approx(expected["answers"], rel=1e-4) and abs(expected["answers"] - expected["all"]) > 0.01
+
+
+def loss_of_the_answers(config: RunConfig) -> dict[str, float]:
+    """Of the first batch, over the tokens that follow `<|assistant|>` until `<|end|>`, that token included; and over all tokens."""
+    import torch
+
+    from tests.megatron_jobs.test_train import plain_model
+    from tokenization.load import load
+
+    tokenizer = load(config.tokenizer)
+    [assistant] = [token for token in range(tokenizer.vocab_size) if tokenizer.piece(token) == "<|assistant|>"]
+    llama, _, steps = plain_model(config)
+    tokens, where = next(steps)
+    stream = np.asarray(open_binary(config.data.folder / "chat").tokens)
+    inside, is_answer = False, []
+    for token in stream.tolist():
+        is_answer.append(inside)
+        inside = token == assistant or (inside and token != tokenizer.end_of_turn_id)
+    marks = torch.tensor([is_answer[offset + 1 : offset + tokens.shape[1]] for _, offset in where])
+    with torch.no_grad():
+        nats = torch.nn.functional.cross_entropy(llama(tokens[:, :-1]).logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    return {"answers": float(nats[marks].mean()), "all": float(nats.mean())}
