@@ -341,12 +341,13 @@ def test_updates_that_were_left_out_are_not_counted(prepared, tmp_path):
 
 
 def counts_after_restoring(config: Any) -> tuple[int, set[float]]:
+    from megatron_jobs.engine import core
     from megatron_jobs.engine.state import TrainingState
 
     start = Checkpoint(config.run / "checkpoints/latest")
     state = TrainingState(config)
     state.restore(start)
-    return state.updates, {float(values["step"]) for inner in state._inner() for values in inner.state.values()}
+    return state.updates, {float(owned.state["step"]) for owned in core.owned_ranges(state.optimizer)}
 
 
 def test_loading_never_unpickles(prepared, tmp_path):
