@@ -9,7 +9,6 @@ is a power failure. The GPUs exist for the scheduler only: it counts them and se
 import getpass
 import os
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+
+from megatron_jobs.launch import held_port
 
 NODES = [f"node{number}" for number in range(1, 5)]
 PATH = f"{os.environ['PATH']}:/usr/sbin"  # which Debian leaves out of a user's PATH
@@ -27,6 +28,7 @@ SLURM_CONF = """\
 ClusterName=tests
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={control_port}
+FirstJobId={control_port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/none
@@ -106,22 +108,27 @@ class Cluster:
 
 @contextmanager
 def slurm_cluster(folder: Path, names: Sequence[str] = NODES, cpus: int = 16) -> Iterator[Cluster]:
-    """Runs a cluster of nodes with these names, whose files are in `folder` (a short path: it holds Unix sockets)."""
-    control_port, *ports = _free_ports(1 + len(names))
-    addresses = [f"127.0.0.{11 + number}" for number in range(len(names))]
-    nodes = "\n".join(
-        NODE.format(name=name, address=address, port=port, cpus=cpus) for name, address, port in zip(names, addresses, ports, strict=True)
-    )
-    conf = folder / "slurm.conf"
-    conf.write_text(SLURM_CONF.format(folder=folder, user=getpass.getuser(), control_port=control_port, nodes=nodes, grace=GRACE_SECONDS))
-    (folder / "gres.conf").write_text(f"NodeName={','.join(names)} Name=gpu Type=h100 File={folder}/nvidia[0-7]\n")
-    for number in range(8):
-        (folder / f"nvidia{number}").symlink_to("/dev/null")  # any character device will do
-    hosts = "\n".join(f"{address} {name}" for name, address in zip(names, addresses, strict=True))
-    (folder / "hosts").write_text(f"{Path('/etc/hosts').read_text()}\n{hosts}\n")
-    (folder / "state").mkdir()
+    """Runs a cluster of nodes with these names, whose files are in `folder` (a short path: it holds Unix sockets).
 
+    Its jobs are counted from the controller's port, for the number of a job chooses the port at which its ranks meet (slurm/supervisor.py):
+    two clusters on one machine then have different ones.
+    """
     with ExitStack() as stack:
+        control_port, *ports = (stack.enter_context(held_port()) for _ in range(1 + len(names)))
+        addresses = [f"127.0.0.{11 + number}" for number in range(len(names))]
+        nodes = "\n".join(
+            NODE.format(name=name, address=address, port=port, cpus=cpus)
+            for name, address, port in zip(names, addresses, ports, strict=True)
+        )
+        conf = SLURM_CONF.format(folder=folder, user=getpass.getuser(), control_port=control_port, nodes=nodes, grace=GRACE_SECONDS)
+        (folder / "slurm.conf").write_text(conf)
+        (folder / "gres.conf").write_text(f"NodeName={','.join(names)} Name=gpu Type=h100 File={folder}/nvidia[0-7]\n")
+        for number in range(8):
+            (folder / f"nvidia{number}").symlink_to("/dev/null")  # any character device will do
+        hosts = "\n".join(f"{address} {name}" for name, address in zip(names, addresses, strict=True))
+        (folder / "hosts").write_text(f"{Path('/etc/hosts').read_text()}\n{hosts}\n")
+        (folder / "state").mkdir()
+
         cluster = Cluster(folder, stack)
         cluster.start("slurmctld", ["slurmctld", "-D"])
         for name in names:
@@ -183,11 +190,3 @@ def _process(folder: Path, environment: dict[str, str], name: str, command: list
 
 def _output(environment: dict[str, str], *command: str) -> str:
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True).stdout
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("", 0))
-        return [one.getsockname()[1] for one in sockets]

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,17 +14,20 @@ import pytest
 import yaml
 
 from megatron_jobs.checkpoints.checkpoint import Checkpoint
+from megatron_jobs.config import RunConfig
+from megatron_jobs.launch import held_port
 from mujina.user_input import UserError
 from tests.conftest import tiny
 from tests.megatron_jobs.test_train import losses, train_here
-from tests.ranks import FORKSERVER, run_ranks
+from tests.ranks import run_ranks, start_ranks
 
 
-def rank_process(rank: int, port: int, config) -> None:
-    import torch
+def train_unhurried(config: RunConfig) -> None:
+    """Steps that last long enough for this test to come in time, on a busy machine as well."""
+    from megatron_jobs.engine.passes import Objective
 
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    gradients = Objective.gradients
+    Objective.gradients = lambda *arguments: (time.sleep(0.2), gradients(*arguments))[1]
     train_here(config)
 
 
@@ -39,24 +41,20 @@ def test_killed_at_any_moment(prepared, tmp_path, asynchronous):
     saving = tmp_path / "parts/checkpoints"
     for moment in ("start", "step", "save", "step", "save", None):
         before = newest_step(saving)
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        ranks = [FORKSERVER.Process(target=rank_process, args=(rank, port, parts)) for rank in range(2)]
-        for process in ranks:
-            process.start()
-        if moment == "start":
-            time.sleep(0.3)
-        elif moment == "step":
-            wait_for(lambda: newest_step(saving) > before, ranks)  # noqa: B023
-            time.sleep(draw.uniform(0, 0.1))
-        elif moment == "save":
-            wait_for(lambda: newest_step(saving) > before and any(saving.glob(".step-*")), ranks)  # noqa: B023
-        for process in ranks:
-            if moment:
-                assert process.is_alive()
-                process.kill()
-            process.join()
+        with held_port() as port:
+            ranks = start_ranks(2, port, train_unhurried, parts)
+            if moment == "start":
+                time.sleep(0.3)
+            elif moment == "step":
+                wait_for(lambda: newest_step(saving) > before, ranks)  # noqa: B023
+                time.sleep(draw.uniform(0, 0.1))
+            elif moment == "save":
+                wait_for(lambda: newest_step(saving) > before and any(saving.glob(".step-*")), ranks)  # noqa: B023
+            for process in ranks:
+                if moment:
+                    assert process.is_alive()
+                    process.kill()
+                process.join()
     assert [process.exitcode for process in ranks] == [0, 0]
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     one, other = (Checkpoint(tmp_path / run / "checkpoints/latest") for run in ("whole", "parts"))
