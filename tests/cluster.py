@@ -12,9 +12,10 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_jobs.launch import held_port
@@ -49,7 +50,8 @@ GresTypes=gpu
 JobRequeue=1
 KillWait=3
 MinJobAge=600
-SlurmdTimeout=10
+SlurmdTimeout=120
+MessageTimeout=60
 SchedulerParameters=bf_interval=2,batch_sched_delay=0,sched_min_interval=0
 {nodes}
 JobCompType=jobcomp/filetxt
@@ -93,16 +95,23 @@ class Cluster:
         return _output(self.environment, *command)
 
     def power_off(self, node: str) -> None:
-        """All that runs on the node is gone at once; Slurm is told, who would find out by itself half a minute later."""
+        """All that runs on the node stands still at once, and is gone; Slurm is told, who would find out by itself minutes later.
+
+        Told while the connections are silent, as they are when power fails: were they closed first, it would depend on how busy the
+        machine is whether the job's other processes fail because of that before Slurm ends them.
+        """
+        for process in psutil.Process(self.processes[node].pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+        self.output("scontrol", "update", f"nodename={node}", "state=down", "reason=power")
         self.processes[node].kill()
         self.processes[node].wait()
-        self.output("scontrol", "update", f"nodename={node}", "state=down", "reason=power")
 
     def power_on(self, node: str) -> None:
         self.start(node, _node(node, self.folder))
         self.output("scontrol", "update", f"nodename={node}", "state=resume")
         wait_for(
-            lambda: self.output("sinfo", "-h", "-p", "main", "-n", node, "-o", "%T").strip() == "idle", 60, f"{self.folder}/{node}.log"
+            lambda: self.output("sinfo", "-h", "-p", "main", "-n", node, "-o", "%T").strip() == "idle", 300, f"{self.folder}/{node}.log"
         )
 
 
@@ -139,11 +148,11 @@ def slurm_cluster(folder: Path, names: Sequence[str] = NODES, cpus: int = 16) ->
             assert all(process.poll() is None for process in cluster.processes.values()), f"Slurm does not start here:\n{logs}"
             return cluster.output("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split() == ["idle"] * len(names)
 
-        wait_for(is_up, 60, f"{folder}/*.log")
+        wait_for(is_up, 300, f"{folder}/*.log")
         yield cluster
 
 
-def wait_for_job(environment: dict[str, str], job: str, timeout: float = 60) -> list[str]:
+def wait_for_job(environment: dict[str, str], job: str, timeout: float = 600) -> list[str]:
     """Waits for a job to end; returns its state, or those of all tasks of an array (COMPLETED, FAILED, …), in order."""
 
     def states() -> list[str]:

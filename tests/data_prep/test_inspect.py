@@ -28,7 +28,7 @@ def prefix(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def inspect(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "data_prep.inspect", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "data_prep.inspect", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
 
 
