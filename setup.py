@@ -53,7 +53,7 @@ setup(
         # NVIDIA Apex is used where it is found and is built from source; the package called "apex" on PyPI is another project.
         "gpu": ["transformer-engine[core_cu13,pytorch]==2.20.2"],
         "ray": ["ray"],
-        "test": ["accelerate", "gguf", "grafana-foundation-sdk", "hypothesis", "pytest", "ruff"],
+        "test": ["accelerate", "gguf", "grafana-foundation-sdk", "hypothesis", "pytest", "pytest-xdist", "ruff"],
         "wandb": ["wandb>=0.31"],
     },
 )
