@@ -32,6 +32,6 @@ fi
 .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt uv
 # uv is fast; pip is the way where only pip knows how to reach the package index
 # --compile-bytecode, as pip does: without it every process compiles megatron-core anew where Python may not write beside it
-.venv/bin/uv pip install -q --compile-bytecode -p .venv/bin/python -c constraints.txt -e '.[data,ray,test,wandb]' ||
-    .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[data,ray,test,wandb]'
+.venv/bin/uv pip install -q --compile-bytecode -p .venv/bin/python -c constraints.txt -e '.[data,docs,ray,test,wandb]' ||
+    .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[data,docs,ray,test,wandb]'
 echo "$state" > .venv/installed

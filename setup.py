@@ -13,7 +13,7 @@ setup(
         "tokenization": ["chat_template.jinja"],
         "data_prep": ["configs/*.yaml", "steps/*.ftz", "steps/words/*.txt"],
         "megatron_jobs": ["configs/*.yaml"],
-        "slurm": ["*.sh", "cluster.env.example", "grafana.json"],
+        "slurm": ["*.sh", "chain.yaml", "cluster.env.example", "grafana.json"],
     },
     entry_points={"console_scripts": ["mujina = mujina.cli:main"]},
     install_requires=[
@@ -49,11 +49,22 @@ setup(
             "unidic-lite",
             "xxhash<4",  # as datatrove asks for, where pip would take datasets' word
         ],
+        "docs": ["mkdocs-material==9.8.2"],  # the site of docs/; the version decides what the pages load
         "gguf": ["accelerate", "gguf"],  # `mujina import` of a GGUF file, which transformers reads with them
         # NVIDIA Apex is used where it is found and is built from source; the package called "apex" on PyPI is another project.
         "gpu": ["transformer-engine[core_cu13,pytorch]==2.20.2"],
         "ray": ["ray"],
-        "test": ["accelerate", "gguf", "grafana-foundation-sdk", "hypothesis", "pytest", "pytest-xdist", "ruff"],
+        "test": [
+            "accelerate",
+            "gguf",
+            "grafana-foundation-sdk",
+            "hypothesis",
+            "jsonschema",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "setuptools>=77",
+        ],
         "wandb": ["wandb>=0.31"],
     },
 )

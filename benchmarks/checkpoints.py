@@ -66,7 +66,7 @@ def measure(folder: Path) -> tuple[float, dict[str, list[float]]]:
     """The gigabytes of the checkpoint, and the seconds of every round."""
     settings = {name: config(folder, name == "beside") for name in ("waiting", "beside")}
     state = TrainingState(settings["beside"])
-    for _, _, _, _, values in state._rectangles():
+    for _, _, _, _, values in state._boxes():
         values.uniform_()
     savers = {name: Saver(settings[name], set()) for name in settings}
     seconds: dict[str, list[float]] = {}

@@ -23,11 +23,12 @@ import torch
 import yaml
 
 from benchmarks.checkpoints import dd, forget, timed
-from megatron_jobs.checkpoints.checkpoint import Writer, piece_key
-from megatron_jobs.checkpoints.weights import Box, drawn, shapes
+from megatron_jobs.checkpoints.checkpoint import Writer, box_key
+from megatron_jobs.checkpoints.weights import drawn, shapes
 from megatron_jobs.config import RunConfig, from_dict
+from mujina.matrices import Box
 from mujina.tensor_files import Planned
-from tokenization.tokenizer import Tokenizer
+from tokenization.load import load as load_tokenizer
 
 ROUNDS = 3
 EXPERTS = 4
@@ -47,7 +48,7 @@ seconds = time.perf_counter() - began
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print("measured", seconds, peak / 2**20)
 """
-OURS = "import rich.progress, safetensors, transformers, mujina.tensor_files, megatron_jobs.checkpoints.checkpoint, tokenization.tokenizer"
+OURS = "import rich.progress, safetensors, transformers, mujina.tensor_files, megatron_jobs.checkpoints.checkpoint, tokenization.load"
 WAYS = {  # imports, work
     "convert": (
         f"{OURS}\nfrom transformers import GenerationConfig, LlamaConfig, MixtralConfig\nfrom megatron_jobs.conversion import convert",
@@ -72,7 +73,7 @@ def config(folder: Path, tokenizer: Path, **moe: int) -> RunConfig:
     values = {
         "run": str(folder / "run"),
         "tokenizer": str(tokenizer),
-        "model": size | {"vocab_size": Tokenizer.load(tokenizer).vocab_size},
+        "model": size | {"vocab_size": load_tokenizer(tokenizer).vocab_size},
         "data": dict(folder="none"),
         "train": dict(micro_batch_size=1, precision="fp32"),
         "phases": [phase],
@@ -86,7 +87,7 @@ def save(settings: RunConfig, folder: Path) -> Path:
     writer.clear()
     wanted = dict(shapes(settings.model, None))
     pieces = [
-        Planned(piece_key("master", name, Box(0, rows, 0, columns)), shape, torch.float32, partial(drawn, 1, name, shape, 0.02))
+        Planned(box_key("master", name, Box(0, rows, 0, columns)), shape, torch.float32, partial(drawn, 1, name, shape, 0.02))
         for name, shape in wanted.items()
         for rows, columns in [shape]
     ]

@@ -25,6 +25,7 @@ import numpy as np
 import yaml
 
 from data_prep.indexed import DTYPE_CODES, HEADER, MAGIC, BinaryWriter, Labels, Manifest, path_of
+from tokenization.load import load as load_tokenizer
 from tokenization.tokenizer import Tokenizer
 from tokenization.train import TrainConfig, train
 
@@ -67,7 +68,7 @@ def run_file(folder: Path, tokenizer: Path, data: Path, names: list[str], tokens
         "tokenizer": str(tokenizer),
         "model": dict(
             num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1, num_query_groups=1,
-            vocab_size=Tokenizer.load(tokenizer).vocab_size,
+            vocab_size=load_tokenizer(tokenizer).vocab_size,
         ),
         "data": dict(folder=str(data), block_length=8192),
         "train": dict(micro_batch_size=MICRO_BATCH),
@@ -188,7 +189,7 @@ def main() -> None:
         folder = Path(temporary)
         (folder / "text.jsonl").write_text(json.dumps({"text": __doc__}))
         train(TrainConfig(inputs=[str(folder / "text.jsonl")], output=str(folder / "tokenizer"), vocab_size=350, character_coverage=1.0))
-        tokenizer = Tokenizer.load(folder / "tokenizer")
+        tokenizer = load_tokenizer(folder / "tokenizer")
 
         names = [f"s{n:04d}" for n in range(NUM_SOURCES)]
         (folder / "sparse").mkdir()

@@ -6,7 +6,7 @@ Runs the trainer's own layers: Transformer Engine's where it is installed, else 
 Triton and Mujina's requirements. Two measurements of each shape:
 
     layers    forward and backward of the decoder layers alone, one sequence of 4,096 tokens, gradients added up in float32
-    step      a whole step of the trainer's objective: embedding, layers, output layer, loss, 8 micro-batches, gradient norm, AdamW
+    step      a whole step of the trainer's passes: embedding, layers, output layer, loss, 8 micro-batches, gradient norm, AdamW
 
 TFLOP/s are those of the model (`megatron_jobs.planning.flops`): causal attention counts half, recomputation and padding do not.
 """
@@ -23,12 +23,13 @@ import numpy as np
 import torch
 import typer
 
+from megatron_jobs import ranks
 from megatron_jobs.checkpoints.weights import InitialWeights
 from megatron_jobs.config import RunConfig, load
 from megatron_jobs.data.feeder import MicroBatch
 from megatron_jobs.engine import groups
 from megatron_jobs.engine.gpt import has_transformer_engine
-from megatron_jobs.engine.passes import Objective
+from megatron_jobs.engine.passes import Passes
 from megatron_jobs.engine.state import TrainingState
 from megatron_jobs.planning import flops
 from mujina.user_input import run
@@ -44,7 +45,7 @@ def measure(config: RunConfig, profile: Path | None) -> list[dict[str, Any]]:
     """A row for the layers and one for the step."""
     state = TrainingState(config)
     state.start_from(InitialWeights(config.model, config.moe, config.seed))
-    objective = Objective(config, state, ["random"])
+    passes = Passes(config, state, ["random"])
     phase = config.phases[0]
     whole = flops.per_token(config.model, config.moe, phase.sequence_length)
     output = 6 * config.model.padded_vocab_size * config.model.hidden_size
@@ -60,7 +61,7 @@ def measure(config: RunConfig, profile: Path | None) -> list[dict[str, Any]]:
         gpt.decoder(hidden.requires_grad_(), attention_mask=None, rotary_pos_emb=rotary).backward(gradient)
 
     def step() -> None:
-        objective.gradients(phase, batches)
+        passes.gradients(phase, batches)
         state.gradient_norm()
         state.update(1e-5)
 
@@ -96,7 +97,7 @@ def _row(what: str, function: Callable[[], None], tokens: int, operations_per_to
         "tokens_per_second": tokens / seconds,
         "tflops": rate / 1e12,
         "mfu": peak and rate / peak,
-        "memory_gib": groups.memory_gib(),
+        "memory_gib": ranks.memory_gib(),
     }
 
 

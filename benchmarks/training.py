@@ -64,11 +64,11 @@ class Turns:
 def ours(folder: str, steps: int) -> dict[str, Any]:
     from megatron_jobs import train
     from megatron_jobs.engine import groups
-    from megatron_jobs.engine.passes import Objective
+    from megatron_jobs.engine.passes import Passes
     from megatron_jobs.engine.state import TrainingState
 
     inside: list[float] = []
-    Objective.gradients = _timed(Objective.gradients, inside)
+    Passes.gradients = _timed(Passes.gradients, inside)
     TrainingState.gradient_norm = _timed(TrainingState.gradient_norm, inside)
     TrainingState.update = update = _timed(TrainingState.update, inside)
     config = config_in(folder, steps)
@@ -85,10 +85,11 @@ def transformers(folder: str, steps: int) -> dict[str, Any]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from megatron_jobs.checkpoints.weights import Box, InitialWeights
-    from megatron_jobs.conversion.hugging_face import LLAMA, hugging_face_name
+    from megatron_jobs.checkpoints.weights import InitialWeights
+    from megatron_jobs.conversion.families import LLAMA, hugging_face_name
     from megatron_jobs.data import feeder, phases
     from megatron_jobs.data.order import DataOrder
+    from mujina.matrices import Box
 
     config = config_in(folder, steps)
     model = config.model

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from evaluation.charts import Line, Points, limits, line_chart
+from evaluation.report.charts import Line, Points, limits, line_chart
 from megatron_jobs.checkpoints.weights import shapes
 from megatron_jobs.config import RunConfig, from_dict
 from megatron_jobs.planning import flops

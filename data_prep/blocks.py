@@ -1,30 +1,29 @@
 """Files of rows cut into blocks of whole lines, so that one process reads and others parse.
 
 Where a file is cut depends on its bytes alone, not on how many processes there are: the blocks of a file that was read before are the
-same again. What a row may be, and how a mistake in it is explained, is for `files.read_rows` to say.
+same again. `data_prep.row` says what a row is.
 """
 
 import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-import pydantic_core
-
+from data_prep.row import LONGEST, Row, fields_of, row_of, too_long
+from data_prep.steps.read import NOTHING, records
 from mujina.files import open_rows, read_rows
 from mujina.user_input import UserError
 
 # Small blocks first, so that a small source keeps all cores busy; large ones later, so that a large source has few of them.
 FIRST_BLOCK, LAST_BLOCK = 1 << 19, 1 << 25  # bytes
 BLOCKS_OF_A_SIZE = 32
-# Of a row that the `datasets` library gives, what a document is made of.
-FIELDS = ("text", "messages", "id", "source", "kind", "origin", "language", "licence", "teacher")
+LONGEST_LINE = 16 * LONGEST  # bytes held in search of its end: JSON may take 12 for a character
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Whole lines of `path`: the bytes, and the number (from 1) of the first."""
+    """Whole lines of `path`: the bytes, and the number (from 1) of the first. What is no JSONL comes as lines of JSON, one for each row."""
 
     path: str
     first_line: int
@@ -32,29 +31,39 @@ class Block:
 
 
 def read_blocks(path: str) -> Iterator[Block]:
-    """Cuts a file of rows (.jsonl, .jsonl.gz, .jsonl.zst, .parquet) or a `datasets:` name into blocks. Raises UserError if unreadable."""
-    from_library = path.startswith("datasets:") or path.endswith(".parquet")
-    first_line = 1
-    for lines in _cut(_library_lines(path)) if from_library else _cut_file(path):
+    """Cuts a file of rows (.jsonl, .jsonl.gz, .jsonl.zst, .parquet) or a `datasets:` name into blocks.
+
+    Raises UserError when it is unreadable or holds no rows.
+    """
+    first_line, anything = 1, False
+    for lines in _cut(_lines_of_table(path)) if _is_table(path) else _cut_file(path):
+        if len(lines) > LONGEST_LINE:
+            raise UserError(f"{path} line {first_line}: {too_long('line')}")
+        anything = anything or not lines.isspace()
         yield Block(path, first_line, lines)
         first_line += lines.count(b"\n")
+    if not anything:
+        raise UserError(f"{path}: {NOTHING}")
 
 
-def rows_of(block: Block) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number, row) of the lines that are not blank. Raises UserError, naming file and line, on what is no row."""
+def rows_of(block: Block, labels: dict[str, str]) -> Iterator[Row]:
+    """Yields the rows of a block. Raises UserError, naming the file and the line (or row), on what is no row.
+
+    labels   of the source, see `row.SourceFacts.labels`
+    """
+    name, unit = Path(block.path).name, "row" if _is_table(block.path) else "line"
     for number, line in enumerate(io.BytesIO(block.lines), start=block.first_line):
         if not line.strip():
             continue
-        try:
-            row = pydantic_core.from_json(line)
-        except ValueError:
-            row = None
-        yield number, row if isinstance(row, dict) else _strictly(block.path, number)
+        fields = fields_of(line)
+        row = fields if isinstance(fields, str) else row_of(fields, f"{name}:{number}", labels)
+        if isinstance(row, str):
+            raise UserError(f"{block.path} {unit} {number}: {row}")
+        yield row
 
 
-def _strictly(path: str, wanted: int) -> dict[str, Any]:
-    """The row as the strict reader has it, or its complaint: slow, because it starts at the top, but only a mistake comes here."""
-    return next(row for number, row in read_rows(path) if number == wanted)
+def _is_table(path: str) -> bool:
+    return path.startswith("datasets:") or path.endswith(".parquet")
 
 
 def _cut_file(path: str) -> Iterator[bytes]:
@@ -68,6 +77,8 @@ def _cut_file(path: str) -> Iterator[bytes]:
                     rest = tail
                 else:
                     rest += data  # a line longer than a block
+                    if len(rest) > LONGEST_LINE:
+                        break
     except OSError:
         for _ in read_rows(path):  # names what is wrong, and after which line
             pass
@@ -97,18 +108,9 @@ def _sizes() -> Iterator[int]:
         size = min(2 * size, LAST_BLOCK)
 
 
-def _library_lines(path: str) -> Iterator[bytes]:
-    """The rows of a parquet file or `datasets:` name as lines of JSON."""
-    import datasets
-
-    try:
-        if path.startswith("datasets:"):
-            name, _, split = path.removeprefix("datasets:").partition(":")
-            rows = datasets.load_dataset(name, split=split or "train", streaming=True)
-        else:
-            rows = datasets.load_dataset("parquet", data_files=path, split="train", streaming=True)
-        for row in rows:
-            # What JSON cannot hold is no text either: the reader of the documents complains about the null.
-            yield json.dumps({key: row[key] for key in FIELDS if key in row}, ensure_ascii=False, default=lambda _: None).encode() + b"\n"
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{path}: cannot be read by the datasets library ({error}): check the name, the split and the file") from None
+def _lines_of_table(path: str) -> Iterator[bytes]:
+    for where, _, found in records(path):
+        if isinstance(found, str):
+            raise UserError(f"{where}: {found}")
+        # What JSON cannot hold is no text either: `row_of` complains about the null.
+        yield json.dumps(found, ensure_ascii=False, default=lambda _: None).encode() + b"\n"

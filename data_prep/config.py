@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
-from data_prep.documents import SourceFacts
+from data_prep.row import SourceFacts
 from data_prep.steps.chat import Dialogue
 from data_prep.steps.code import CodeQuality
 from data_prep.steps.decontaminate import Decontaminate
@@ -41,45 +41,64 @@ Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 
 
 class SourceConfig(SourceFacts):
-    """One source: the files it comes from, what phases may know of it, and the steps that its documents go through.
-
-    documents   paths, patterns or folders of .jsonl[.gz|.zst], .parquet, .warc[.gz], .wet[.gz], .html, .txt files, or
-                `datasets:NAME[:SPLIT]`, in order
-    steps       none: the documents are tokenized as they are
-    damaged     what a damaged file or row does: stop the run, or be passed over and reported
-    tasks       that share the files, for steps; more than files make no sense. One for each gigabyte, and at least 16, unless given
-    """
+    """One source: the files it comes from, what phases may know of it, and the steps that its documents go through."""
 
     documents: list[str] = Field(min_length=1)
+    """Paths, patterns or folders of .jsonl[.gz|.zst], .parquet, .warc[.gz], .wet[.gz], .html and .txt files, or `datasets:NAME[:SPLIT]`,
+    in order.
+    """
     steps: list[AnyStep] = []
+    """What the documents go through, in order; none: they are tokenized as they are."""
     damaged: Literal["stop", "skip"] = "stop"
+    """What a damaged file or row does: stop the run, or be passed over and reported."""
     tasks: int | None = Field(default=None, gt=0)
+    """Tasks that share the files, for steps; more than files make no sense. Null: one for each gigabyte, and at least 16."""
+    answer_weights: bool = False
+    """Of kind chat: beside the tokens lies the channel `weights`, uint8, 1 for each token that the assistant has to say, its end of turn
+    included, and 0 for all others. The end-of-document token has 0: the end of the turn has ended the answer.
+    """
+
+    @pydantic.model_validator(mode="after")
+    def _has_answers(self) -> "SourceConfig":
+        if self.answer_weights and self.kind != "chat":
+            raise ValueError(f"answer_weights (true) needs kind chat, not {self.kind}, which has no answers: remove it")
+        return self
 
 
 class SlurmConfig(Section):
-    """What a site's Slurm asks for. `tokenizer_cpus` cores of one node tokenize a source; every other task has one core."""
+    """What a site's Slurm asks for."""
 
     partition: str
+    """Partition of the jobs."""
     qos: str | None = None
+    """Quality of service; null: the partition's."""
     time: str = "24:00:00"
+    """Limit of each job, HH:MM:SS."""
     memory_gb: int = Field(default=4, gt=0)
+    """GB of memory of a task."""
     tokenizer_cpus: int = Field(default=16, gt=0)
+    """Cores of one node that tokenize a source; every other task has one core."""
     max_array_size: int = Field(default=1001, gt=0)
+    """The site's MaxArraySize."""
     sbatch: dict[str, str] = {}
+    """Further options of sbatch, by their long names."""
 
 
 class PrepareConfig(Section):
-    """Sources by name, the folder to write to, the tokenizer's folder (none: documents are prepared and not tokenized), and where to run.
-
-    processes   on this machine, one for each core unless given; no result depends on it
-    """
+    """Sources, the folder to write to, the tokenizer, and where to run."""
 
     sources: dict[Name, SourceConfig] = Field(min_length=1)
+    """Sources by name; the names are those of the binaries, and phases use them."""
     output: str
+    """The folder to write to."""
     tokenizer: str | None = None
+    """The tokenizer's folder; null: documents are prepared and not tokenized."""
     processes: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), gt=0)
+    """Processes on this machine, one for each core unless given; no result depends on it."""
     executor: Literal["local", "slurm", "ray"] = "local"
+    """Where the steps run."""
     slurm: SlurmConfig | None = None
+    """What `executor: slurm` asks for."""
 
     @pydantic.model_validator(mode="after")
     def _whole(self) -> "PrepareConfig":
@@ -87,4 +106,7 @@ class PrepareConfig(Section):
             raise ValueError("executor slurm needs a section slurm: write at least slurm: {partition: NAME}")
         if self.tokenizer is None and not all(source.steps for source in self.sources.values()):
             raise ValueError("tokenizer is missing, and a source without steps has nothing else to be done: add it")
+        for name, source in self.sources.items():
+            if source.answer_weights and f"{name}.weights" in self.sources:
+                raise ValueError(f"sources {name} and {name}.weights would both write {name}.weights.bin: give one of them another name")
         return self

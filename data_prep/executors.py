@@ -17,15 +17,15 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from data_prep import pipeline
 from data_prep.config import PrepareConfig
-from data_prep.documents import find_files
 from data_prep.indexed import Manifest
 from data_prep.pipeline import Stage, Task
 from data_prep.report import write_report
+from data_prep.steps.read import find_inputs
 from data_prep.tokenize import tokenize, use
 from data_prep.workers import Workers
 from mujina.files import write_whole
 from mujina.user_input import UserError
-from tokenization.tokenizer import Tokenizer
+from tokenization.load import load
 
 
 def prepare(config: PrepareConfig) -> list[Manifest]:
@@ -35,7 +35,7 @@ def prepare(config: PrepareConfig) -> list[Manifest]:
     """
     stages = _check(config)
     if config.tokenizer is not None:
-        use(Tokenizer.load(config.tokenizer))
+        use(load(config.tokenizer))
     logger.remove()  # datatrove tells its story in the log files of the stages
     columns = SpinnerColumn(finished_text="✓"), TextColumn("{task.description:20} {task.fields[state]}"), TimeElapsedColumn()
     manifests = []
@@ -157,7 +157,7 @@ def _check(config: PrepareConfig) -> dict[str, list[Stage]]:
 
 
 def _plain(documents: list[str]) -> list[Stage]:
-    find_files(documents)
+    find_inputs(documents)
     return []
 
 
@@ -173,7 +173,7 @@ def _run_rank(executor: LocalPipelineExecutor, rank: int) -> None:
 def _finish_alone(config: PrepareConfig, name: str, _: int) -> None:
     """`_finish` as a task of its own on a cluster, with a core for each of its processes."""
     if config.tokenizer is not None:
-        use(Tokenizer.load(config.tokenizer))
+        use(load(config.tokenizer))
     with Workers(config.processes) as workers:
         _finish(config, name, workers, print)
 
@@ -187,5 +187,5 @@ def _finish(config: PrepareConfig, name: str, workers: Workers, say: Callable[[s
         write_report([pipeline.report(name, source, folder)], folder / "report.html")
         say(f"documents in {folder / 'documents'}")
     else:
-        files = find_files(source.documents)
+        files = find_inputs(source.documents)
     return tokenize(name, source, files, output, workers, say) if config.tokenizer else None

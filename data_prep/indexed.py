@@ -1,6 +1,9 @@
 """Token binaries in Megatron's indexed format: <prefix>.bin (ids), <prefix>.idx (where documents lie), <prefix>.json (manifest).
 
-The manifest is written last: a binary without one does not exist. Layout of .idx (megatron.core.datasets.indexed_dataset), little-endian:
+Beside them may lie channels, <prefix>.<channel>.bin: one little-endian number for each token or each document, in their order. Megatron
+does not see them. The manifest is written last: a binary without one does not exist.
+
+Layout of .idx (megatron.core.datasets.indexed_dataset), little-endian:
     9 bytes  b"MMIDIDX\\0\\0"     8 bytes  version 1     1 byte  dtype code     8 bytes  sequences S     8 bytes  document bounds D + 1
     int32[S]  tokens in each sequence     int64[S]  byte offset of each     int64[D + 1]  sequence at which each document starts
 Here every document is one sequence, so S = D.
@@ -11,15 +14,16 @@ import os
 import resource
 import struct
 from bisect import bisect_left, bisect_right
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO, Literal
 
 import numpy as np
 import pydantic
 
-from data_prep.documents import Kind, Origin
-from mujina.files import sha256_of, write_whole
+from data_prep.row import Kind, Origin
+from mujina.files import sha256_of, sync, write_whole
 from mujina.user_input import Section, UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -43,6 +47,22 @@ class Labels(Section):
     fingerprint: str
 
 
+class Channel(Section):
+    """Numbers beside the tokens, one for each token or one for each document."""
+
+    dtype: Literal["uint8", "float16", "float32"]
+    per: Literal["token", "document"]
+
+    def numpy_dtype(self) -> np.dtype:
+        return np.dtype(self.dtype).newbyteorder("<")
+
+
+class StoredChannel(Channel):
+    """A channel of a binary. `sha256` is that of <prefix>.<channel>.bin."""
+
+    sha256: str
+
+
 class Manifest(Labels):
     """<prefix>.json. `num_tokens` includes the end-of-document token of every document."""
 
@@ -51,6 +71,10 @@ class Manifest(Labels):
     dtype: str
     bin_sha256: str
     idx_sha256: str
+    channels: dict[Annotated[str, pydantic.Field(pattern=r"^[a-z_]+$")], StoredChannel] = {}  # not written when there are none
+
+    def num_values(self, channel: Channel) -> int:
+        return self.num_tokens if channel.per == "token" else self.num_documents
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -59,36 +83,51 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class BinaryWriter:
-    """Writes one binary under temporary names; `finish` gives it its names. Memory does not grow with the number of documents."""
+    """Writes one binary under temporary names; `finish` gives it its names. Memory does not grow with the number of documents.
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
+    channels   what lies beside the tokens, by name (of a-z and _)
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype, channels: Mapping[str, Channel] | None = None) -> None:
         self._prefix = Path(prefix)
+        self._channels = dict(channels or {})
         self._dtype = np.dtype(dtype)
         self.num_documents = 0
         self.num_tokens = 0
         self._prefix.parent.mkdir(parents=True, exist_ok=True)
         self._bin = _HashedFile(self._partial("bin"))
         self._lengths = _HashedFile(self._partial("lengths"))
+        self._values = {name: _HashedFile(self._partial(f"{name}.bin")) for name in self._channels}
 
-    def add_document(self, ids: np.ndarray) -> None:
-        """Appends one document: a 1-D array of token ids, its end-of-document token included."""
-        self.add_documents(ids, np.array([ids.size]))
+    def add_documents(self, ids: np.ndarray, lengths: np.ndarray, channels: Mapping[str, np.ndarray] | None = None) -> None:
+        """Appends documents: the ids of all, one after the other, their end-of-document tokens included, and how many each has.
 
-    def add_documents(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Appends documents: the ids of all, one after the other, and how many each has (1-D arrays)."""
+        channels   the values of every channel of this writer, of its dtype: one for each of `ids`, or one for each of `lengths`
+
+        All arrays are 1-D.
+        """
+        channels = channels or {}
         assert ids.ndim == 1 and lengths.size > 0 and lengths.min() > 0 and lengths.sum() == ids.size
+        assert channels.keys() == self._channels.keys(), "values for all channels, and for no others"
+        for name, channel in self._channels.items():
+            values = channels[name]
+            assert values.dtype == channel.dtype and values.shape == (ids if channel.per == "token" else lengths).shape, name
+            self._values[name].write(values.astype(channel.numpy_dtype(), copy=False).tobytes())
         self._bin.write(ids.astype(self._dtype, copy=False).tobytes())
         self._lengths.write(lengths.astype("<i4", copy=False).tobytes())
         self.num_documents += lengths.size
         self.num_tokens += ids.size
 
     def add_binary(self, binary: "TokenBinary") -> None:
-        """Appends all documents of another binary of the same dtype, in a memory that does not depend on its size."""
+        """Appends all documents of another binary of the same dtype and channels, in a memory that does not depend on its size."""
         assert binary.tokens.dtype == self._dtype
-        for start in range(0, binary.tokens.size, CHUNK):
-            self._bin.write(binary.tokens[start : start + CHUNK].tobytes())
-        for start in range(0, binary.lengths.size, CHUNK):
-            self._lengths.write(binary.lengths[start : start + CHUNK].tobytes())
+        assert {name: (channel.dtype, channel.per) for name, channel in binary.manifest.channels.items()} == {
+            name: (channel.dtype, channel.per) for name, channel in self._channels.items()
+        }
+        channels = ((binary.channel(name), file) for name, file in self._values.items())
+        for values, file in ((binary.tokens, self._bin), (binary.lengths, self._lengths), *channels):
+            for start in range(0, values.size, CHUNK):
+                file.write(values[start : start + CHUNK].tobytes())
         self.num_documents += binary.manifest.num_documents
         self.num_tokens += binary.manifest.num_tokens
 
@@ -103,12 +142,21 @@ class BinaryWriter:
             dtype=self._dtype.name,
             bin_sha256=bin_sha256,
             idx_sha256=self._write_index(),
+            channels={
+                name: StoredChannel(**channel.model_dump(), sha256=self._values[name].close()) for name, channel in self._channels.items()
+            },
         )
+        # What each line does is on the disk before the next: a manifest must not come back over files that it does not describe.
+        former = _former_channels(self._prefix) - self._channels.keys()
         path_of(self._prefix, "json").unlink(missing_ok=True)
-        os.replace(self._partial("bin"), path_of(self._prefix, "bin"))
-        os.replace(self._partial("idx"), path_of(self._prefix, "idx"))
+        sync(self._prefix.parent)
+        for name in former:
+            path_of(self._prefix, f"{name}.bin").unlink(missing_ok=True)
+        for kind in ("bin", "idx", *(f"{name}.bin" for name in self._channels)):
+            os.replace(self._partial(kind), path_of(self._prefix, kind))
         self._partial("lengths").unlink()
-        write_whole(path_of(self._prefix, "json"), (manifest.model_dump_json(indent=2) + "\n").encode())
+        sync(self._prefix.parent)
+        write_whole(path_of(self._prefix, "json"), (manifest.model_dump_json(indent=2, exclude_defaults=True) + "\n").encode())
         return manifest
 
     def _write_index(self) -> str:
@@ -152,7 +200,7 @@ class TokenBinary:
     tokens    1-D memory map of all ids in order, each document ending in its end-of-document token
     lengths   1-D memory map, the tokens of each document
 
-    A memory map keeps a descriptor and counts as memory of the process; `read` and `documents` do neither.
+    A memory map keeps a descriptor and counts as memory of the process; `read`, `read_channel` and `documents` do neither.
     """
 
     def __init__(self, prefix: Path, manifest: Manifest) -> None:
@@ -171,10 +219,33 @@ class TokenBinary:
 
     def read(self, offset: int, length: int) -> np.ndarray:
         """The ids of `length` tokens from `offset` on, a copy."""
-        ids = np.empty(length, self._dtype)
-        if os.preadv(_opened(self, "bin").descriptor, [ids], offset * self._dtype.itemsize) != ids.nbytes:
-            raise UserError(f"{path_of(self.prefix, 'bin')}: has become shorter since it was opened: copy it again, and go on")
-        return ids
+        return self._read("bin", self._dtype, offset, length)
+
+    def channel(self, name: str) -> np.ndarray:
+        """A 1-D memory map of all values of a channel. Raises UserError when the binary has no such channel."""
+        return np.memmap(path_of(self.prefix, f"{name}.bin"), dtype=self._channel(name).numpy_dtype(), mode="r")
+
+    def read_channel(self, name: str, offset: int, length: int) -> np.ndarray:
+        """`length` values of a channel, a copy: those of the tokens (documents, for a channel that has one for each) from `offset` on.
+
+        Raises UserError when the binary has no such channel.
+        """
+        return self._read(f"{name}.bin", self._channel(name).numpy_dtype(), offset, length)
+
+    def _channel(self, name: str) -> Channel:
+        channels = self.manifest.channels
+        if name not in channels:
+            raise UserError(
+                f"{self.prefix}: has no channel {name} (it has: {', '.join(channels) or 'none'}): prepare the source again with it; "
+                f"answer_weights: true gives weights"
+            )
+        return channels[name]
+
+    def _read(self, kind: str, dtype: np.dtype, offset: int, length: int) -> np.ndarray:
+        values = np.empty(length, dtype)
+        if os.preadv(_opened(self, kind).descriptor, [values], offset * dtype.itemsize) != values.nbytes:
+            raise UserError(f"{path_of(self.prefix, kind)}: has become shorter since it was opened: copy it again, and go on")
+        return values
 
     def documents(self, offset: int, length: int) -> np.ndarray:
         """Which document each of the tokens offset … offset + length - 1 belongs to: int32 [length], 0 for that of the first one.
@@ -201,8 +272,9 @@ class TokenBinary:
         return self.tokens[start : start + int(self.lengths[index])]
 
     def verify(self) -> None:
-        """Reads everything and raises UserError unless both checksums are the manifest's. Seconds per gigabyte."""
-        for kind, expected in (("bin", self.manifest.bin_sha256), ("idx", self.manifest.idx_sha256)):
+        """Reads everything and raises UserError unless all checksums are the manifest's. Seconds per gigabyte."""
+        channels = ((f"{name}.bin", channel.sha256) for name, channel in self.manifest.channels.items())
+        for kind, expected in (("bin", self.manifest.bin_sha256), ("idx", self.manifest.idx_sha256), *channels):
             path = path_of(self.prefix, kind)
             if sha256_of(path) != expected:
                 raise UserError(f"{path}: its checksum is not the manifest's: the file has changed, prepare the source again")
@@ -214,7 +286,7 @@ def path_of(prefix: Path, kind: str) -> Path:
 
 
 def open_binary(prefix: str | Path, tokenizer_hash: str | None = None) -> TokenBinary:
-    """Opens <prefix>.bin/.idx/.json in a time that does not depend on their size.
+    """Opens <prefix>.bin/.idx/.json, and the channels beside them, in a time that does not depend on their size.
 
     Checks manifest, sizes, the index's header and its last entry against each other, and the tokenizer when its hash is given.
     Raises UserError when they do not belong together.
@@ -231,6 +303,8 @@ def open_binary(prefix: str | Path, tokenizer_hash: str | None = None) -> TokenB
         raise UserError(f"{prefix}: holds no documents: leave the source out, or prepare it again from files that hold some")
     itemsize = np.dtype(manifest.dtype).itemsize
     _check_size(bin_path, manifest.num_tokens * itemsize)
+    for name, channel in manifest.channels.items():
+        _check_size(path_of(prefix, f"{name}.bin"), manifest.num_values(channel) * channel.numpy_dtype().itemsize)
     documents = manifest.num_documents
     _check_size(idx_path, HEADER.size + documents * 12 + (documents + 1) * 8)
     with open(idx_path, "rb") as stream:
@@ -253,6 +327,14 @@ def _read_manifest(prefix: Path) -> Manifest:
         raise UserError(f"{path}: no such manifest, so {prefix} is not a whole binary: run python -m data_prep.prepare (again)") from None
     except pydantic.ValidationError as error:
         raise UserError(f"{path}: is not a manifest ({error.errors()[0]['msg']}): prepare the source again") from None
+
+
+def _former_channels(prefix: Path) -> set[str]:
+    """The channels of the binary that is there, if one is."""
+    try:
+        return set(_read_manifest(prefix).channels)
+    except UserError:
+        return set()
 
 
 def _check_size(path: Path, expected: int) -> None:

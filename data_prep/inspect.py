@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_prep.indexed import TokenBinary, open_binary
+from data_prep.indexed import Channel, TokenBinary, open_binary
 from mujina.user_input import UserError, run
+from tokenization.load import load
 from tokenization.tokenizer import Tokenizer
 
 COUNTED = 100_000_000  # tokens that the most frequent pieces are counted in, from the start: about a second
@@ -42,7 +43,15 @@ def facts(binary: TokenBinary) -> list[tuple[str, str]]:
         ("characters per token", f"{manifest.num_characters / manifest.num_tokens:.2f}"),
         ("bytes", f"{manifest.num_tokens * np.dtype(manifest.dtype).itemsize:,} as {manifest.dtype}"),
         ("tokenizer", f"{manifest.vocab_size:,} pieces, {manifest.tokenizer_hash[:12]}"),
+        *((f"channel {name}", _values(channel, binary.channel(name))) for name, channel in manifest.channels.items()),
     ]
+
+
+def _values(channel: Channel, values: np.ndarray) -> str:
+    chunks = [values[start : start + CHUNK] for start in range(0, values.size, CHUNK)]
+    mean = sum(float(chunk.sum(dtype=np.float64)) for chunk in chunks) / values.size
+    least, most = min(float(chunk.min()) for chunk in chunks), max(float(chunk.max()) for chunk in chunks)
+    return f"{values.size:,} {channel.dtype}, one per {channel.per}: min {least:.4g}, mean {mean:.4g}, max {most:.4g}"
 
 
 def frequent_pieces(binary: TokenBinary, tokenizer: Tokenizer) -> list[tuple[str, float]]:
@@ -85,7 +94,7 @@ def main(
     ] = None,
 ) -> None:
     """Shows what is in a token binary: facts, statistics, and some documents as text."""
-    tokenizer = None if tokenizer_folder is None else Tokenizer.load(tokenizer_folder)
+    tokenizer = None if tokenizer_folder is None else load(tokenizer_folder)
     binary = open_binary(prefix, None if tokenizer is None else tokenizer.hash)
     if documents and first >= binary.manifest.num_documents:
         raise UserError(f"--from {first}: {prefix} holds the documents 0 to {binary.manifest.num_documents - 1:,}: name one of them")
@@ -103,7 +112,7 @@ def main(
         console.print(Text(show_document(binary, index, tokenizer)))
     if verify:
         binary.verify()
-        console.print("\nverified: both files have the manifest's checksums")
+        console.print("\nverified: all files have the manifest's checksums")
 
 
 if __name__ == "__main__":

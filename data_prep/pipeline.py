@@ -20,18 +20,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.writers import JsonlWriter
 
 from data_prep.config import SourceConfig
-from data_prep.documents import SourceFacts
 from data_prep.report import SourceReport, StepCounts
+from data_prep.row import joined
 from data_prep.steps.read import find_inputs, read
 from data_prep.steps.step import CorpusStep, Judge, Step
-from mujina.files import read_rows, write_whole
+from mujina.files import read_rows, rename_folder, write_whole
 from mujina.user_input import UserError
 
 GIGABYTE = 1 << 30
@@ -63,8 +63,7 @@ def stages(name: str, source: SourceConfig, folder: Path) -> list[Stage]:
     num_bytes = sum(os.path.getsize(path) for path in files if not path.startswith("datasets:"))
     tasks = source.tasks or min(len(files), max(FEWEST_TASKS, math.ceil(num_bytes / GIGABYTE)))
     _check_continues(source, files, tasks, folder)
-    facts = source.model_dump(include=set(SourceFacts.model_fields), exclude_none=True)
-    pipeline: list[Any] = [Read(files, facts | {"source": name}, source.damaged, folder / "problems")]
+    pipeline: list[Any] = [Read(files, source.labels(name), source.damaged, folder / "problems")]
     result: list[Stage] = []
     for label, step in _labelled(source):
         removed = folder / "removed" / label
@@ -83,7 +82,7 @@ def stages(name: str, source: SourceConfig, folder: Path) -> list[Stage]:
 def finish(folder: Path) -> list[str]:
     """Gives the documents of a source their name and removes what was kept between its stages, which have all ended; the files' paths."""
     if (folder / ".documents").exists():
-        os.replace(folder / ".documents", folder / "documents")
+        rename_folder(folder / ".documents", folder / "documents")
     shutil.rmtree(folder / "work", ignore_errors=True)
     return _documents(folder)
 
@@ -130,15 +129,15 @@ class Read(PipelineStep):
 
     type, name = "READER", "read"
 
-    def __init__(self, files: list[str], facts: dict[str, Any], damaged: str, problems: Path) -> None:
+    def __init__(self, files: list[str], labels: dict[str, str], damaged: Literal["stop", "skip"], problems: Path) -> None:
         super().__init__()
-        self.files, self.facts, self.damaged, self.problems = files, facts, damaged, problems
+        self.files, self.labels, self.damaged, self.problems = files, labels, damaged, problems
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         self.problems.mkdir(parents=True, exist_ok=True)
         with open(self.problems / f"{rank:05}.txt", "w", encoding="utf-8") as problems:
             for path in self.files[rank::world_size]:
-                for document in read(path, self.facts, self.damaged, lambda problem: print(problem, file=problems, flush=True)):
+                for document in read(path, self.labels, self.damaged, lambda problem: print(problem, file=problems, flush=True)):
                     self.stat_update("documents")
                     yield document
 
@@ -157,7 +156,7 @@ class ReadBack(PipelineStep):
         for _, row in read_rows(path) if path.exists() else ():  # no file: no document came so far
             text = row.pop("text", None)
             if text is None:
-                text = "\n".join(turn["content"] for turn in row["messages"])
+                text = joined(row["messages"])
             yield Document(text=text, id=row.pop("id"), metadata=row)
 
 
@@ -240,7 +239,7 @@ def _start(step: Step, _: int) -> Judge:
 def _check_continues(source: SourceConfig, files: list[str], tasks: int, folder: Path) -> None:
     """Completion markers say that a rank has ended, not with which steps: those stand in pipeline.json."""
     inputs = [(path, 0 if path.startswith("datasets:") else os.path.getsize(path)) for path in files]
-    described = source.model_dump(mode="json", exclude={"documents", "damaged", "tasks"})
+    described = source.model_dump(mode="json", exclude={"documents", "damaged", "tasks", "answer_weights"})
     fingerprint = hashlib.sha256(json.dumps([described, inputs, tasks]).encode()).hexdigest()
     state = folder / "pipeline.json"
     if not state.exists():

@@ -1,7 +1,7 @@
 """Documents to one token binary: <output>/<source>.bin/.idx/.json, on all cores.
 
-A binary whose tokenizer, input files and labels are unchanged is kept as it is; any other is built anew, under temporary names, and
-counts only when its manifest is written. So an interrupted run is simply started again.
+A binary whose tokenizer, input files, labels and channels are unchanged is kept as it is; any other is built anew, under temporary names,
+and counts only when its manifest is written. So an interrupted run is simply started again.
 
 One process reads the files in blocks of lines, and one process for each core turns blocks into shards: binaries like any other, in
 <output>/.<source>.shards until the source is written. A shard that is whole is not built again, so a run that was killed goes on where
@@ -20,15 +20,17 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.blocks import Block, read_blocks
-from data_prep.documents import Document, SourceFacts, documents_of
-from data_prep.indexed import BinaryWriter, Labels, Manifest, open_binary, token_dtype
+from data_prep.blocks import Block, read_blocks, rows_of
+from data_prep.config import SourceConfig
+from data_prep.indexed import BinaryWriter, Channel, Labels, Manifest, open_binary, token_dtype
+from data_prep.row import Row, SourceFacts
 from data_prep.workers import Workers
 from mujina.files import sha256_of
 from mujina.user_input import UserError
 from tokenization.tokenizer import Tokenizer
 
 BATCH = 256  # documents tokenized at once
+WEIGHTS = "weights"  # the channel of `SourceConfig.answer_weights`
 
 _tokenizer: Tokenizer  # of this run: forked with the workers instead of being sent to each of them with every block
 
@@ -48,10 +50,10 @@ class _Tally:
     teachers: Counter[str] = field(default_factory=Counter)
     num_characters: int = 0
 
-    def add(self, documents: tuple[Document, ...], num_characters: int) -> None:
-        self.languages.update(document.language for document in documents)
-        self.licences.update(document.licence for document in documents)
-        self.teachers.update(document.teacher for document in documents if document.teacher is not None)
+    def add(self, rows: tuple[Row, ...], num_characters: int) -> None:
+        self.languages.update(row["language"] for row in rows)
+        self.licences.update(row["licence"] for row in rows)
+        self.teachers.update(row["teacher"] for row in rows if "teacher" in row)
         self.num_characters += num_characters
 
     def add_shard(self, shard: Manifest) -> None:
@@ -73,7 +75,7 @@ class _Tally:
         )
 
 
-def tokenize(name: str, facts: SourceFacts, files: list[str], output: Path, workers: Workers, say: Callable[[str], None]) -> Manifest:
+def tokenize(name: str, source: SourceConfig, files: list[str], output: Path, workers: Workers, say: Callable[[str], None]) -> Manifest:
     """Builds the binary of one source from files of rows, unless it is there. `say` is told how far it is.
 
     Raises UserError on unreadable files and on a source without documents.
@@ -81,14 +83,14 @@ def tokenize(name: str, facts: SourceFacts, files: list[str], output: Path, work
     prefix, shards = output / name, output / f".{name}.shards"
     say("checking the input files")
     # A `datasets:` name stands for itself: its rows are not checksummed.
-    fingerprint = _fingerprint(name, facts, [path if path.startswith("datasets:") else sha256_of(path) for path in files])
+    fingerprint = _fingerprint(name, source, [path if path.startswith("datasets:") else sha256_of(path) for path in files])
     manifest = _finished(prefix, fingerprint)
     done = "unchanged, kept"
     if manifest is None:
         done = "written"
-        writer, tally = BinaryWriter(prefix, token_dtype(_tokenizer.vocab_size)), _Tally()
+        writer, tally = BinaryWriter(prefix, token_dtype(_tokenizer.vocab_size), _channels(source)), _Tally()
         blocks = enumerate(block for path in files for block in read_blocks(path))
-        for shard in workers.map(_build_shard, ((name, facts, block, shards / f"{number:06}") for number, block in blocks)):
+        for shard in workers.map(_build_shard, ((name, source, block, shards / f"{number:06}") for number, block in blocks)):
             if shard is None:
                 continue
             writer.add_binary(open_binary(shards / shard.name))
@@ -97,46 +99,58 @@ def tokenize(name: str, facts: SourceFacts, files: list[str], output: Path, work
         if writer.num_documents == 0:
             where = ", ".join(files) or f"its steps dropped all, see {output / name / 'report.html'}"
             raise UserError(f"source {name}: holds no documents ({where}): leave it out, or give files that hold some")
-        manifest = writer.finish(tally.labels(name, facts, fingerprint))
+        manifest = writer.finish(tally.labels(name, source, fingerprint))
     shutil.rmtree(shards, ignore_errors=True)  # also when a run was killed just before it came here
     say(f"{done}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens")
     return manifest
 
 
-def _build_shard(source: str, facts: SourceFacts, block: Block, prefix: Path) -> Manifest | None:
+def _build_shard(name: str, source: SourceConfig, block: Block, prefix: Path) -> Manifest | None:
     """The binary of one block, built unless it is there. None when the block holds no documents."""
-    fingerprint = _fingerprint(source, facts, hashlib.sha256(block.lines).hexdigest())
+    fingerprint = _fingerprint(name, source, hashlib.sha256(block.lines).hexdigest())
     manifest = _finished(prefix, fingerprint)
     if manifest is not None:
         return manifest
-    writer, tally = BinaryWriter(prefix, token_dtype(_tokenizer.vocab_size)), _Tally()
-    for documents in batched(documents_of(block, source, facts), BATCH):
-        ids, num_characters = _tokenized(documents)
-        tally.add(documents, num_characters)
-        writer.add_documents(np.concatenate(ids), np.array([document.size for document in ids]))
+    channels = _channels(source)
+    writer, tally = BinaryWriter(prefix, token_dtype(_tokenizer.vocab_size), channels), _Tally()
+    for rows in batched(rows_of(block, source.labels(name)), BATCH):
+        ids, weights, num_characters = _tokenized(rows, bool(channels))
+        tally.add(rows, num_characters)
+        values = {WEIGHTS: np.concatenate(weights)} if channels else {}
+        writer.add_documents(np.concatenate(ids), np.array([document.size for document in ids]), values)
     if writer.num_documents == 0:
         return None
-    return writer.finish(tally.labels(prefix.name, facts, fingerprint))
+    return writer.finish(tally.labels(prefix.name, source, fingerprint))
 
 
-def _tokenized(documents: tuple[Document, ...]) -> tuple[list[np.ndarray], int]:
-    """The ids of each document with its end-of-document token, and the characters of all."""
-    texts = iter(_tokenizer.encode_batch([document.text for document in documents if document.text is not None]))
-    ids, characters = [], 0
-    for document in documents:
-        if document.messages is None:
+def _channels(source: SourceConfig) -> dict[str, Channel]:
+    """What lies beside the tokens of the source."""
+    return {WEIGHTS: Channel(dtype="uint8", per="token")} if source.answer_weights else {}
+
+
+def _tokenized(rows: tuple[Row, ...], weighted: bool) -> tuple[list[np.ndarray], list[np.ndarray], int]:
+    """The ids of each row with its end-of-document token, their weights (for dialogues, if asked for), and the characters of all."""
+    texts = iter(_tokenizer.encode_batch([row["text"] for row in rows if "text" in row]))
+    ids, weights, characters = [], [], 0
+    for row in rows:
+        if "text" in row:
             ids.append(next(texts))
-            characters += len(document.text or "")
+            characters += len(row["text"])
         else:
-            ids.append(np.array(_tokenizer.encode_chat(document.messages), dtype=np.int32))
-            characters += sum(len(turn["content"]) for turn in document.messages)
-    return [np.append(document, np.int32(_tokenizer.eod_id)) for document in ids], characters
+            # where nobody asks for the answers, a template need not tell them
+            rendered = _tokenizer.render(row["messages"]) if weighted else None
+            ids.append(rendered.ids if rendered else _tokenizer.encode_chat(row["messages"]))
+            if rendered:
+                weights.append(np.append(rendered.is_answer, False).astype(np.uint8))  # the end of the turn has ended the answer
+            characters += sum(len(turn["content"]) for turn in row["messages"])
+    return [np.append(document, np.int32(_tokenizer.eod_id)) for document in ids], weights, characters
 
 
-def _fingerprint(source: str, facts: SourceFacts, contents: Any) -> str:
-    """Changes with whatever changes a binary or its labels."""
-    described = facts.model_dump(include=set(SourceFacts.model_fields))
-    return hashlib.sha256(json.dumps([_tokenizer.hash, source, described, contents]).encode()).hexdigest()
+def _fingerprint(name: str, source: SourceConfig, contents: Any) -> str:
+    """Changes with whatever changes a binary, its labels or its channels."""
+    described: list[Any] = [_tokenizer.hash, name, source.model_dump(include=set(SourceFacts.model_fields)), contents]
+    channels = {channel: about.model_dump() for channel, about in _channels(source).items()}
+    return hashlib.sha256(json.dumps([*described, channels] if channels else described).encode()).hexdigest()
 
 
 def _finished(prefix: Path, fingerprint: str) -> Manifest | None:

@@ -1,6 +1,5 @@
 """Processes that share one stream of tasks; their results come back in the order of the tasks."""
 
-import ctypes
 import multiprocessing
 import multiprocessing.connection
 import signal
@@ -8,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
+from mujina.processes import end_with_parent
 from mujina.user_input import UserError
 
 AHEAD = 3
-PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 class Workers:
@@ -77,13 +76,8 @@ class Workers:
             ) from None
 
 
-def end_with_parent() -> None:
-    """The kernel kills this process when its parent is killed: the next run must not find it still writing. Linux only."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _serve(connection: Connection, others: list[Connection]) -> None:
-    end_with_parent()
+    end_with_parent()  # the next run must not find us still writing
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us all; the parent says what happened, and ends us
     for other in others:
         other.close()

@@ -1,31 +1,34 @@
 """The configuration of a training run: what may be written in its YAML file, and the rules that hold between the fields.
 
-`load(path, overrides)` reads a file; `RunConfig.check(world_size)` raises on what cannot be and never edits.
+`load(path, overrides)` reads a file; `planning.layouts.check(config, world_size)` tells whether it can be on so many processes.
 Needs no torch. Counts start with `num_`, `tokens` are tokens, intervals are optimizer steps.
 """
 
-import itertools
-import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from data_prep.documents import Kind, Origin
+from data_prep.row import Kind, Origin
 from mujina.user_input import Section, UserError, parse, read_yaml
 
 VOCABULARY_MULTIPLE = 128  # one size at every tensor-parallel size, and a shape that GPU kernels like
+# Values of the logits of which the loss takes the softmax at a time, in float32: what fits a cache, what keeps a GPU busy.
+SOFTMAX_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
 
 
 class RopeScaling(Section):
     """Llama 3.1's stretched rotary positions (`rope_type: llama3` of transformers): for contexts beyond `original_length` tokens."""
 
     factor: PositiveFloat
+    """How many times longer the context grows: the low frequencies turn so much slower."""
     low_freq_factor: PositiveFloat = 1.0
+    """Wavelengths above `original_length` divided by this are stretched by the whole `factor`."""
     high_freq_factor: PositiveFloat = 4.0
+    """Wavelengths below `original_length` divided by this stay as they are; above `low_freq_factor`."""
     original_length: PositiveInt = 8192
+    """Tokens of the context that the model was trained for before."""
 
     @pydantic.model_validator(mode="after")
     def _grows(self) -> "RopeScaling":
@@ -38,19 +41,33 @@ class ModelConfig(Section):
     """A decoder of the Llama family: RMSNorm, SwiGLU, rotary positions, grouped queries; and what Qwen2 and Qwen3 add to it."""
 
     num_layers: PositiveInt
+    """Decoder layers."""
     hidden_size: PositiveInt
+    """Width of the residual stream."""
     ffn_hidden_size: PositiveInt
+    """Neurons of a dense FFN (SwiGLU: gate, up and down each have so many)."""
     num_attention_heads: PositiveInt
+    """Query heads; a multiple of `num_query_groups`."""
     num_query_groups: PositiveInt
-    head_size: PositiveInt  # hidden_size / num_attention_heads where it is left out
+    """Key and value heads; as many as `num_attention_heads` for plain multi-head attention."""
+    head_size: PositiveInt
+    """Width of a head; `hidden_size / num_attention_heads` where it is left out."""
     vocab_size: PositiveInt
+    """Pieces of the tokenizer. The matrices have the next multiple of 128 rows, of which those behind it are never looked up."""
     norm_epsilon: PositiveFloat = 1e-5
+    """Added to the mean square in RMSNorm."""
     rope_theta: PositiveFloat = 10_000
+    """Base of the rotary positions' wavelengths."""
     rope_scaling: RopeScaling | None = None
+    """Llama 3.1's stretched positions; null: none."""
     init_std: PositiveFloat = 0.02
+    """Standard deviation of a new model's matrices; that of attention's and the FFN's last ones ÷ √(2 × num_layers)."""
     tie_embeddings: bool = False
-    qkv_bias: bool = False  # Qwen2
-    qk_norm: bool = False  # Qwen3: RMSNorm over each query's and each key's head
+    """The output layer is the embedding."""
+    qkv_bias: bool = False
+    """Biases on query, key and value, as in Qwen2."""
+    qk_norm: bool = False
+    """RMSNorm over each query's and each key's head, as in Qwen3."""
 
     @property
     def padded_vocab_size(self) -> int:
@@ -89,32 +106,56 @@ class UpcyclingConfig(Section):
     """How experts are made of a dense FFN (`moe/upcycle.py` has the formulas)."""
 
     operator: Literal["copy", "noise", "drop", "granular"] = "copy"
-    noise_std: PositiveFloat = 0.01  # noise: relative to the standard deviation of each matrix
-    drop_ratio: float = Field(0.5, gt=0, le=1)  # drop: the share of an expert's neurons that are drawn anew
-    independent: bool = False  # drop: gate, up and down each draw their neurons, as in the published code
-    scaling: Literal["exact", "cube_root"] = "exact"  # granular: on the down projection alone, or Megatron-LM's on all three
-    router: Literal["normal", "virtual_groups", "balance_noise"] | None = None  # None: virtual_groups for granular, else normal
+    """How an expert is made: the dense FFN itself (`copy`), with noise, with neurons drawn anew (`drop`), or one piece of it (`granular`).
+    """
+    noise_std: PositiveFloat = 0.01
+    """Of `noise`: its standard deviation, relative to that of each matrix."""
+    drop_ratio: float = Field(default=0.5, gt=0, le=1)
+    """Of `drop`: the share of an expert's neurons that are drawn anew; above 0, at most 1."""
+    independent: bool = False
+    """Of `drop`: gate, up and down each draw their neurons, as in the published code."""
+    scaling: Literal["exact", "cube_root"] = "exact"
+    """Of `granular`: on the down projection alone (`exact`: step-0 logits are equal), or Megatron-LM's on all three matrices."""
+    router: Literal["normal", "virtual_groups", "balance_noise"] | None = None
+    """How its rows start; null: `virtual_groups` for granular, else `normal`."""
 
 
 class MoEConfig(Section):
     """FFNs that are mixtures of experts. The defaults are Mixtral's: top-k of the router's logits, softmax over the chosen, dropless."""
 
     num_experts: PositiveInt
+    """Experts of a layer."""
     top_k: PositiveInt
-    ffn_hidden_size: PositiveInt | None = None  # of one expert; None: the model's
-    shared_ffn_hidden_size: NonNegativeInt = 0  # of an expert that every token goes through
-    every: PositiveInt = 1  # the first of each so many layers is a mixture, the others are dense
+    """Experts that a token goes through; at most `num_experts`."""
+    ffn_hidden_size: PositiveInt | None = None
+    """Neurons of one expert; null: the model's."""
+    shared_ffn_hidden_size: NonNegativeInt = 0
+    """Neurons of an expert that every token goes through; 0: there is none."""
+    every: PositiveInt = 1
+    """The first of each so many layers is a mixture, the others are dense."""
     scores: Literal["topk_softmax", "softmax_topk", "sigmoid"] = "topk_softmax"
-    normalize_logits: bool = False  # the router's logits to mean 0 and deviation 1, as in Tanuki; no inference engine knows it
-    balancing: Literal["aux_loss", "global_aux_loss", "bias", "none"] = "aux_loss"  # over a micro-batch, over a global batch, aux-free
-    load_balancing_loss: NonNegativeFloat = 0.02  # coefficient
-    bias_update_rate: PositiveFloat = 1e-3  # a step, of `balancing: bias` (DeepSeek-V3)
+    """The weights of the chosen experts: softmax over the top-k logits (Mixtral), top-k of the softmax, or sigmoid (DeepSeek-V3)."""
+    normalize_logits: bool = False
+    """The router's logits to mean 0 and deviation 1, as in Tanuki; no inference engine knows it. Needs 3 experts or more."""
+    balancing: Literal["aux_loss", "global_aux_loss", "bias", "none"] = "aux_loss"
+    """What keeps loads even: a loss over a micro-batch, one over the global batch, a bias without a loss (needs sigmoid scores), nothing.
+    """
+    load_balancing_loss: NonNegativeFloat = 0.02
+    """Coefficient of the balancing loss."""
+    bias_update_rate: PositiveFloat = 1e-3
+    """What the bias of an expert moves in a step, of `balancing: bias` (DeepSeek-V3)."""
     router_z_loss: NonNegativeFloat = 1e-5
+    """Coefficient of the mean square of log Z of the router's logits (ST-MoE)."""
     router_init_std: PositiveFloat = 0.01
-    capacity_factor: PositiveFloat | None = None  # of an even share of each micro-batch; None: no token is dropped
+    """Standard deviation of the router's rows at the start."""
+    capacity_factor: PositiveFloat | None = None
+    """Tokens that an expert takes, as a multiple of its even share of each micro-batch; null: no token is dropped."""
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
-    upcycle_from: Path | None = None  # a dense checkpoint or Hugging Face folder that the run starts from
+    """How tokens get to their experts' ranks; fp8 needs `alltoall`."""
+    upcycle_from: Path | None = None
+    """A dense checkpoint or Hugging Face folder that the run starts from; excludes `train.init_from`."""
     upcycling: UpcyclingConfig = UpcyclingConfig()
+    """How experts are made of the dense FFNs."""
 
     def expert_width(self, model: ModelConfig) -> int:
         return self.ffn_hidden_size or model.ffn_hidden_size
@@ -154,6 +195,15 @@ def structure(model: ModelConfig, moe: MoEConfig | None) -> dict[str, Any]:
     return fields
 
 
+def differences(model: ModelConfig, moe: MoEConfig | None, its_model: ModelConfig, its_moe: MoEConfig | None) -> list[tuple[str, Any, Any]]:
+    """(field, ours, theirs) of all that two models do not compute alike, and of a router's bias that only one of them has."""
+    ours, theirs = structure(model, moe), structure(its_model, its_moe)
+    found = [(name, ours.get(name), theirs.get(name)) for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    if moe and its_moe and (moe.balancing == "bias") != (its_moe.balancing == "bias"):
+        found.append(("moe.balancing", moe.balancing, its_moe.balancing))
+    return found
+
+
 class ParallelConfig(Section):
     """Sizes of the model-parallel dimensions; what is left of the processes is data parallel. Tensor parallel is sequence parallel too.
 
@@ -161,18 +211,20 @@ class ParallelConfig(Section):
     """
 
     tensor: PositiveInt = 1
+    """Ranks that share each matrix, and the sequence between the layers."""
     pipeline: PositiveInt = 1
-    virtual_pipeline: PositiveInt = 1  # chunks of layers in each pipeline stage (interleaved schedule)
+    """Stages of layers; divides `model.num_layers`."""
+    virtual_pipeline: PositiveInt = 1
+    """Chunks of layers in each stage (interleaved schedule); above 1 only with `pipeline` above 1."""
     context: PositiveInt = 1
+    """Ranks that share each sequence; 2 × context divides every phase's `sequence_length`."""
     expert: PositiveInt = 1
+    """Ranks that share the experts of a layer; divides `moe.num_experts`."""
     expert_tensor: PositiveInt = 1
+    """Ranks that share each expert's matrices."""
 
     def data(self, world_size: int) -> int:
         return world_size // (self.tensor * self.pipeline * self.context)
-
-    def distance(self, other: "ParallelConfig") -> float:
-        """The factors of two that lie between the sizes of two layouts."""
-        return sum(abs(math.log2(getattr(self, field) / getattr(other, field))) for field in type(self).model_fields)
 
     def __str__(self) -> str:
         return ", ".join(f"{field} {size}" for field, size in self if size > 1) or "data parallel only"
@@ -182,10 +234,15 @@ class OptimizerConfig(Section):
     """AdamW with decoupled weight decay; none on norms. The learning rate belongs to the phases."""
 
     beta1: PositiveFloat = 0.9
+    """Decay of the mean of the gradients, a step."""
     beta2: PositiveFloat = 0.95
+    """Decay of the mean of their squares, a step."""
     epsilon: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.1
+    """Times the learning rate, taken off each matrix in a step."""
     clip_grad: PositiveFloat = 1.0
+    """The norm of the whole gradient is cut to this."""
 
 
 class LearningRate(Section):
@@ -196,10 +253,15 @@ class LearningRate(Section):
     """
 
     start: PositiveFloat
+    """The rate after the warm-up."""
     end: NonNegativeFloat
+    """The rate at the phase's last step; above 0 for `exponential`."""
     shape: Literal["constant", "linear", "cosine", "1-sqrt", "exponential"] = "cosine"
+    """The curve from `start` to `end`."""
     warmup_steps: NonNegativeInt = 0
+    """Steps from 0 to `start`; with `decay_steps` at most the phase's."""
     decay_steps: PositiveInt | None = None
+    """The last so many steps go down; null: all behind the warm-up."""
 
     @pydantic.model_validator(mode="after")
     def _ends(self) -> "LearningRate":
@@ -214,31 +276,62 @@ class Admit(Section):
     """Which sources a phase lets in; an empty list lets in all. A source may have several languages, licences, teachers: all count."""
 
     kinds: tuple[Kind, ...] = ()
+    """Kinds of text."""
     origins: tuple[Origin, ...] = ()
+    """Who wrote it: human, synthetic (a model) or rule (a program)."""
     languages: tuple[str, ...] = ()
+    """As the manifests of the sources name them, such as ja."""
     licences: tuple[str, ...] = ()
+    """As the manifests name them, such as Apache-2.0."""
     teachers: tuple[str, ...] = ()
+    """Names of the models that wrote synthetic text."""
 
 
-class Amount(Section):
-    """A fixed amount of a source, in place of a weight: so many tokens, or so many times all of it."""
+class Portion(Section):
+    """What a phase takes of a source: a share by `weight`, or a fixed amount, so many `tokens` or so many `epochs` of it; one of the three.
 
+    A plain number in the place of this section is a weight.
+    """
+
+    weight: PositiveFloat | None = None
+    """Share of what the amounts leave of the phase's tokens, relative to the other weights."""
     tokens: PositiveInt | None = None
+    """So many tokens of it."""
     epochs: PositiveFloat | None = None
+    """So many times all of it."""
+    loss_weight: PositiveFloat = 1.0
+    """Of each of its tokens in the loss."""
 
     @pydantic.model_validator(mode="after")
-    def _is_one(self) -> "Amount":
-        if (self.tokens is None) == (self.epochs is None):
-            raise ValueError("an amount is either tokens or epochs: write one of them, or a weight (a number)")
+    def _is_one(self) -> "Portion":
+        if sum(value is not None for value in (self.weight, self.tokens, self.epochs)) != 1:
+            raise ValueError("a source is taken by weight, tokens or epochs: write one of them")
         return self
+
+    @property
+    def is_amount(self) -> bool:
+        return self.weight is None
+
+
+class NextToken(Section):
+    """The cross-entropy of each token with the text before it (`losses/next_token.py`)."""
+
+    kind: Literal["next_token"] = "next_token"
+    z_loss: NonNegativeFloat = 0.0
+    """Coefficient of the mean square of log Z of the output's softmax (PaLM)."""
+    token_weights: str | None = None
+    """The channel of the binaries that weighs each token; null: all count alike."""
 
 
 class BatchRamp(Section):
     """The global batch size grows from `start` by `increment` to the phase's own, in equal stretches of the first `tokens` of the phase."""
 
     start: PositiveInt
+    """Samples of the first global batch; below the phase's `global_batch_size`."""
     increment: PositiveInt
+    """Samples by which it grows; whole increments lead to the phase's `global_batch_size`."""
     tokens: PositiveInt
+    """The first so many tokens of the phase, shared evenly by the smaller batches."""
 
 
 class Phase(Section):
@@ -249,15 +342,40 @@ class Phase(Section):
     """
 
     name: str
+    """Stands in logs and the ledger; every name once."""
     tokens: PositiveInt | None = None
+    """Budget in tokens, of which whole steps are trained; null where every source has an amount: their sum."""
     sequence_length: PositiveInt
+    """Tokens of a sample; divides `data.block_length`."""
     global_batch_size: PositiveInt
+    """Samples of a step, all ranks together; a multiple of micro-batch size × data-parallel size."""
     batch_ramp: BatchRamp | None = None
-    sources: dict[str, PositiveFloat | Amount] = Field(min_length=1)
+    """The batch grows to `global_batch_size`; null: it is that from the first step."""
+    sources: dict[str, PositiveFloat | Portion] = Field(min_length=1)
+    """What is trained on, by the names of the binaries in `data.folder`: a weight, or a section with an amount."""
     learning_rate: LearningRate
+    """The phase's piece of the learning-rate curve."""
+    loss: NextToken = NextToken()
+    """What is minimised."""
+    optimizer: Literal["keep", "reset"] = "keep"
+    """`reset`: the phase begins without AdamW's moments of the steps before it."""
     admit: Admit = Admit()
-    separate_documents: bool = False  # attention stays within a document, and positions start anew with each
-    z_loss: NonNegativeFloat = 0.0  # times the mean square of log Z of the output's softmax (PaLM)
+    """Which sources may stand here; one that may not is an error that names it."""
+    separate_documents: bool = False
+    """Attention stays within a document, and positions start anew with each."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _earlier_spelling(cls, values: Any) -> Any:
+        """Checkpoints of version 0.1 have `z_loss` beside the phase's other fields."""
+        if isinstance(values, dict) and "z_loss" in values:
+            loss = {"z_loss": values["z_loss"]} | values.get("loss", {})
+            return {name: value for name, value in values.items() if name != "z_loss"} | {"loss": loss}
+        return values
+
+    def portion(self, source: str) -> Portion:
+        value = self.sources[source]
+        return value if isinstance(value, Portion) else Portion(weight=value)
 
     @property
     def tokens_per_step(self) -> int:
@@ -305,8 +423,8 @@ class Phase(Section):
                 f"increments ({ramp.increment}): change one of them"
             )
         if self.tokens is None:
-            for source, weight in self.sources.items():
-                if not isinstance(weight, Amount):
+            for source in self.sources:
+                if (weight := self.portion(source).weight) is not None:
                     raise ValueError(
                         f"phase {self.name}: tokens is missing, and source {source} has a weight ({weight:g}): write the phase's tokens, "
                         f"or an amount of {source}"
@@ -331,24 +449,42 @@ class DataConfig(Section):
     """Where the token binaries are (`<folder>/<source>.bin/.idx/.json`) and how their streams are cut."""
 
     folder: Path
-    block_length: PositiveInt = 8192  # tokens; every phase's sequence_length divides it
+    """The token binaries and their manifests."""
+    block_length: PositiveInt = 8192
+    """Tokens that stay together in the shuffled order; every phase's `sequence_length` divides it."""
     max_epochs: PositiveInt = 1
-    validation_tokens: NonNegativeInt = 0  # of each source, in whole blocks, are held out of training and make its validation set
+    """How often a token may be trained on, all phases together."""
+    validation_tokens: NonNegativeInt = 0
+    """Tokens of each source, in whole blocks, that are held out of training and make its validation set."""
 
 
 class TrainConfig(Section):
+    """How steps are computed, and what happens every so many of them."""
+
     micro_batch_size: PositiveInt
-    precision: Literal["fp32", "bf16", "fp8"] = "bf16"  # fp8: the matrix products only, by Transformer Engine
-    recompute: Literal["none", "attention", "layers"] = "none"  # activations that the backward pass computes again
-    checkpoint_interval: PositiveInt = 500  # steps; the end of a phase is always saved, and kept
-    keep_checkpoints: PositiveInt = 2  # the newest so many
-    keep_every: PositiveInt | None = None  # steps: those at its multiples are kept as well
-    asynchronous_save: bool = True  # training goes on while a checkpoint is written
-    validation_interval: PositiveInt = 500  # steps
-    layer_norms_interval: PositiveInt | None = None  # steps between records of each layer's gradient and weight norm
-    fp8_shadow_interval: PositiveInt = 100  # steps between comparisons of the loss in fp8 with the one in bf16
-    hang_minutes: PositiveFloat = 10  # without an ended step, after which the run counts as hung
-    init_from: Path | None = None  # a checkpoint or Hugging Face folder whose weights (and no optimizer state) start the run
+    """Samples that a rank takes through forward and backward at once. No result depends on it but the last bits."""
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
+    """Of the products; `fp8`: the matrix products only, by Transformer Engine, on Hopper or newer. The optimizer is float32 always."""
+    recompute: Literal["none", "attention", "layers"] = "none"
+    """Activations that the backward pass computes again, to save memory."""
+    checkpoint_interval: PositiveInt = 500
+    """Steps between checkpoints; the end of a phase is always saved, and kept."""
+    keep_checkpoints: PositiveInt = 2
+    """The newest so many are kept."""
+    keep_every: PositiveInt | None = None
+    """Steps: the checkpoints at its multiples are kept as well; null: none more."""
+    asynchronous_save: bool = True
+    """Training goes on while a checkpoint is written."""
+    validation_interval: PositiveInt = 500
+    """Steps between validations, with `data.validation_tokens`."""
+    layer_norms_interval: PositiveInt | None = None
+    """Steps between records of each layer's gradient and weight norm; null: none."""
+    fp8_shadow_interval: PositiveInt = 100
+    """Steps between comparisons of the loss in fp8 with the one in bf16."""
+    hang_minutes: PositiveFloat = 10
+    """Minutes without an ended step, after which the run counts as hung and ends with the stacks of all ranks in its logs."""
+    init_from: Path | None = None
+    """A checkpoint or Hugging Face folder whose weights (and no optimizer state) start the run."""
 
 
 class StabilityConfig(Section):
@@ -360,49 +496,75 @@ class StabilityConfig(Section):
     """
 
     on_spike: Literal["log", "skip", "rollback"] = "log"
+    """What a spike of the loss or of the gradient norm leads to."""
     on_not_finite: Literal["skip", "rollback"] = "rollback"
+    """What NaN or Inf leads to."""
     window: PositiveInt = 128
+    """Steps whose median and deviation a step is held against."""
     deviations: PositiveFloat = 6.0
+    """A spike lies so many deviations above the median."""
     pass_over: PositiveInt = 8
+    """Steps whose data a rollback passes over."""
     max_rollbacks: NonNegativeInt = 3
-    max_skips: PositiveInt = 8  # one after the other
+    """After so many rollbacks the run stops with a diagnosis."""
+    max_skips: PositiveInt = 8
+    """After so many skipped updates, one after the other, it stops too."""
 
 
 class WandbConfig(Section):
     """Also sends the metrics to Weights & Biases (`pip install wandb`; WANDB_MODE=offline keeps them here)."""
 
     project: str
+    """Project of W&B."""
     entity: str | None = None
+    """Team or user; null: the account's default."""
     name: str | None = None
+    """Of the run there; null: W&B invents one."""
 
 
 class PrometheusConfig(Section):
     """Also serves the metrics to Prometheus, at http://HOST:port/metrics on the node of rank 0 (`prometheus.py`)."""
 
-    port: int = Field(9410, ge=1024, le=65520)  # or one of the 15 behind it; 9400 is that of NVIDIA's DCGM exporter
-    targets: Path | None = None  # the folder of Prometheus's file_sd_configs, where the run says on which host and port it is
+    port: int = Field(default=9410, ge=1024, le=65520)
+    """TCP port, or one of the 15 behind it where it is taken; 9400 is that of NVIDIA's DCGM exporter."""
+    targets: Path | None = None
+    """The folder of Prometheus's file_sd_configs, where the run says on which host and port it is; null: nowhere."""
 
 
 class RunConfig(Section):
-    run: Path  # the run folder
-    seed: NonNegativeInt = 1
-    tokenizer: Path
-    model: ModelConfig
-    moe: MoEConfig | None = None
-    parallel: ParallelConfig = ParallelConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    data: DataConfig
-    train: TrainConfig
-    stability: StabilityConfig = StabilityConfig()
-    wandb: WandbConfig | None = None
-    prometheus: PrometheusConfig | None = None
-    phases: tuple[Phase, ...]  # none only in the checkpoint of a model that was imported and not trained here
+    """A run: a model, the phases that train it, and how."""
 
-    @pydantic.field_validator("phases", mode="before")
-    @classmethod
-    def _phase_file(cls, value: Any) -> Any:
-        """`phases:` is a list, or the path of a file that holds such a list under `phases:`."""
-        return read_yaml(value, _PhaseFile).phases if isinstance(value, str) else value
+    from_file: ClassVar = ("phases",)
+
+    run: Path
+    """The run folder: resolved configuration, checkpoints, metrics, logs."""
+    seed: NonNegativeInt = 1
+    """Of the order of the data, a new model's weights and new experts."""
+    tokenizer: Path
+    """Folder of the tokenizer that the binaries were made with."""
+    model: ModelConfig
+    """Shape of the model."""
+    moe: MoEConfig | None = None
+    """Experts in the place of FFNs; null: a dense model."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the processes share the model."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW."""
+    data: DataConfig
+    """The token binaries."""
+    train: TrainConfig
+    """Micro-batches, precision, checkpoints and intervals."""
+    stability: StabilityConfig = StabilityConfig()
+    """What is done about steps that stand out."""
+    wandb: WandbConfig | None = None
+    """Metrics to Weights & Biases; null: no."""
+    prometheus: PrometheusConfig | None = None
+    """Metrics to Prometheus; null: no."""
+    phases: tuple[Phase, ...]
+    """The stretches of the training, in order; a list, or the path of a file (relative to this one) that holds one under `phases:`.
+
+    None only in the checkpoint of a model that was imported and not trained here.
+    """
 
     @pydantic.model_validator(mode="after")
     def _one_start(self) -> "RunConfig":
@@ -426,106 +588,6 @@ class RunConfig(Section):
                 )
         return self
 
-    def check(self, world_size: int) -> None:
-        """Raises UserError when the run cannot be laid out over `world_size` processes, and names the nearest layouts that can."""
-        try:
-            self._check_layout(world_size)
-        except UserError as error:
-            raise UserError(f"{error}; {self._remedy(world_size)}") from None
-
-    def _check_layout(self, world_size: int) -> None:
-        model, moe, parallel = self.model, self.moe, self.parallel
-        if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-            raise UserError(f"parallel.virtual_pipeline ({parallel.virtual_pipeline}) needs parallel.pipeline above 1: raise it, or set 1")
-        model_parallel = parallel.tensor * parallel.pipeline * parallel.context
-        _divides("parallel.tensor × parallel.pipeline × parallel.context", model_parallel, "the number of processes", world_size)
-        groups_each = model.split_over(parallel.tensor).num_query_groups // parallel.tensor
-        if groups_each * (parallel.tensor - 1) >= model.num_query_groups:
-            raise UserError(
-                f"parallel.tensor ({parallel.tensor}) is too much for model.num_query_groups ({model.num_query_groups}): at {groups_each} "
-                "on a process some would have none; lower it"
-            )
-        _divides("parallel.tensor", parallel.tensor, "the padded vocabulary", model.padded_vocab_size)
-        if parallel.virtual_pipeline == 1:
-            _divides("parallel.pipeline", parallel.pipeline, "model.num_layers", model.num_layers)
-        else:
-            chunks = parallel.pipeline * parallel.virtual_pipeline
-            _divides("parallel.pipeline × parallel.virtual_pipeline", chunks, "model.num_layers", model.num_layers)
-        if moe is None:
-            for field in ("expert", "expert_tensor"):
-                if (size := getattr(parallel, field)) > 1:
-                    raise UserError(f"parallel.{field} ({size}) needs a moe section: add one, or set parallel.{field} to 1")
-            _divides("parallel.tensor", parallel.tensor, "model.ffn_hidden_size", model.ffn_hidden_size)
-        else:
-            if self.train.precision == "fp8" and moe.dispatcher == "allgather":
-                raise UserError("moe.dispatcher (allgather) cannot pad for train.precision (fp8): use alltoall, or train.precision bf16")
-            _divides("parallel.expert", parallel.expert, "moe.num_experts", moe.num_experts)
-            width_name = "moe.ffn_hidden_size" if moe.ffn_hidden_size else "model.ffn_hidden_size"
-            _divides("parallel.expert_tensor", parallel.expert_tensor, width_name, moe.expert_width(model))
-            _divides("parallel.tensor", parallel.tensor, "moe.shared_ffn_hidden_size", moe.shared_ffn_hidden_size)
-            if moe.every > 1:
-                _divides("parallel.tensor", parallel.tensor, "model.ffn_hidden_size", model.ffn_hidden_size)
-            _divides(
-                "parallel.expert × parallel.expert_tensor",
-                parallel.expert * parallel.expert_tensor,
-                "the processes of a pipeline stage",
-                world_size // parallel.pipeline,
-            )
-        for phase in self.phases:
-            self._check_phase(phase, parallel.data(world_size))
-
-    def _check_phase(self, phase: Phase, data_parallel: int) -> None:
-        parallel, where = self.parallel, f"phases.{phase.name}"
-        share, unit = "train.micro_batch_size × the data-parallel size", self.train.micro_batch_size * data_parallel
-        if parallel.virtual_pipeline > 1:  # the interleaved schedule takes micro-batches in groups
-            share, unit = f"{share} × parallel.pipeline", unit * parallel.pipeline
-        _divides(share, unit, f"{where}.global_batch_size", phase.global_batch_size)
-        if phase.batch_ramp:
-            _divides(share, unit, f"{where}.batch_ramp.start", phase.batch_ramp.start)
-            _divides(share, unit, f"{where}.batch_ramp.increment", phase.batch_ramp.increment)
-        length = f"{where}.sequence_length"
-        if parallel.context > 1:  # each rank holds two chunks of a sequence
-            _divides("2 × parallel.context", 2 * parallel.context, length, phase.sequence_length)
-        _divides("parallel.tensor × parallel.context", parallel.tensor * parallel.context, length, phase.sequence_length)
-
-    def _remedy(self, world_size: int) -> str:
-        if found := list(itertools.islice(self.nearest_layouts(world_size), 3)):
-            return f"the nearest layouts of {world_size} processes that can be: " + "; ".join(map(str, found))
-        sizes = sorted(range(1, 2 * world_size + 1), key=lambda size: abs(size - world_size))
-        for size in sizes:
-            if layout := next(self.nearest_layouts(size), None):
-                return f"no layout of {world_size} processes can be; the nearest number that can is {size} ({layout})"
-        return "no layout can be: change the model or the batches"
-
-    def nearest_layouts(self, world_size: int) -> Iterator[ParallelConfig]:
-        """The layouts of `world_size` processes that `check` accepts, those first that differ least from this one."""
-        model, experts = self.model, self.moe.num_experts if self.moe else 1
-        pipelines = [
-            (pipeline, virtual)
-            for pipeline in _divisors(math.gcd(world_size, model.num_layers))
-            for virtual in (_divisors(model.num_layers // pipeline) if pipeline > 1 else [1])
-        ]
-        layouts = [
-            ParallelConfig(
-                tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context, expert=expert, expert_tensor=expert_tensor
-            )
-            for tensor in _divisors(math.gcd(world_size, model.num_query_groups))
-            for pipeline, virtual in pipelines
-            for context in _divisors(world_size // math.gcd(world_size, tensor * pipeline))
-            for expert in _divisors(math.gcd(world_size // pipeline, experts))
-            for expert_tensor in (_divisors(world_size // pipeline // expert) if self.moe else [1])
-        ]
-        for layout in sorted(layouts, key=self.parallel.distance):
-            try:
-                self.model_copy(update={"parallel": layout})._check_layout(world_size)
-            except UserError:
-                continue
-            yield layout
-
-
-class _PhaseFile(Section):
-    phases: list[dict[str, Any]]
-
 
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """The configuration in `path` with dotted `key=value` overrides on top; raises UserError."""
@@ -538,14 +600,3 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
 def from_dict(values: dict[str, Any], where: str) -> RunConfig:
     """A configuration that was stored as plain values (in a checkpoint)."""
     return parse(values, RunConfig, where)
-
-
-def _divides(part_name: str, part: int, whole_name: str, whole: int) -> None:
-    if whole % part:
-        near = sorted(sorted(_divisors(whole), key=lambda n: abs(n - part))[:4])
-        raise UserError(f"{part_name} ({part}) must divide {whole_name} ({whole}): the nearest that do are {', '.join(map(str, near))}")
-
-
-def _divisors(whole: int) -> list[int]:
-    small = [n for n in range(1, math.isqrt(whole) + 1) if whole % n == 0]
-    return sorted({*small, *(whole // n for n in small)})

@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from mujina.exits import MISTAKE
 from mujina.user_input import explain
 
 GRACE = 10  # seconds that the other ranks get to say where they are, or to end, before the run is taken down
@@ -66,7 +67,7 @@ def supervised(attempt: Path, rank: int, world_size: int, hang_seconds: float) -
     except Exception as error:
         _report(error, attempt, rank, console)
         # Not by an exception: taking the process groups down can wait for ranks that are gone.
-        _end(2 if explain(error) else 1)
+        _end(MISTAKE if explain(error) else 1)
     finally:
         watchdog.close()
 

@@ -7,7 +7,6 @@ step with a checkpoint; a second one ends it at once. On a cluster the Slurm scr
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -24,6 +23,9 @@ import typer
 from megatron_jobs import config as configuration
 from megatron_jobs import failures
 from megatron_jobs.data import feeder, phases
+from megatron_jobs.planning import layouts
+from mujina.exits import MISTAKE, STOPPED
+from mujina.processes import end_with_parent
 from mujina.user_input import run
 
 TAIL = 15  # lines of a traceback or log that are shown
@@ -36,7 +38,7 @@ def main(
 ) -> None:
     """Trains to the end of the last phase; a run that was interrupted goes on where its newest whole checkpoint stands."""
     settings = configuration.load(config, overrides)
-    settings.check(processes)
+    layouts.check(settings, processes)
     sources = feeder.facts(feeder.open_sources(settings))
     settings = phases.resolve(settings, sources)
     phases.shares(settings, sources)
@@ -57,8 +59,8 @@ def main(
         failed = first
     status = ranks[failed].returncode
     if stopping.is_set() and status < 0:  # before it could save, or at the second signal
-        status = 128 + signal.SIGTERM
-    is_told = status in (2, 128 + signal.SIGTERM)  # 2: an error of the user's, which stands on the console in one line
+        status = STOPPED
+    is_told = status in (MISTAKE, STOPPED)  # a mistake stands on the console in one line
     # Before the others are taken down: they wait for this, or would take their lost connections for the first error.
     block = None if is_told else _first_error(failed, status, attempt)
     _take_down(ranks)
@@ -85,14 +87,9 @@ def _start(command: list[str], processes: int, port: int) -> list[subprocess.Pop
     environments = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
     return [
         # In sessions of their own: Ctrl-C reaches the launcher alone, which passes it on as SIGTERM.
-        subprocess.Popen(command, env=os.environ | {k: str(v) for k, v in env.items()}, start_new_session=True, preexec_fn=_die_with_parent)
+        subprocess.Popen(command, env=os.environ | {k: str(v) for k, v in env.items()}, start_new_session=True, preexec_fn=end_with_parent)
         for env in environments
     ]
-
-
-def _die_with_parent() -> None:
-    # A launcher that is killed outright cannot stop its processes; then the kernel does.
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 def _forward_signals(ranks: list[subprocess.Popen[bytes]]) -> threading.Event:

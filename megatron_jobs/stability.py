@@ -8,7 +8,6 @@ Steps are counted as in metrics.jsonl, from 1. Needs no torch.
 
 import json
 import math
-import os
 import statistics
 from collections import deque
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_jobs.config import StabilityConfig
+from mujina.files import write_whole
 
 MAD_TO_SIGMA = 1.4826  # the median absolute deviation of a normal distribution times this is its standard deviation
 FLOOR = 0.01  # of the median: the least deviation that is reckoned with, so that a flat curve does not make everything a spike
@@ -38,10 +38,10 @@ class Guard:
         """`rollbacks` are those in the run folder (`read_rollbacks`), oldest first."""
         self.config = config
         self.rollbacks = rollbacks
-        self.recall(None)
+        self.from_ledger(None)
 
-    def recall(self, memory: dict[str, Any] | None) -> None:
-        """Goes back to what `memory` returned at a checkpoint; None is the start of the run. Rollbacks are never forgotten."""
+    def from_ledger(self, memory: dict[str, Any] | None) -> None:
+        """Goes back to what `to_ledger` returned at a checkpoint; None is the start of the run. Rollbacks are never forgotten."""
         memory = memory or {"skipped": [], "skips_in_a_row": 0, "rollbacks": [], "phase": None, "losses": [], "gradient_norms": []}
         self.rollbacks = max(self.rollbacks, memory["rollbacks"], key=len)
         self.skipped: list[dict[str, Any]] = list(memory["skipped"])
@@ -49,7 +49,7 @@ class Guard:
         self.phase: str | None = memory["phase"]
         self.losses, self.gradient_norms = (deque(memory[key], self.config.window) for key in ("losses", "gradient_norms"))
 
-    def memory(self) -> dict[str, Any]:
+    def to_ledger(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, as plain values."""
         return {
             "skipped": list(self.skipped),  # a save beside training writes it down later
@@ -125,9 +125,4 @@ def read_rollbacks(run: Path) -> list[dict[str, Any]]:
 
 def write_rollbacks(run: Path, rollbacks: list[dict[str, Any]]) -> None:
     """Leaves the old file or the new one, whatever happens, and on the disk before this returns."""
-    temporary = run / ".rollbacks.json"
-    with temporary.open("w") as file:
-        json.dump(rollbacks, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, run / "rollbacks.json")
+    write_whole(run / "rollbacks.json", json.dumps(rollbacks, indent=1).encode())

@@ -28,15 +28,54 @@ from typing import Any, Protocol
 
 import torch
 
+from mujina.matrices import Box, TensorSource
 from mujina.user_input import UserError
 
 BALANCE_NOISE = 0.1  # of router_init_std
 
-Box = Any  # `megatron_jobs.checkpoints.weights.Box`, a named tuple: row0, row1, column0, column1
+
+class DenseSizes(Protocol):
+    """What is read of a run's section `model:`."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def ffn_hidden_size(self) -> int: ...
 
 
-class TensorSource(Protocol):
-    def read(self, name: str, box: Box) -> torch.Tensor: ...
+class Operator(Protocol):
+    """What is read of `moe.upcycling`; the module's docstring says what they do."""
+
+    @property
+    def operator(self) -> str: ...
+    @property
+    def noise_std(self) -> float: ...
+    @property
+    def drop_ratio(self) -> float: ...
+    @property
+    def independent(self) -> bool: ...
+    @property
+    def scaling(self) -> str: ...
+    @property
+    def router(self) -> str | None: ...
+
+
+class Experts(Protocol):
+    """What is read of the section `moe:`."""
+
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def scores(self) -> str: ...
+    @property
+    def capacity_factor(self) -> float | None: ...
+    @property
+    def router_init_std(self) -> float: ...
+    @property
+    def upcycling(self) -> Operator: ...
+    def expert_width(self, model: Any) -> int: ...
 
 
 class Upcycled(TensorSource):
@@ -50,8 +89,8 @@ class Upcycled(TensorSource):
         self,
         dense: TensorSource,
         new: TensorSource,
-        model: Any,
-        moe: Any,
+        model: DenseSizes,
+        moe: Experts,
         normal: Callable[[str, tuple[int, int]], torch.Tensor],
     ) -> None:
         """`model` and `moe` are the mixture's sections of a run's configuration, `new` its initial weights if it were trained from scratch.
@@ -126,17 +165,17 @@ class Upcycled(TensorSource):
         dense = self.dense.read(dense_name, whole)
         if self.how.operator == "noise":
             _, std = _mean_and_std(dense)
-            return dense + self.how.noise_std * std * self.normal(name, tuple(dense.shape))
+            return dense + self.how.noise_std * std * self.normal(name, (dense.shape[0], dense.shape[1]))
         owner = name if self.how.independent else name.removesuffix(f".{kind}")
         order = self.normal(f"{owner}.dropped", (self.width, 1)).flatten().argsort(stable=True)
         neurons = order[: max(1, round(self.how.drop_ratio * self.width))]
         dim = 1 if kind == "down" else 0
         dropped = dense.index_select(dim, neurons)
         mean, std = _mean_and_std(dropped)
-        return dense.index_copy(dim, neurons, mean + std * self.normal(name, tuple(dropped.shape)))
+        return dense.index_copy(dim, neurons, mean + std * self.normal(name, (dropped.shape[0], dropped.shape[1])))
 
 
-def _check(model: Any, moe: Any) -> None:
+def _check(model: DenseSizes, moe: Experts) -> None:
     """Raises UserError when experts of these sizes cannot be made of the dense FFN."""
     operator, dense, width = moe.upcycling.operator, model.ffn_hidden_size, moe.expert_width(model)
     if operator != "granular":
@@ -159,7 +198,9 @@ def _check(model: Any, moe: Any) -> None:
 
 def _parse(name: str) -> tuple[str, int, str]:
     """(name of the dense matrix, number of the expert, "gate", "up" or "down")"""
-    layer, expert, kind = re.fullmatch(r"(layers\.\d+\.)experts\.(\d+)\.(\w+)", name).groups()
+    found = re.fullmatch(r"(layers\.\d+\.)experts\.(\d+)\.(\w+)", name)
+    assert found, name
+    layer, expert, kind = found.groups()
     return layer + kind, int(expert), kind
 
 

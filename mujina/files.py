@@ -1,4 +1,7 @@
-"""Text files in, whole files out: strict JSONL rows, checksums, and folders that appear only when they are complete.
+"""Text files in, whole files out: strict JSONL rows, checksums, and files and folders that appear only when they are complete.
+
+What has its name is on the disk: the bytes before the rename that shows them, the rename before anything that relies on it. So neither a
+kill nor a power cut leaves a half, or a manifest without what it describes.
 
 Every room may import this file; it imports no room.
 """
@@ -12,8 +15,9 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import pydantic_core
 import zstandard
 
 from mujina.user_input import UserError
@@ -31,20 +35,37 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises UserError, naming file and line, when a line is not UTF-8, is not a JSON object, or a compressed stream breaks off.
     """
     for number, line in _numbered_lines(Path(path)):
-        where = f"{path} line {number}"
-        try:
-            row = json.loads(line.decode("utf-8"))
-            # A lone surrogate is valid JSON ("\ud800") and no text: neither UTF-8 nor a tokenizer can hold it.
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: byte {line[error.start]:#04x} is not UTF-8: convert the file, for example with iconv") from None
-        except UnicodeEncodeError:
-            raise UserError(f"{where}: holds half of a surrogate pair, which is no character: mend or drop the row") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: is not JSON ({error.msg}): write one JSON object a line") from None
-        if not isinstance(row, dict):
-            raise UserError(f'{where}: is a JSON {type(row).__name__}, not an object: write rows such as {{"text": "..."}}')
+        row = parse_row(line)
+        if isinstance(row, str):
+            raise UserError(f"{path} line {number}: {row}")
         yield number, row
+
+
+def parse_row(line: bytes) -> dict[str, Any] | str:
+    """The object of a line of JSONL, or what is wrong with the line."""
+    try:
+        row = pydantic_core.from_json(line)
+    except ValueError as error:
+        return _why_not_json(line, error)
+    return row if isinstance(row, dict) else f'is a JSON {type(row).__name__}, not an object: write rows such as {{"text": "..."}}'
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """What to tell the user about bytes that are no text."""
+    return f"byte {error.object[error.start]:#04x} at {error.start} is not UTF-8: convert the file, for example with iconv"
+
+
+def _why_not_json(line: bytes, error: ValueError) -> str:
+    try:
+        # A lone surrogate is valid JSON ("\ud800") and no text: neither UTF-8 nor a tokenizer can hold it.
+        json.dumps(json.loads(line.decode()), ensure_ascii=False).encode()
+    except UnicodeDecodeError as wrong:
+        return not_utf8(wrong)
+    except UnicodeEncodeError:
+        return "holds half of a surrogate pair, which is no character: mend or drop the row"
+    except (ValueError, RecursionError):
+        pass
+    return f"is not JSON ({error}): write one JSON object a line"
 
 
 def sha256_of(path: str | Path) -> str:
@@ -70,17 +91,66 @@ def write_parts(path: Path, parts: Iterable[Any]) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name and renames it, so that a reader finds all of it or none."""
+    """Writes a file so that a reader finds all of it, or the older one, or none; it is on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(data)
+    temporary = _temporary(path)
+    write_parts(temporary, [data])
+    _show(temporary, path)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """`write_whole` of what the block writes into the file that it is given; nothing is left when the block ends with an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _show(temporary, path)
+
+
+def rename_folder(partial: Path, folder: Path) -> None:
+    """Gives a folder its name once all that is in it is on the disk, however it was written; the name then is, too."""
+    _sync_all(partial)
+    _show(partial, folder)
+
+
+def sync(path: Path) -> None:
+    """Waits until the bytes of a file, or the names in a folder (what was made, renamed and removed there), are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_all(folder: Path) -> None:
+    for path, _, names in os.walk(folder):
+        for file in (Path(path) / name for name in names):
+            if not file.is_symlink():
+                sync(file)
+        sync(Path(path))
+
+
+def _show(temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
+    sync(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 @contextmanager
 def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
     """Gives a temporary folder to fill; it becomes `folder`, in the place of an older one, when the block ends without an error.
 
+    All that is in it is then on the disk, however it was written.
     `mark` is a file that every complete folder of this kind holds; a folder without it is somebody else's and is left alone (UserError).
     """
     if folder.exists() and not (folder / mark).exists() and any(folder.iterdir()):
@@ -93,10 +163,11 @@ def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    _sync_all(partial)  # takes its time, in which the older one is still there
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.rename(folder, old)
-    os.rename(partial, folder)
+    _show(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -1,20 +1,52 @@
-"""Safetensors files written tensor by tensor: no more than one tensor is in memory at a time.
+"""Safetensors files read by their headers and written tensor by tensor: no more than one tensor is in memory at a time.
 
 A safetensors file is the length of a JSON header in 8 bytes, the header, and the values one after the other. Names, types and shapes
 make the header, so it is written before any value is there; the safetensors library wants all tensors of a file at once.
+Needs torch only where values are written.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mujina.files import write_parts
 
-TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+if TYPE_CHECKING:
+    import torch
+
+TYPES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
+METADATA = "__metadata__"  # what a header has beside tensors
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What stands before the values of a safetensors file, by the names of the tensors, and the byte at which the values begin.
+
+    A tensor is {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [begin, end]}, in bytes from where the values begin.
+    Raises ValueError when there is no header.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size - 8:
+            raise ValueError(f"its header is to have {length:,} bytes, more than the file")
+        about = json.loads(file.read(length))
+    if not isinstance(about, dict):
+        raise ValueError(f"its header is a {type(about).__name__}")
+    return about, 8 + length
+
+
+def header(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: dict[str, str] | None = None) -> bytes:
+    """The bytes before the values, for tensors of (name, type in the format's spelling, shape, bytes) which follow in this order."""
+    about: dict[str, Any] = {METADATA: metadata} if metadata else {}
+    start = 0
+    for name, dtype, shape, nbytes in tensors:
+        about[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, start + nbytes]}
+        start += nbytes
+    text = json.dumps(about).encode()
+    text += b" " * (-len(text) % 8)  # the values begin at a multiple of their size
+    return len(text).to_bytes(8, "little") + text
 
 
 class Planned(NamedTuple):
@@ -22,12 +54,12 @@ class Planned(NamedTuple):
 
     name: str
     shape: Sequence[int]
-    dtype: torch.dtype
-    read: Callable[[], torch.Tensor]
+    dtype: "torch.dtype"
+    read: Callable[[], "torch.Tensor"]
 
     @property
     def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return prod(self.shape) * self.dtype.itemsize
 
 
 def write_shards(folder: Path, tensors: Sequence[Planned], shard_bytes: int, description: str) -> None:
@@ -71,26 +103,15 @@ def _told(parts: Iterator[Any], seen: Callable[[Any], Any]) -> Iterator[Any]:
         del part  # before the next is read
 
 
-def header(tensors: Iterable[tuple[str, Sequence[int], torch.dtype]], metadata: dict[str, str] | None = None) -> bytes:
-    """What stands before the values in a safetensors file of tensors of these names, shapes and types, which follow in this order."""
-    about: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    start = 0
-    for name, shape, dtype in tensors:
-        end = start + torch.Size(shape).numel() * dtype.itemsize
-        about[name] = {"dtype": TYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(about).encode()
-    text += b" " * (-len(text) % 8)  # the values begin at a multiple of their size
-    return len(text).to_bytes(8, "little") + text
-
-
 def _parts(tensors: Sequence[Planned], metadata: dict[str, str] | None) -> Iterator[Any]:
-    yield header(((tensor.name, tensor.shape, tensor.dtype) for tensor in tensors), metadata)
+    yield header(((tensor.name, TYPES[str(tensor.dtype)], tensor.shape, tensor.nbytes) for tensor in tensors), metadata)
     for tensor in tensors:
         yield _bytes_of(tensor)
 
 
 def _bytes_of(planned: Planned) -> memoryview:
+    import torch
+
     values = planned.read()
     assert (values.nbytes, values.dtype) == (planned.nbytes, planned.dtype), planned.name
     return memoryview(values.contiguous().flatten().view(torch.uint8).numpy())

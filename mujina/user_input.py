@@ -6,16 +6,19 @@ Every room may import this file; it imports no room and nothing heavy.
 import difflib
 import errno
 import functools
+import os
 import sys
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
 import pydantic
 import typer
 import yaml
+
+from mujina.exits import MISTAKE
 
 
 class UserError(Exception):
@@ -23,9 +26,14 @@ class UserError(Exception):
 
 
 class Section(pydantic.BaseModel):
-    """One section of a configuration: frozen, and an unknown key is an error."""
+    """One section of a configuration: frozen, and an unknown key is an error.
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    The string under a field is its documentation: what it means, its unit, the rule it obeys (`mujina explain` reads it).
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    from_file: ClassVar[tuple[str, ...]] = ()  # fields for which a file may name another that holds them, and nothing else
 
 
 T = TypeVar("T", bound=Section)
@@ -34,16 +42,19 @@ T = TypeVar("T", bound=Section)
 def read_yaml(path: str | Path, model: type[T], overrides: list[str] | None = None) -> T:
     """Reads `path` into `model`, with `extends:` resolved and dotted `key=value` overrides on top.
 
-    `extends: other.yaml` (relative to the file; or a list of files, the later over the earlier) lays this file over another one, section
-    by section.
+    `extends: other.yaml` (or a list of files, the later over the earlier) lays this file over another one, section by section.
+    A field of the model's `from_file` may be the path of a file that holds it: `phases: phases.yaml`.
+    What a file includes is relative to that file; in an override a path is relative to the working directory.
     Raises UserError when the file is missing, is not YAML, or does not fit the model.
     """
-    values = _load(Path(path))
+    values = _load(Path(path), model.from_file)
     for override in overrides or []:
         key, separator, text = override.partition("=")
         if not separator:
             raise UserError(f"override {override!r} is not of the form key=value: write for example optimizer.max_norm=1.0")
-        values = _merge(values, _nested(key.split("."), yaml.safe_load(text)))
+        given = yaml.safe_load(text)
+        given = _included(override, Path(), key, given) if key in model.from_file and isinstance(given, str) else given
+        values = _merge(values, _nested(key.split("."), given))
     return parse(values, model, str(path))
 
 
@@ -57,7 +68,7 @@ def parse(values: dict[str, Any], model: type[T], where: str) -> T:
 
 
 def run(*mains: Callable[..., None]) -> None:
-    """Runs `main` as a command line (typer reads its annotations); a UserError or a full disk ends it with one line and status 2.
+    """Runs `main` as a command line (typer reads its annotations); a UserError or a full disk ends it with one line and status MISTAKE.
 
     Of several, the first argument chooses one by its name.
     """
@@ -65,13 +76,13 @@ def run(*mains: Callable[..., None]) -> None:
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         for main in mains:
             app.command()(main)
-        app()
+        app(prog_name=sys.argv[0] if sys.argv[0].startswith("mujina ") else None)
     except (UserError, OSError) as error:
         told = explain(error)
         if told is None:
             raise
         print(f"error: {told}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(MISTAKE)
 
 
 def explain(error: BaseException) -> str | None:
@@ -89,7 +100,7 @@ def nearest(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(known)) or 'none'}"
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path, from_file: tuple[str, ...] = ()) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -99,8 +110,22 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds no keys: a configuration is a YAML mapping")
     parents = values.pop("extends", [])
-    layers = [_load(path.parent / parent) for parent in ([parents] if isinstance(parents, str) else parents)]
+    for key in from_file:
+        if isinstance(values.get(key), str):
+            values[key] = _included(str(path), path.parent, key, values[key])
+    layers = [_load(path.parent / parent, from_file) for parent in ([parents] if isinstance(parents, str) else parents)]
     return functools.reduce(_merge, [*layers, values])
+
+
+def _included(where: str, folder: Path, key: str, name: str) -> Any:
+    """What the file `name` holds for `key`."""
+    path = folder / name
+    if not path.exists() and Path(name).exists():
+        raise UserError(f"{where}: {key} ({name}): what a file includes is relative to that file: write {os.path.relpath(name, folder)}")
+    values = _load(path)
+    if set(values) != {key}:
+        raise UserError(f"{path}: must hold {key} and nothing else, for {where} includes it as that; it holds {', '.join(values)}")
+    return values[key]
 
 
 def _merge(base: Any, top: Any) -> Any:

@@ -7,5 +7,5 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-. "${SLURM_SUBMIT_DIR:-.}/slurm/site.sh"
+. "${MUJINA_SLURM:-${SLURM_SUBMIT_DIR:-.}/slurm}/site.sh"
 mujina convert "$@"

@@ -13,5 +13,5 @@
 #SBATCH --signal=B:USR1@600
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-DEFAULT_CONFIG=megatron_jobs/configs/tanuki_8b.yaml
-. "${SLURM_SUBMIT_DIR:-.}/slurm/train.sh"
+. "${MUJINA_SLURM:-${SLURM_SUBMIT_DIR:-.}/slurm}/site.sh"
+train megatron_jobs/configs/tanuki_8b.yaml "$@"

@@ -18,14 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# NVML's reasons for a lower clock that are faults (nvmlClocksEventReason…). The power cap, idleness and a clock that an administrator
-# has set are none.
-SLOWDOWNS = {
-    0x08: "hardware slowdown",
-    0x20: "thermal slowdown (driver)",
-    0x40: "thermal slowdown (hardware)",
-    0x80: "power brake (power supply)",
-}
+from mujina.nvml import TROUBLE, in_words
+
 # Not every GPU, driver and container tells everything; every other error of NVML is a fault ("GPU is lost").
 UNTOLD = ("NotSupported", "FunctionNotFound", "NoPermission", "InvalidArgument", "ArgumentVersionMismatch")
 
@@ -65,7 +59,7 @@ def _state_questions(nvml: Any) -> dict[str, Callable[[Any], Any]]:
     """What is asked at rest, and again under load."""
     return {
         "sm_clock_mhz": lambda gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
-        "slowdowns": lambda gpu: [words for bit, words in SLOWDOWNS.items() if nvml.nvmlDeviceGetCurrentClocksEventReasons(gpu) & bit],
+        "slowdowns": lambda gpu: in_words(nvml.nvmlDeviceGetCurrentClocksEventReasons(gpu), TROUBLE),
         "temperature_c": lambda gpu: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
     }
 

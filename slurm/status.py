@@ -1,6 +1,6 @@
 """Where a run on the cluster stands, and what it says.
 
-    python -m slurm.status RUN [--run-folder]                    (= mujina status: RUN is a run's folder or its YAML file)
+    python -m slurm.status RUN                    (= mujina status: RUN is a run's folder or its YAML file)
 
 Reads the run's folder, and asks squeue and sacct about its jobs. Needs no torch.
 """
@@ -26,13 +26,9 @@ SHOWN = 10  # attempts
 
 def main(
     run_or_config: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, or its YAML file")],
-    run_folder: Annotated[bool, typer.Option("--run-folder", help="print only the path of the run's folder")] = False,
 ) -> None:
     """Shows where a run stands: its job, progress, attempts with their ends, nodes that are left out, and the first error."""
     folder = folder_of(run_or_config)
-    if run_folder:
-        print(folder)
-        return
     console = Console(highlight=False, width=max(100, shutil.get_terminal_size(fallback=(160, 24)).columns))
     attempts = history.attempts(folder)
     step, tokens = history.standing(folder)

@@ -8,7 +8,6 @@ Needs no torch.
 import re
 import shlex
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +16,8 @@ import typer
 from megatron_jobs import config as configuration
 from megatron_jobs.config import RunConfig
 from megatron_jobs.data import feeder, phases
-from megatron_jobs.planning import plan, planner
+from megatron_jobs.planning import layouts, plan, planner
+from mujina import sbatch
 from mujina.user_input import UserError, run
 from slurm import history
 
@@ -32,17 +32,17 @@ def main(
     time: Annotated[str | None, typer.Option(help="limit of each job, such as 24:00:00; the run requeues itself")] = None,
     gpu: Annotated[str, typer.Option(help="that the nodes have, for the plan: h100, h200, …")] = "h100",
     script: Annotated[
-        Path | None, typer.Option(help="default: slurm/pretrain_8x8b.sh with a moe section, else slurm/pretrain_8b.sh")
+        Path | None, typer.Option(help="default: Mujina's slurm/pretrain_8x8b.sh with a moe section, else its slurm/pretrain_8b.sh")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, submit nothing")] = False,
 ) -> None:
     """Checks that the run can be, then submits it with sbatch and tells what will happen."""
     settings = configuration.load(config, overrides)
-    script = script or Path("slurm/pretrain_8x8b.sh" if settings.moe else "slurm/pretrain_8b.sh")
+    script = script or sbatch.SCRIPTS / ("pretrain_8x8b.sh" if settings.moe else "pretrain_8b.sh")
     asked = directives(script)
     nodes = nodes or int(asked.get("nodes", 1))
     processes = nodes * int(asked.get("ntasks-per-node", 1))
-    settings.check(processes)
+    layouts.check(settings, processes)
     sources = feeder.facts(feeder.open_sources(settings))
     settings = phases.resolve(settings, sources)
     phases.shares(settings, sources)
@@ -54,14 +54,14 @@ def main(
     left_out = history.excluded(settings.run)
     options += [f"--exclude={','.join(left_out)}"] if left_out else []
     options += [f"--export=ALL,MUJINA_SPARE_NODES={spare}"] if spare else []
-    command = ["sbatch", *options, str(script), str(config), *(overrides or [])]
-    print(f"test of the scheduler   {_sbatch([*command[:1], '--test-only', *command[1:]]).strip()}")
+    arguments = [*options, str(script), str(config), *(overrides or [])]
+    print(f"test of the scheduler   {sbatch.test(arguments)}")
     _tell(settings, nodes, spare, processes, left_out)
-    print(shlex.join(command))
+    print(shlex.join(["sbatch", *arguments]))
     if dry_run:
         print("not submitted: --dry-run")
         return
-    job = _sbatch([*command[:1], "--parsable", *command[1:]]).strip().partition(";")[0]
+    job = sbatch.submit(arguments)
     history.submitted(settings.run, job)
     print(f"submitted as job {job}: `mujina status {settings.run}`, `mujina logs {settings.run} --follow`")
 
@@ -69,7 +69,7 @@ def main(
 def directives(script: Path) -> dict[str, str]:
     """The #SBATCH lines of a script: {option: value}. Raises UserError when there is no such file."""
     if not script.is_file():
-        raise UserError(f"--script ({script}): no such file: call this from the project's folder, or name another script")
+        raise UserError(f"--script ({script}): no such file: name another, or leave the option out for Mujina's own")
     return {name: value or "" for name, value in re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?", script.read_text(), re.MULTILINE)}
 
 
@@ -110,7 +110,7 @@ def _check_disk(config: RunConfig) -> None:
 
 def _tell(config: RunConfig, nodes: int, spare: int, processes: int, left_out: dict[str, object]) -> None:
     step, tokens = history.standing(config.run)
-    all_tokens = sum(phase.num_samples(phase.num_steps) * phase.sequence_length for phase in config.phases)
+    all_tokens = phases.consumed_tokens(config.phases, phases.num_steps(config.phases))
     start = f"goes on from step {step:,}" if step else "starts"
     print(f"run                     {config.run}: {start}, {tokens:,} of {all_tokens:,} tokens")
     print(f"phases                  {', '.join(f'{phase.name} {phase.num_steps:,} steps' for phase in config.phases)}")
@@ -120,16 +120,6 @@ def _tell(config: RunConfig, nodes: int, spare: int, processes: int, left_out: d
     print(
         "when its time is over   saves, requeues itself and goes on; a crash starts again, later each time; a mistake in the run stops it"
     )
-
-
-def _sbatch(command: list[str]) -> str:
-    """What sbatch answers, in the environment of slurm/cluster.env. Raises UserError when it refuses."""
-    site = "if [ -f slurm/cluster.env ]; then set -a; . slurm/cluster.env; set +a; fi; exec "
-    done = subprocess.run(["bash", "-c", f"{site}{shlex.join(command)}"], capture_output=True, text=True)
-    if done.returncode:
-        told = (done.stderr or done.stdout).strip()
-        raise UserError(f"sbatch refuses: {told}: mend the script's #SBATCH lines, slurm/cluster.env, or --nodes and --time")
-    return done.stdout + done.stderr  # --test-only answers on the latter
 
 
 if __name__ == "__main__":

@@ -36,12 +36,14 @@ import typer
 from megatron_jobs import config as configuration
 from megatron_jobs import failures
 from megatron_jobs.config import RunConfig
+from megatron_jobs.planning import layouts
+from mujina import sbatch
+from mujina.exits import MISTAKE, STOPPED
 from mujina.files import write_whole
 from mujina.user_input import UserError, run
 from slurm import history, preflight
 from slurm.history import Attempt
 
-MISTAKE, STOPPED = 2, 143  # exit statuses of the training: see user_input.run and megatron_jobs.train
 SAME_CRASHES = 3  # at one step
 MAX_CRASHES = 8  # in a row, without a token gained
 TOO_SHORT = 3  # time limits in a row, without a token gained
@@ -61,7 +63,9 @@ def main(
             "SLURM_JOB_ID is not set: this runs inside a job; submit one with `mujina submit`, or train here with `mujina train`"
         )
     settings = configuration.load(config, overrides)
-    sys.exit(Supervisor(settings, ["-m", "megatron_jobs.train", str(config), *(overrides or [])]).run())
+    status = Supervisor(settings, ["-m", "megatron_jobs.train", str(config), *(overrides or [])]).run()
+    sbatch.record_end(status)
+    sys.exit(status)
 
 
 class Supervisor:
@@ -86,7 +90,7 @@ class Supervisor:
         if signal.SIGTERM in self.came:
             self._stopped()
         try:
-            self.config.check(self.needed * self.tasks_per_node)
+            layouts.check(self.config, self.needed * self.tasks_per_node)
         except UserError as error:
             history.ended(self.folder, attempt, "mistake", str(error))
             raise

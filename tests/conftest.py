@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.prepare import PrepareConfig, prepare
 from megatron_jobs.config import RunConfig, from_dict
-from tokenization.tokenizer import Tokenizer
+from tokenization.load import load as load_tokenizer
 from tokenization.train import TrainConfig, train
 
 WORDS = "山 川 東京 データ 学習 言語 the of model token data train phase expert router and is 1 2 3 + = def return self".split()
@@ -69,7 +69,7 @@ def tiny(prepared: Path, run: Path, **sections: Any) -> RunConfig:
             ffn_hidden_size=64,
             num_attention_heads=4,
             num_query_groups=2,
-            vocab_size=Tokenizer.load(prepared / "tokenizer").vocab_size,
+            vocab_size=load_tokenizer(prepared / "tokenizer").vocab_size,
             init_std=0.1,
         ),
         "data": dict(folder=str(prepared / "data"), block_length=64),

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from mujina.files import read_rows, write_whole
 from mujina.user_input import UserError, run
-from tokenization.tokenizer import Tokenizer
+from tokenization.load import load
 
 COLUMNS = ("tokenizer", "texts", "kind", "language", "documents", "chars/token", "bytes/token", "tokens", "byte tokens", "exact")
 
@@ -84,7 +84,7 @@ def compare(tokenizers: list[Path], texts: list[tuple[str, Path]]) -> list[dict[
     """
     rows = []
     for path in tokenizers:
-        engine = BareSentencePiece(path) if path.is_file() else Tokenizer.load(path)
+        engine = BareSentencePiece(path) if path.is_file() else load(path)
         groups: defaultdict[tuple[str, str, str], Counts] = defaultdict(Counts)
         for name, file in texts:
             for batch in batched(_documents(file), 256):

@@ -4,8 +4,9 @@ import json
 import shutil
 from math import prod
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
+from mujina.tensor_files import METADATA, header, read_header
 from mujina.user_input import UserError
 
 if TYPE_CHECKING:
@@ -27,13 +28,14 @@ def extend_embeddings(source: Path, folder: Path, first_id: int, old_ids: list[l
     shards = sorted(source.glob("*.safetensors"))
     if not shards:
         raise UserError(f"{source}: holds no *.safetensors: save the model with save_pretrained of transformers first")
-    rows = {extend_shard(shard, folder / shard.name, first_id, old_ids) for shard in shards} - {None}
+    extended = [extend_shard(shard, folder / shard.name, first_id, old_ids) for shard in shards]
+    rows = {num_rows for num_rows in extended if num_rows is not None}
     if len(rows) != 1:
         raise UserError(f"{source}: {'its embeddings differ in length' if rows else 'has no tensor ' + ' or '.join(EMBEDDINGS)}")
     if (source / INDEX).exists():
         index = json.loads((source / INDEX).read_text(encoding="utf-8"))
-        headers = [_read_header(folder / shard.name)[0] for shard in shards]
-        tensors = [tensor for header in headers for name, tensor in header.items() if name != "__metadata__"]
+        headers = [read_header(folder / shard.name)[0] for shard in shards]
+        tensors = [tensor for about in headers for name, tensor in about.items() if name != METADATA]
         total = sum(tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in tensors)
         index["metadata"] = index.get("metadata", {}) | {"total_size": total}
         if "total_parameters" in index["metadata"]:
@@ -64,8 +66,11 @@ def respell(new: "Tokenizer", old: "Tokenizer") -> list[list[int]]:
 
 def extend_shard(source: Path, target: Path, first_id: int, old_ids: list[list[int]]) -> int | None:
     """Copies one file with its embeddings extended; returns their rows, None when it holds none."""
-    header, start = _read_header(source)
-    embeddings = {name: tensor for name, tensor in header.items() if name.endswith(EMBEDDINGS)}
+    try:
+        old_header, start = read_header(source)
+    except ValueError as error:
+        raise UserError(f"{source}: is not a safetensors file ({error}): copy it again") from None
+    embeddings = {name: tensor for name, tensor in old_header.items() if name.endswith(EMBEDDINGS)}
     if not embeddings:
         shutil.copyfile(source, target)
         return None
@@ -77,21 +82,16 @@ def extend_shard(source: Path, target: Path, first_id: int, old_ids: list[list[i
     old_rows = lengths.pop()
     num_rows = max(old_rows, first_id + len(old_ids)) if first_id else len(old_ids)
 
-    # The format: the header's length in 8 bytes, the header as JSON, and the tensors one behind the other.
-    metadata = {name: value for name, value in header.items() if name == "__metadata__"}
-    tensors = sorted((item for item in header.items() if item[0] != "__metadata__"), key=lambda item: item[1]["data_offsets"])
-    extended, end = {}, 0
+    metadata = old_header.pop(METADATA, None)
+    tensors = sorted(old_header.items(), key=lambda item: item[1]["data_offsets"])
+    extended = []
     for name, tensor in tensors:
-        size = tensor["data_offsets"][1] - tensor["data_offsets"][0]
+        shape, nbytes = tensor["shape"], tensor["data_offsets"][1] - tensor["data_offsets"][0]
         if name in embeddings:
-            size = size // old_rows * num_rows
-        shape = [num_rows, *tensor["shape"][1:]] if name in embeddings else tensor["shape"]
-        extended[name] = {"dtype": tensor["dtype"], "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(metadata | extended, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+            shape, nbytes = [num_rows, *shape[1:]], nbytes // old_rows * num_rows
+        extended.append((name, tensor["dtype"], shape, nbytes))
     with source.open("rb") as old, target.open("wb") as new:
-        new.write(len(text).to_bytes(8, "little") + text)
+        new.write(header(extended, metadata))
         for name, tensor in tensors:
             begin, end = (start + offset for offset in tensor["data_offsets"])
             if name in embeddings:
@@ -112,13 +112,6 @@ def _new_rows(shard: Path, name: str, old_ids: list[list[int]]) -> bytes:
         old = tensors.get_tensor(name)
     rows = torch.stack([old[ids].float().mean(dim=0) for ids in old_ids]).to(old.dtype)
     return bytes(rows.view(torch.uint8).numpy().tobytes())
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header, and the byte at which the tensors begin."""
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        return json.loads(stream.read(length)), 8 + length
 
 
 def _copy(old: IO[bytes], new: IO[bytes], start: int, end: int) -> None:

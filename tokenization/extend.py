@@ -41,25 +41,24 @@ STALE = {"vocab.json", "merges.txt"}
 
 
 class ExtendConfig(Section):
-    """Which model gets pieces, and where they come from.
-
-    model                Hugging Face folder: config.json, *.safetensors, tokenizer.model or tokenizer.json
-    output               the folder to write
-    num_new_pieces       how many
-    inputs               for a BPE vocabulary: JSONL files of the new language, on which merging goes on
-    presplit             for a BPE vocabulary: `mecab` keeps the new pieces within Japanese words
-    character_coverage   for a BPE vocabulary without the bytes' alphabet: share of the characters that shall be pieces
-    pieces_from          for a unigram vocabulary: a folder of `mujina tokenizer`, trained on the new language, whose most probable
-                         pieces are added with their scores
-    """
+    """Which model gets pieces, and where they come from."""
 
     model: str
+    """Hugging Face folder: config.json, *.safetensors, tokenizer.model or tokenizer.json."""
     output: str
+    """The folder to write."""
     num_new_pieces: int = Field(gt=0)
+    """How many pieces are added."""
     inputs: list[str] = []
+    """For a BPE vocabulary: JSONL files of the new language, on which merging goes on."""
     presplit: Literal["mecab"] | None = None
+    """For a BPE vocabulary: `mecab` keeps the new pieces within Japanese words."""
     character_coverage: float = Field(default=0.9995, gt=0.9, le=1.0)
+    """For a BPE vocabulary without the bytes' alphabet: share of the characters that shall be pieces."""
     pieces_from: str | None = None
+    """For a unigram vocabulary: a folder of `mujina tokenizer`, trained on the new language, whose most probable pieces are added with
+    their scores.
+    """
 
 
 @dataclass(frozen=True)

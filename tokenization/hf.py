@@ -1,4 +1,4 @@
-"""A Hugging Face BPE tokenizer (tokenizer.json, tokenizer_config.json) behind the interface of `tokenization.tokenizer.Tokenizer`.
+"""Hugging Face BPE tokenizers: folders with a tokenizer.json and a tokenizer_config.json.
 
 The reference is Hugging Face's own engine with special tokens taken as ordinary text. Gigatoken gives the same ids about ten times as
 fast, but turns text that spells an added token into that token: texts that do are left to the reference.
@@ -8,7 +8,9 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ import numpy as np
 import tokenizers
 
 from mujina.user_input import UserError
-from tokenization.tokenizer import CHAT_PIECES, END_OF_TURN, ROLES, SPACE_PIECE, Tokenizer, render
+from tokenization.chat import ChatTemplate
+from tokenization.tokenizer import CHAT_PIECES, CHAT_TEMPLATE, END_OF_TURN, SPACE_PIECE, Rendered
 
 # Gigatoken remembers every word that it has met (13 bytes a character of words that never recur) until it is dropped: so it is opened
 # anew, in 20 ms, after this many characters.
@@ -40,8 +43,8 @@ BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")  # what a chat template may name
 
 
-class HfTokenizer(Tokenizer):
-    """A folder with a tokenizer.json of the BPE kind. `hash` covers that file and the name of the end-of-document token."""
+class HfTokenizer:
+    """A `tokenization.tokenizer.Tokenizer`. `hash` covers tokenizer.json and the name of the end-of-document token."""
 
     def __init__(self, folder: Path) -> None:
         """Opens a folder. Raises UserError when it is no BPE tokenizer, or names no `eos_token` of its vocabulary."""
@@ -58,6 +61,7 @@ class HfTokenizer(Tokenizer):
         self._reference.no_truncation()
         self._reference.no_padding()
         self._reference.encode_special_tokens = True
+        self._reference.post_processor = None  # adds nothing that is asked for here, and takes spaces out of the tokens' offsets
         config = self._read_config()
         tokens = {name: token["content"] if isinstance(token, dict) else token for name, token in config.items() if name in SPECIAL}
         self._special = {name: token for name, token in tokens.items() if isinstance(token, str)}
@@ -65,7 +69,7 @@ class HfTokenizer(Tokenizer):
             raise UserError(f"{folder / 'tokenizer_config.json'}: names no eos_token, which ends every document: add it")
         before = self._reference.pre_tokenizer
         self._is_byte_level = before is not None and before.pre_tokenize_str("あ")[0][0] == "ãģĤ"
-        self._template, eos = self._read_template(config), self._special["eos_token"]
+        eos = self._special["eos_token"]
         self.hash = hashlib.sha256(self._model + b"\0" + eos.encode()).hexdigest()
         vocabulary = self._reference.get_vocab(with_added_tokens=True)
         if eos not in vocabulary:
@@ -73,19 +77,18 @@ class HfTokenizer(Tokenizer):
         self.vocab_size = max(vocabulary.values()) + 1
         self.eod_id = vocabulary[eos]
         self.end_of_turn_id = vocabulary.get(END_OF_TURN, self.eod_id)
-        self._role_ids = {role: vocabulary[f"<|{role}|>"] for role in ROLES if f"<|{role}|>" in vocabulary}
         added = self._reference.get_added_tokens_decoder()
         chat = {vocabulary[piece] for piece in CHAT_PIECES if piece in vocabulary}
         self._control_ids = {token for token, piece in added.items() if piece.special} | chat | {self.eod_id}
         self._unseen_ids = self._control_ids - chat
         spelled = {piece.content for piece in added.values()} | {eos} | {piece for piece in CHAT_PIECES if piece in vocabulary}
         self._guarded = re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))))
-        controls = sorted((self._reference.id_to_token(token) for token in self._control_ids), key=len, reverse=True)
-        self._spelled = re.compile(f"(?=(?:{'|'.join(map(re.escape, controls))})).", re.DOTALL)  # the first character of each
-        # Some take the white space beside them with them.
-        white = {piece.content: (r"\s*" * piece.lstrip, r"\s*" * piece.rstrip) for piece in added.values()}
-        sides = [(white.get(piece, ("", "")), re.escape(piece)) for piece in controls]
-        self._controls = re.compile("|".join(f"{left}({piece}){right}" for (left, right), piece in sides))
+        template = self._read_template(config)
+        if template is None and vocabulary.keys() >= set(CHAT_PIECES):
+            template = CHAT_TEMPLATE.read_text(encoding="utf-8")
+        white = {piece.content: (piece.lstrip, piece.rstrip) for piece in added.values()}
+        controls = {piece: white.get(piece, (False, False)) for piece in map(self.piece, self._control_ids)}
+        self._chat = None if template is None else ChatTemplate(template, folder, controls, self._special)
         # Added tokens that are looked for after normalization can be spelled in ways that the pattern does not know.
         hidden = self._reference.normalizer is not None and any(piece.normalized for piece in added.values())
         self._fast = None if hidden else self._open_fast()
@@ -93,13 +96,7 @@ class HfTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text, never a control or chat id whatever the text spells."""
-        ids = list(self._reference.encode(text, add_special_tokens=False).ids)
-        if self._control_ids.isdisjoint(ids):
-            return ids
-        # The model itself builds a control piece out of its characters: none is left whole.
-        cuts = [0, *(match.start() + 1 for match in self._guarded.finditer(text)), len(text)]
-        parts = [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
-        return [token for part in parts for token in self._reference.encode(part, add_special_tokens=False).ids]
+        return [token for _, encoding in self._encodings(text) for token in encoding.ids]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of every text as 1-D int32 arrays, on one core."""
@@ -138,37 +135,33 @@ class HfTokenizer(Tokenizer):
         except UnicodeDecodeError:
             if self._is_byte_level:
                 return [token.id for token in self._reference.model.tokenize("".join(CHARACTER_OF[byte] for byte in data))]
-            return [self._reference.token_to_id(f"<0x{byte:02X}>") for byte in data]
+            return [self._id(f"<0x{byte:02X}>") for byte in data]
 
-    def encode_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
-        """Ids of a dialogue as the folder's own chat template writes it, control tokens where the template has them and nowhere else.
+    def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> Rendered:
+        """A dialogue as the folder's own chat template writes it, control tokens where the template has them and nowhere else.
 
-        Without a template as Tokenizer.encode_chat. Raises UserError when the vocabulary lacks the chat pieces for that, or when the
-        template refuses the dialogue.
+        Without a template, as ours does. Raises UserError when the vocabulary lacks the chat pieces for that, when the template refuses
+        the dialogue, or when it cannot be told which tokens are answers.
         """
-        if self._template is None:
-            if len(self._role_ids) < len(ROLES) or self.end_of_turn_id == self.eod_id:
-                needs = f"a chat template, and the pieces {', '.join(CHAT_PIECES)} to do without"
-                raise UserError(f"{self._folder}: the tokenizer lacks {needs}, which chat sources need: add chat_template.jinja")
-            return super().encode_chat(messages, add_generation_prompt)
-        # What a message spells like a control token goes through the template with a mark in it, which nobody wrote.
-        said = "".join(str(value) for message in messages for value in message.values())
-        mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in said)
-        hidden = [{key: self._spelled.sub(rf"\g<0>{mark}", value) for key, value in message.items()} for message in messages]
-        rendered = render(self._template, hidden, add_generation_prompt, **self._special)
-        ids: list[int] = []
-        start = 0
-        for match in self._controls.finditer(rendered):
-            ids += self.encode(rendered[start : match.start()].replace(mark, ""))
-            ids.append(self._reference.token_to_id(match[match.lastindex or 0]))
-            start = match.end()
-        return ids + self.encode(rendered[start:].replace(mark, ""))
+        return self._rendered(messages, add_generation_prompt, with_answers=True)
 
-    def render_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> str:
-        """The dialogue as text, through the folder's chat template, or ours where it has none."""
-        if self._template is None:
-            return super().render_chat(messages, add_generation_prompt)
-        return render(self._template, messages, add_generation_prompt, **self._special)
+    def encode_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> np.ndarray:
+        """The ids of `render`, int32 [n], also where it cannot be told which of them are answers."""
+        return self._rendered(messages, add_generation_prompt, with_answers=False).ids
+
+    def _rendered(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool, with_answers: bool) -> Rendered:
+        if self._chat is None:
+            needs = f"a chat template, and the pieces {', '.join(CHAT_PIECES)} to do without"
+            raise UserError(f"{self._folder}: the tokenizer lacks {needs}, which chat sources need: add chat_template.jinja")
+        ids: list[int] = []
+        is_answer: list[bool] = []
+        for is_control, group in groupby(self._chat.parts(messages, add_generation_prompt, with_answers), lambda part: part.is_control):
+            parts = list(group)
+            tokens = [[self._id(part.text)] for part in parts] if is_control else self._encode_cut([part.text for part in parts])
+            for part, its_ids in zip(parts, tokens, strict=True):
+                ids += its_ids
+                is_answer += [part.is_answer] * len(its_ids)
+        return Rendered(np.array(ids, np.int32), np.array(is_answer, bool))
 
     def save_hf(self, folder: str | Path) -> None:
         """Copies what transformers.AutoTokenizer needs into `folder`."""
@@ -176,6 +169,34 @@ class HfTokenizer(Tokenizer):
         for name in FILES:
             if (self._folder / name).exists():
                 shutil.copyfile(self._folder / name, Path(folder) / name)
+
+    def _encodings(self, text: str) -> Iterator[tuple[int, tokenizers.Encoding]]:
+        """`encode`, in stretches: where each begins in the text, and its encoding."""
+        encoding = self._reference.encode(text, add_special_tokens=False)
+        if self._control_ids.isdisjoint(encoding.ids):
+            yield 0, encoding
+            return
+        # The model itself builds a control piece out of its characters: none is left whole.
+        cuts = [0, *(match.start() + 1 for match in self._guarded.finditer(text)), len(text)]
+        for start, end in pairwise(cuts):
+            yield start, self._reference.encode(text[start:end], add_special_tokens=False)
+
+    def _encode_cut(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each of the texts, encoded as one. Raises UserError when a token belongs to two of them: BPE merges across."""
+        if len(texts) == 1:
+            return [self.encode(texts[0])]
+        whole, ends = "".join(texts), list(accumulate(map(len, texts)))
+        ids: list[list[int]] = [[] for _ in texts]
+        for offset, encoding in self._encodings(whole):
+            for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                place = bisect_left(ends, offset + end)
+                if place and offset + start < ends[place - 1]:
+                    raise UserError(
+                        f"{self._folder}: the token {whole[offset + start : offset + end]!r} belongs to an assistant's answer "
+                        f"({texts[place][:40]!r}) by half: let chat_template.jinja trim what is said, or a control token precede it"
+                    )
+                ids[place].append(token)
+        return ids
 
     def _read_config(self) -> dict[str, Any]:
         try:
@@ -188,6 +209,11 @@ class HfTokenizer(Tokenizer):
             return (self._folder / "chat_template.jinja").read_text(encoding="utf-8")
         template = config.get("chat_template")
         return {item["name"]: item["template"] for item in template}.get("default") if isinstance(template, list) else template
+
+    def _id(self, piece: str) -> int:
+        token = self._reference.token_to_id(piece)
+        assert token is not None, piece
+        return token
 
     def _open_fast(self) -> gigatoken.Tokenizer | None:
         """Gigatoken, or None when it does not know this kind of BPE or splits it differently: then the reference does everything."""

@@ -1,20 +1,15 @@
-"""A trained tokenizer: text or chat to token ids and back, and its Hugging Face side.
+"""What a tokenizer is: texts and dialogues to token ids and back. `tokenization.load.load` opens one.
 
-The engine is sentencepiece (unigram with byte fallback, no normalisation, no dummy prefix), so `decode(encode(text)) == text`
-for every string of valid characters. Control pieces come from us alone: text that spells one is tokenized as ordinary characters.
+Two engines are tokenizers: `sentence_piece.py`, for what `mujina tokenizer` trains, and `hf.py`, for the BPE tokenizers of others.
+Control pieces come from us alone: text that spells one is tokenized as ordinary characters.
 """
 
-import hashlib
-import json
-import re
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import numpy as np
-import sentencepiece
-
-from mujina.user_input import UserError
+if TYPE_CHECKING:
+    import numpy as np
 
 ROLES = ("system", "user", "assistant")
 END_OF_TURN = "<|end|>"
@@ -23,162 +18,59 @@ CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 SPACE_PIECE = "▁"  # U+2581, sentencepiece's name for a space
 
 
-class Tokenizer:
+class Rendered(NamedTuple):
+    """A dialogue of n tokens.
+
+    ids        int32 [n]
+    is_answer  bool [n], what the assistant has to say: the contents of its turns, and the token that ends each of them; not the headers
+               of its turns, which are there when it is asked, and nothing that others say
+    """
+
+    ids: "np.ndarray"
+    is_answer: "np.ndarray"
+
+
+class Tokenizer(Protocol):
     """A tokenizer folder opened for use.
 
     vocab_size      pieces, control pieces included (a model may pad its embedding beyond that)
-    eod_id          id of </s>, the end-of-document token
-    end_of_turn_id  id of <|end|>, which closes a chat turn
-    hash            sha256 of tokenizer.model: two tokenizers with one hash give the same ids
+    eod_id          id of the end-of-document token
+    end_of_turn_id  id of <|end|>, which closes a chat turn; eod_id where there is no such piece
+    hash            sha256 of what makes the ids: two tokenizers with one hash give the same ids
     """
 
-    def __init__(self, model_file: Path) -> None:
-        """Opens a sentencepiece model. Raises UserError when it is none, or was not trained as `tokenization.train` does."""
-        self._model_file, self._model = model_file, model_file.read_bytes()
-        self.hash = hashlib.sha256(self._model).hexdigest()
-        try:
-            self._engine = sentencepiece.SentencePieceProcessor(model_proto=self._model)
-        except RuntimeError:
-            raise UserError(f"{model_file}: is not a sentencepiece model: train one with python -m tokenization.train") from None
-        self.vocab_size: int = self._engine.vocab_size()
-        self.eod_id = self._id(self._engine.id_to_piece(self._engine.eos_id()))
-        self.end_of_turn_id = self._id(END_OF_TURN)
-        self._role_ids = {role: self._id(f"<|{role}|>") for role in ROLES}
-        # The engine takes a literal U+2581 for a space. Spelled in bytes it comes back as itself.
-        self._space_piece_ids = [self._id(f"<0x{byte:02X}>") for byte in SPACE_PIECE.encode()]
-        # Only the chat pieces are found in raw text by the engine; <s>, </s>, <unk> and <pad> never are.
-        self._guarded = re.compile("|".join(map(re.escape, (*CHAT_PIECES, SPACE_PIECE))))
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Tokenizer":
-        """Opens `folder`/tokenizer.model, or the BPE tokenizer.json of a folder without one. Raises UserError on a missing or unfit one."""
-        model_file = Path(folder) / "tokenizer.model"
-        if not model_file.exists() and (Path(folder) / "tokenizer.json").exists():
-            from tokenization.hf import HfTokenizer
-
-            return HfTokenizer(Path(folder))
-        if not model_file.exists():
-            raise UserError(f"{model_file}: no such file: train a tokenizer into {folder} with python -m tokenization.train")
-        return cls(model_file)
+    vocab_size: int
+    eod_id: int
+    end_of_turn_id: int
+    hash: str
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text, never a control or chat id whatever the text spells."""
-        if not self._guarded.search(text):
-            return list(self._engine.encode(text))
-        return [token for part in self._safe_parts(text) for token in (self._engine.encode(part) if isinstance(part, str) else part)]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str]) -> "list[np.ndarray]":
         """`encode` of every text as 1-D int32 arrays, on one core: who has more of them starts more processes."""
-        plain = [text for text in texts if not self._guarded.search(text)]
-        encoded = iter(self._engine.encode_as_numpy(plain, num_threads=1)) if plain else iter(())
-        return [
-            np.array(self.encode(text), dtype=np.int32) if self._guarded.search(text) else next(encoded).astype(np.int32, copy=False)
-            for text in texts
-        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids. Chat pieces come out as they are spelled, control pieces (</s> and so on) as nothing."""
-        return str(self._engine.decode([int(token) for token in ids]))
 
     def piece(self, token: int) -> str:
         """How the vocabulary spells one id."""
-        return str(self._engine.id_to_piece(token))
 
     def bytes_of(self, token: int) -> bytes | None:
         """What one piece stands for in a text (UTF-8, or a part of a character), None for control and chat pieces."""
-        piece = self.piece(token)
-        if self._engine.is_control(token) or self._engine.is_unknown(token) or piece in CHAT_PIECES:
-            return None
-        return bytes([int(piece[3:5], 16)]) if self._engine.is_byte(token) else piece.replace(SPACE_PIECE, " ").encode()
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """`encode` of what `bytes_of` gives, parts of characters included."""
-        try:
-            return self.encode(data.decode())
-        except UnicodeDecodeError:
-            return [self._id(f"<0x{byte:02X}>") for byte in data]
 
-    def encode_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
-        """Ids of a dialogue as `render_chat` writes it; contents that spell a chat piece stay text. Raises UserError on an unknown role."""
-        ids: list[int] = []
-        for message in messages:
-            if message["role"] not in self._role_ids:
-                raise UserError(f"role {message['role']!r} of a chat message is unknown: use {', '.join(ROLES)}")
-            ids += [self._role_ids[message["role"]], *self.encode(message["content"]), self.end_of_turn_id]
-        return [*ids, self._role_ids["assistant"]] if add_generation_prompt else ids
+    def encode_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> "np.ndarray":
+        """The ids of `render`, int32 [n], also where it cannot be told which of them are answers."""
 
-    def render_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> str:
-        """The dialogue as text, through the chat template that the Hugging Face folder carries."""
-        return render(CHAT_TEMPLATE.read_text(encoding="utf-8"), messages, add_generation_prompt)
+    def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> Rendered:
+        """A dialogue ({role, content} a turn) as its chat template writes it; contents that spell control pieces stay text.
+
+        `add_generation_prompt` adds the header of an assistant's turn that is still to be said.
+        Raises UserError when the template refuses the dialogue, or when it cannot be told which tokens are answers (`tokenization.chat`).
+        """
 
     def save_hf(self, folder: str | Path) -> None:
-        """Writes what transformers.AutoTokenizer needs into `folder`, without remote code; `tokenizer.model` goes with it.
-
-        The two engines agree but for scores that differ by less than rounding: see `tokenization.train` for the measured share. And
-        Hugging Face turns text that spells a special piece into that piece unless it is called with split_special_tokens=True.
-        Training data is therefore always encoded by this class.
-        """
-        import tokenizers
-        from tokenizers import decoders, models, normalizers, pre_tokenizers
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        engine = self._engine
-        pieces = [engine.id_to_piece(token) for token in range(self.vocab_size)]
-        scores = [engine.get_score(token) for token in range(self.vocab_size)]
-        backend = tokenizers.Tokenizer(models.Unigram(list(zip(pieces, scores, strict=True)), unk_id=engine.unk_id(), byte_fallback=True))
-        # Our engine never finds bytes and special pieces by their spelling. This one does, unless the spelling is cut after its "<".
-        spelled = [piece for i, piece in enumerate(pieces) if piece in CHAT_PIECES or engine.is_control(i) or engine.is_byte(i)]
-        cut = tokenizers.Regex("<(?=" + "|".join(re.escape(piece[1:]) for piece in spelled) + ")")
-        backend.pre_tokenizer = pre_tokenizers.Split(cut, behavior="merged_with_previous")
-        backend.normalizer = normalizers.Replace(" ", SPACE_PIECE)
-        backend.decoder = decoders.Sequence([decoders.Replace(SPACE_PIECE, " "), decoders.ByteFallback(), decoders.Fuse()])
-        names = {"bos_token": engine.bos_id(), "eos_token": engine.eos_id(), "unk_token": engine.unk_id(), "pad_token": engine.pad_id()}
-        special = {name: engine.id_to_piece(token) for name, token in names.items()}
-        backend.add_special_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in (*special.values(), *CHAT_PIECES)])
-        backend.save(str(folder / "tokenizer.json"))
-        config = special | {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "additional_special_tokens": list(CHAT_PIECES),
-            "clean_up_tokenization_spaces": False,
-        }
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        shutil.copyfile(CHAT_TEMPLATE, folder / "chat_template.jinja")
-        (folder / "tokenizer.model").write_bytes(self._model)
-
-    def _safe_parts(self, text: str) -> Iterator[str | list[int]]:
-        """Cuts text after the first character of every chat piece it spells (so that none is left whole); a U+2581 becomes byte ids."""
-        start = 0
-        for match in self._guarded.finditer(text):
-            spelled_space = match.group() == SPACE_PIECE
-            cut = match.start() if spelled_space else match.start() + 1
-            yield text[start:cut]
-            if spelled_space:
-                yield self._space_piece_ids
-            start = match.end() if spelled_space else cut
-        yield text[start:]
-
-    def _id(self, piece: str) -> int:
-        token = self._engine.piece_to_id(piece)
-        if token == self._engine.unk_id() or token < 0:
-            raise UserError(f"{self._model_file}: has no piece {piece}: train the tokenizer with python -m tokenization.train")
-        return token
-
-
-def render(template: str, messages: Sequence[dict[str, str]], add_generation_prompt: bool, **special: str) -> str:
-    """A chat template's text for a dialogue; `special` are the tokens that it may name, such as bos_token. Raises UserError as it does."""
-    # Hugging Face renders with this class and these settings, so what is tested here is what a server will do. But for the date of
-    # today: the same dialogue is to give the same ids tomorrow, and templates have a date for engines that tell none.
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.globals["raise_exception"] = _raise
-    try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=add_generation_prompt, **special)
-    except TemplateError as error:
-        raise UserError(f"the chat template cannot render this dialogue ({error}): see what messages it expects") from None
-
-
-def _raise(message: str) -> None:
-    raise UserError(message)
+        """Writes what transformers.AutoTokenizer needs into `folder`, without remote code."""

@@ -30,34 +30,35 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from mujina.files import read_rows, sha256_of, whole_folder
 from mujina.user_input import Section, UserError, read_yaml, run
 from tokenization.presplit import mecab
-from tokenization.tokenizer import CHAT_PIECES, Tokenizer
+from tokenization.sentence_piece import SentencePieceTokenizer
+from tokenization.tokenizer import CHAT_PIECES
 
 MANIFEST = "tokenizer_manifest.json"
 
 
 class TrainConfig(Section):
-    """What a tokenizer is trained on and how large it is.
-
-    inputs               JSONL or JSONL.gz files of rows with `text` or `messages`
-    output               the folder to write
-    vocab_size           pieces, the 4 control, 4 chat and 256 byte pieces included
-    character_coverage   share of the character occurrences that get pieces of their own; the rest is spelled in bytes
-    max_lines            lines sampled (evenly, by `seed`) when the inputs have more; about 1 GB of memory for 4 million lines
-    presplit             `mecab`: no piece crosses a border between two words of Japanese, about 4 MB a second more to read
-                         (pip install mecab-python3 unidic-lite). For training only; text to encode is not cut.
-    presplit_delimiter   the same for inputs that a morphological analyser has been over: the string that it put between the words
-    num_threads          part of the fingerprint, because sums of floats depend on how many threads share them
-    """
+    """What a tokenizer is trained on and how large it is."""
 
     inputs: list[str] = Field(min_length=1)
+    """JSONL or JSONL.gz files of rows with `text` or `messages`."""
     output: str
+    """The folder to write."""
     vocab_size: int = Field(gt=264)
+    """Pieces, the 4 control, 4 chat and 256 byte pieces included; above 264."""
     character_coverage: float = Field(default=0.9995, gt=0.9, le=1.0)
+    """Share of the character occurrences that get pieces of their own; the rest is spelled in bytes."""
     max_lines: int = Field(default=4_000_000, gt=0)
+    """Lines sampled (evenly, by `seed`) when the inputs have more; about 1 GB of memory for 4 million lines."""
     presplit: Literal["mecab"] | None = None
+    """`mecab`: no piece crosses a border between two words of Japanese, about 4 MB a second more to read
+    (pip install mecab-python3 unidic-lite). For training only; text to encode is not cut.
+    """
     presplit_delimiter: str | None = Field(default=None, min_length=1)
+    """The same for inputs that a morphological analyser has been over: the string that it put between the words."""
     num_threads: int = Field(default=4, gt=0)
+    """Part of the fingerprint, because sums of floats depend on how many threads share them."""
     seed: int = 1
+    """Of the sample of lines."""
 
     @model_validator(mode="after")
     def _check_presplit(self) -> "TrainConfig":
@@ -83,7 +84,7 @@ def train(config: TrainConfig) -> Path:
         with Progress(*columns, console=Console(stderr=True)) as progress:
             progress.add_task(f"training {config.vocab_size:,} pieces on {len(config.inputs)} files", total=None)
             (partial / "tokenizer.model").write_bytes(_train_model(config))
-        tokenizer = Tokenizer.load(partial)
+        tokenizer = SentencePieceTokenizer(partial / "tokenizer.model")
         tokenizer.save_hf(partial)
         manifest = {"fingerprint": fingerprint, "tokenizer_hash": tokenizer.hash, "config": config.model_dump()}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

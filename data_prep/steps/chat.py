@@ -12,8 +12,10 @@ class Dialogue(Step):
     """Keeps an optional system turn, then user and assistant in turn, from a user's to an assistant's, none of them empty."""
 
     step: Literal["dialogue"] = "dialogue"
-    max_turns: PositiveInt | None = None  # the system turn counts
-    max_characters: PositiveInt | None = None  # of all turns together
+    max_turns: PositiveInt | None = None
+    """Turns, the system turn counted; null: any number."""
+    max_characters: PositiveInt | None = None
+    """Characters of all turns together; null: any number."""
 
     def start(self) -> Judge:
         return self._judge

@@ -26,20 +26,31 @@ ENCODED = re.compile(
 
 
 class CodeQuality(Step):
-    """The rules of codeparrot and StarCoder (Li et al. 2023, arXiv:2305.06161), data inside code after The Stack v2
+    """Keeps code that people wrote and can read.
+
+    The rules of codeparrot and StarCoder (Li et al. 2023, arXiv:2305.06161), data inside code after The Stack v2
     (Lozhkov et al. 2024, arXiv:2402.19173). Lengths are in characters; ratios are of all characters unless said otherwise.
     """
 
     step: Literal["code_quality"] = "code_quality"
     min_characters: PositiveInt = 100
+    """Of the file."""
     max_line_length: PositiveInt = 1000
+    """Characters of the longest line."""
     max_mean_line_length: NonNegativeFloat = 100
-    generated_lines: PositiveInt = 5  # a note that a program wrote the file is looked for in so many first lines
+    """Characters of a line on average."""
+    generated_lines: PositiveInt = 5
+    """A note that a program wrote the file is looked for in so many first lines."""
     min_alphanumeric_ratio: NonNegativeFloat = 0.25
-    min_alphabetic_ratio: NonNegativeFloat = 0.5  # of letters and digits, ours: tables of numbers fall short of it
-    max_repeated_lines: NonNegativeFloat = 0.5  # characters in lines that stood before, of those in lines
-    max_encoded_ratio: NonNegativeFloat = 0.5  # base64, hex, escapes
+    """Letters and digits."""
+    min_alphabetic_ratio: NonNegativeFloat = 0.5
+    """Letters, of letters and digits; ours: tables of numbers fall short of it."""
+    max_repeated_lines: NonNegativeFloat = 0.5
+    """Characters in lines that stood before, of those in lines."""
+    max_encoded_ratio: NonNegativeFloat = 0.5
+    """Characters of base64, hex and escapes."""
     max_encoded_characters: PositiveInt = 8192
+    """The longest such run."""
 
     def start(self) -> Judge:
         return lambda document: self._note(document.text) or first_broken(self._rules(document.text))

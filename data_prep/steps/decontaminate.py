@@ -22,18 +22,18 @@ CJK = 0x2E80  # here the scripts begin that say in one character what others say
 class Decontaminate(Step):
     """Drops documents that share a run of `num_characters` with a text of an evaluation set.
 
-    sets            files or patterns: .jsonl, .jsonl.gz, .jsonl.zst, where every string of a row counts, or .txt, where every line does
-    fields          the keys of a row whose strings count, instead of all
-    num_characters  letters, marks and digits (NFKC, lower case). Half as many do for a text that is mostly Chinese, Japanese or Korean,
-                    so 60 stands for the 13 words of GPT-3 (Brown et al. 2020, appendix C) and 30 for the same in Japanese.
-
     A shorter text of a set counts where it is the whole of a document or of a dialogue's turn.
     """
 
     step: Literal["decontaminate"] = "decontaminate"
     sets: list[str] = Field(min_length=1)
+    """Files or patterns: .jsonl, .jsonl.gz, .jsonl.zst, where every string of a row counts, or .txt, where every line does."""
     fields: list[str] | None = None
+    """The keys of a row whose strings count; null: all."""
     num_characters: PositiveInt = 60
+    """Letters, marks and digits (NFKC, lower case). Half as many do for a text that is mostly Chinese, Japanese or Korean, so 60 stands
+    for the 13 words of GPT-3 (Brown et al. 2020, appendix C) and 30 for the same in Japanese.
+    """
 
     def start(self) -> Judge:
         runs = {n: _Runs() for n in (self.num_characters, (self.num_characters + 1) // 2)}

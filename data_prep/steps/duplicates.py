@@ -68,9 +68,13 @@ class RepeatedLines(CorpusStep):
 
     step: Literal["repeated_lines"] = "repeated_lines"
     unit: Literal["line", "paragraph"] = "line"
+    """What is compared."""
     max_documents: PositiveInt = 10
-    min_characters: PositiveInt = 10  # shorter ones stay: closing brackets, dates, names of speakers
-    min_remaining: NonNegativeFloat = Field(0.2, le=1)  # share of the characters below which the document is dropped
+    """Documents that may hold the same one."""
+    min_characters: PositiveInt = 10
+    """Shorter ones stay: closing brackets, dates, names of speakers."""
+    min_remaining: NonNegativeFloat = Field(0.2, le=1)
+    """Share of the characters below which the document is dropped."""
 
     def mark(self, documents: Iterable[Document], folder: Path, rank: int) -> Iterator[Document]:
         with record_file(folder / f"lines-{rank:05}", 3, _merged) as lines:

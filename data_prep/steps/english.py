@@ -26,41 +26,69 @@ STOP_CHARACTERS = tuple(TERMINAL_PUNCTUATION)
 
 
 class EnglishQuality(Step):
-    """Gopher: Rae et al. 2021, arXiv:2112.11446, section A1.1; C4: Raffel et al. 2020, arXiv:1910.10683, section 2.2; FineWeb:
+    """Keeps English prose by three sets of rules.
+
+    Gopher: Rae et al. 2021, arXiv:2112.11446, section A1.1; C4: Raffel et al. 2020, arXiv:1910.10683, section 2.2; FineWeb:
     Penedo et al. 2024, arXiv:2406.17557. Lengths are in characters, ratios of words are of words and signs.
     """
 
     step: Literal["english_quality"] = "english_quality"
     # Gopher: repetition (table A1)
     max_dup_para_frac: NonNegativeFloat = 0.3
+    """Paragraphs that stood before, of all."""
     max_dup_para_char_frac: NonNegativeFloat = 0.2
+    """Characters in paragraphs that stood before, of all."""
     max_dup_line_frac: NonNegativeFloat = 0.3
+    """Lines that stood before, of those that are not blank."""
     max_dup_line_char_frac: NonNegativeFloat = 0.2
+    """Characters in lines that stood before, of all."""
     max_top_ngrams: dict[PositiveInt, NonNegativeFloat] = {2: 0.20, 3: 0.18, 4: 0.16}
+    """Share of the characters in the most frequent n-gram, by n (words)."""
     max_dup_ngrams: dict[PositiveInt, NonNegativeFloat] = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+    """Share of the characters in n-grams that stand more than once, by n (words)."""
     # Gopher: quality
     min_words: NonNegativeInt = 50
+    """The fewest words of a text."""
     max_words: PositiveInt = 100_000
+    """The most words of a text."""
     min_mean_word_length: NonNegativeFloat = 3
+    """Characters of a word on average, at least."""
     max_mean_word_length: NonNegativeFloat = 10
-    max_symbol_ratio: NonNegativeFloat = 0.1  # hashes, and ellipses, by words
+    """Characters of a word on average, at most."""
+    max_symbol_ratio: NonNegativeFloat = 0.1
+    """Hashes, and ellipses, by words."""
     max_bullet_lines: NonNegativeFloat = 0.9
+    """Share of the lines that begin with a bullet."""
     max_ellipsis_lines: NonNegativeFloat = 0.3
+    """Share of the lines that end in an ellipsis."""
     min_alphabetic_words: NonNegativeFloat = 0.8
+    """Share of the words that have a letter."""
     stop_words: tuple[str, ...] = ("the", "be", "to", "of", "and", "that", "have", "with")
+    """Words that English can hardly do without."""
     min_stop_words: NonNegativeInt = 2
-    # C4: lines are taken out (not of a dialogue), and a page with too little left is dropped. FineWeb left the first rule out.
+    """How many different ones of `stop_words` a text must have."""
+    # C4
     drop_lines: bool = True
-    terminal_punctuation: bool = False  # only lines that end as a sentence does
+    """C4: lines are taken out (not of a dialogue), and a page with too little left is dropped."""
+    terminal_punctuation: bool = False
+    """C4: only lines that end as a sentence does stay. FineWeb left this rule out."""
     min_words_per_line: NonNegativeInt = 3
+    """C4: shorter lines are taken out."""
     max_word_length: PositiveInt = 1000
+    """C4: lines with a longer word (characters) are taken out."""
     min_sentences: NonNegativeInt = 5
-    curly_bracket: bool = True  # drop pages with one: they are taken for code
+    """C4: a text with fewer is dropped."""
+    curly_bracket: bool = True
+    """C4: pages with one are dropped, for they are taken for code."""
     # FineWeb
     min_line_punct_ratio: NonNegativeFloat = 0.12
-    max_short_lines: NonNegativeFloat = 0.67  # of at most 30 characters
+    """FineWeb: share of the lines that end in punctuation."""
+    max_short_lines: NonNegativeFloat = 0.67
+    """FineWeb: share of the lines of at most 30 characters."""
     max_char_dup_ratio: NonNegativeFloat = 0.01
-    max_newline_ratio: NonNegativeFloat = 0.3  # by words
+    """FineWeb: share of the characters in lines that stood before."""
+    max_newline_ratio: NonNegativeFloat = 0.3
+    """FineWeb: line breaks by words."""
 
     def start(self) -> Judge:
         return self._judge

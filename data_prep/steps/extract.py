@@ -13,7 +13,7 @@ from datatrove.pipeline.extractors.base import ExtractorSandbox
 from pydantic import Field
 
 from data_prep.steps.step import Judge, Step
-from data_prep.workers import end_with_parent
+from mujina.processes import end_with_parent
 
 # Source lines are wrapped in HTML. Japanese and Chinese have no spaces between words: a wrap between two full-width characters is
 # nothing, also where an element of the line ends before it or starts after it.
@@ -32,14 +32,16 @@ MANY_TAGS = 20_000
 
 
 class Extract(Step):
-    """timeout   seconds that a page may take which is not extracted at once (trafilatura's, and those of many tags)
+    """HTML to its main text.
 
     Dropped: no_text, timeout, and not_parsed with the engine's error.
     """
 
     step: Literal["extract"] = "extract"
     engine: Literal["resiliparse", "trafilatura"] = "resiliparse"
+    """Resiliparse is fast; trafilatura is slower and takes less of what is not the text."""
     timeout: float = Field(default=10, gt=0)
+    """Seconds that a page may take which is not extracted at once (trafilatura's, and those of many tags)."""
 
     def start(self) -> Judge:
         engine = {"resiliparse": _resiliparse, "trafilatura": _trafilatura}[self.engine]

@@ -29,9 +29,12 @@ OTHER, HIRAGANA, PARTICLE, KATAKANA, KANJI, COMMA, FULL_STOP = range(7)
 class WordLimit(Section):
     """How much of a list of words a text may hold: it is dropped beyond both limits, so that one mention, or one word often, is none."""
 
-    words: Path  # a list of this package's folder words/, or an absolute path: one word a line, # comments
+    words: Path
+    """A list of the package's folder words/, or an absolute path: one word a line, # comments."""
     max_distinct: NonNegativeInt
-    max_per_thousand: NonNegativeFloat  # occurrences a thousand characters
+    """Different words of the list."""
+    max_per_thousand: NonNegativeFloat
+    """Occurrences a thousand characters."""
 
 
 class _Finder:
@@ -61,26 +64,45 @@ class _Finder:
 
 
 class JapaneseQuality(Step):
-    """Lengths are in characters. The ratios of scripts are of Japanese characters: kana, kanji and 、，。．！？"""
+    """Keeps Japanese prose, after Swallow's and HojiChar's rules.
+
+    Lengths are in characters. The ratios of scripts are of Japanese characters: kana, kanji and 、，。．！？"""
 
     step: Literal["japanese_quality"] = "japanese_quality"
-    min_characters: PositiveInt = 400  # all, and Japanese ones
+    min_characters: PositiveInt = 400
+    """All characters, and the Japanese ones alone."""
     min_japanese_ratio: NonNegativeFloat = 0.5
+    """Japanese characters, of all."""
     min_hiragana_ratio: NonNegativeFloat = 0.2
+    """Hiragana, of Japanese characters."""
     max_katakana_ratio: NonNegativeFloat = 0.5
+    """Katakana, of Japanese characters."""
     min_mean_sentence: NonNegativeFloat = 20
+    """Characters of a sentence on average, at least."""
     max_mean_sentence: NonNegativeFloat = 90
+    """Characters of a sentence on average, at most."""
     max_sentence: PositiveInt = 200
-    max_ellipsis_ratio: NonNegativeFloat = 0.2  # sentences that end in ・ or …
-    max_repeated_lines: NonNegativeFloat = 0.3  # of lines that are not blank, and of sentences
-    max_repeated_characters: NonNegativeFloat = 0.2  # the same in characters
-    max_top_ngrams: dict[PositiveInt, NonNegativeFloat] = {2: 0.20, 3: 0.18, 4: 0.16}  # share of the most frequent
-    max_repeated_ngrams: dict[PositiveInt, NonNegativeFloat] = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}  # of distinct ones
-    min_full_stops: NonNegativeFloat = 0.01  # a character: one in a hundred
-    min_particle_ratio: NonNegativeFloat = 0.06  # は が を に で と の も へ; ours, where HojiChar counts nouns with a dictionary
+    """Characters of the longest sentence."""
+    max_ellipsis_ratio: NonNegativeFloat = 0.2
+    """Sentences that end in ・ or …."""
+    max_repeated_lines: NonNegativeFloat = 0.3
+    """Lines that stood before, of those that are not blank; the same of sentences."""
+    max_repeated_characters: NonNegativeFloat = 0.2
+    """Characters in lines that stood before, of those in lines; the same of sentences."""
+    max_top_ngrams: dict[PositiveInt, NonNegativeFloat] = {2: 0.20, 3: 0.18, 4: 0.16}
+    """Share of the most frequent n-gram, by n (characters)."""
+    max_repeated_ngrams: dict[PositiveInt, NonNegativeFloat] = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+    """Share of the distinct n-grams that stand more than once, by n."""
+    min_full_stops: NonNegativeFloat = 0.01
+    """Full stops a character: one in a hundred."""
+    min_particle_ratio: NonNegativeFloat = 0.06
+    """は が を に で と の も へ, of Japanese characters; ours, where HojiChar counts nouns with a dictionary."""
     adverts: WordLimit | None = WordLimit(words=Path("advert_ja.txt"), max_distinct=5, max_per_thousand=4)
+    """Words of advertisements; null: not looked for."""
     board: WordLimit | None = WordLimit(words=Path("board_ja.txt"), max_distinct=2, max_per_thousand=3)
+    """Words of message boards; null: not looked for."""
     ng_words: WordLimit | None = WordLimit(words=Path("ng_ja.txt"), max_distinct=2, max_per_thousand=2)
+    """Words of what is not to be learned; null: not looked for."""
 
     def start(self) -> Judge:
         limits = {"adverts": self.adverts, "board": self.board, "ng_words": self.ng_words}

@@ -17,14 +17,16 @@ CHARACTERS = 1000  # enough to tell, and four times as fast as whole documents
 
 
 class Language(Step):
-    """Keeps documents in one of the languages `keep` (ISO 639 codes: ja, en) that score at least `threshold`, of 1.
+    """Keeps documents in one of the languages `keep` that score at least `threshold`.
 
     Sets metadata `language` and `language_score`. Dropped: language, with what was found.
     """
 
     step: Literal["language"] = "language"
     keep: list[str] = Field(min_length=1)
+    """ISO 639 codes: ja, en."""
     threshold: float = Field(default=0.65, ge=0, le=1)
+    """The least score, of 1."""
 
     def start(self) -> Judge:
         from fasttext.FastText import _FastText  # fasttext.load_model prints a warning

@@ -48,7 +48,9 @@ class NearDuplicates(CorpusStep):
 
     step: Literal["near_duplicates"] = "near_duplicates"
     similarity: float = Field(0.8, ge=0.5, le=0.95)
-    ngram: PositiveInt = 5  # characters
+    """Jaccard similarity from which documents count as the same."""
+    ngram: PositiveInt = 5
+    """Characters of an n-gram."""
 
     @property
     def rows(self) -> int:

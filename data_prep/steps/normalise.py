@@ -24,6 +24,7 @@ class Normalise(Step):
 
     step: Literal["normalise"] = "normalise"
     form: Literal["NFC", "NFKC"] = "NFC"
+    """Unicode normal form."""
 
     def start(self) -> Judge:
         return lambda document: rewrite(document, self.normalise)

@@ -128,6 +128,7 @@ class Pii(Step):
 
     step: Literal["pii"] = "pii"
     kinds: tuple[Kind, ...] = get_args(Kind)
+    """What is masked."""
 
     def start(self) -> Judge:
         return self._judge

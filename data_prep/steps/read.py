@@ -1,7 +1,7 @@
 """Raw inputs become documents: WARC and WET archives, HTML pages, text files, JSONL and parquet rows, `datasets:` names.
 
-An input is read as a stream, flat in memory, and what is wrong in it is named by file and line, record or row. HTML stays HTML here
-(`metadata["html"]` is True); the step `extract` turns it into text.
+An input is read as a stream, flat in memory, and what is wrong in it is named by file and line, record or row; `data_prep.row` says what
+a row is. HTML stays HTML here (`metadata["html"]` is True); the step `extract` turns it into text.
 """
 
 import glob
@@ -10,29 +10,26 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow
-import pydantic_core
 from datatrove.data import Document
 from fastwarc.warc import ArchiveIterator, WarcRecord, WarcRecordType
 from pyarrow import parquet
 from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
 
-from mujina.files import Stream
+from data_prep.row import KEYS, LONGEST, Fields, fields_of, joined, known, row_of, too_long
+from mujina.files import Stream, not_utf8
 from mujina.user_input import UserError
 
-LONGEST = 64 << 20  # bytes of a row, a page or a file of text; what is longer is no document, and is not read into memory
-LABELS = ("kind", "origin", "language", "licence", "teacher", "source")
-KEYS = ("text", "messages", "id", "url", *LABELS)  # of a row; other keys are passed over
 PAGES = (".html", ".htm")
 HTML_TYPES = ("text/html", "application/xhtml+xml")
 PIECE = 1 << 8  # compressed bytes at a time: zstd makes up to 32,000 times as much of them
 ROWS = 64  # of a parquet file at a time
+NOTHING = "holds nothing: leave it out, or build it again"
 
-# What a reader finds: a number (of the line, record or row; 0 for a whole file), and there a row, or what is wrong.
-Row = dict[str, Any]
-Found = Iterator[tuple[int, Row | str]]
+# What a reader finds: a number (of the line, record or row; 0 for a whole file), and there the fields of a row, or what is wrong.
+Found = Iterator[tuple[int, Fields | str]]
 
 
 def find_inputs(patterns: list[str]) -> list[str]:
@@ -53,11 +50,10 @@ def find_inputs(patterns: list[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def read(path: str, defaults: Row, damaged: Literal["stop", "skip"], problems: Callable[[str], None]) -> Iterator[Document]:
+def read(path: str, labels: dict[str, str], damaged: Literal["stop", "skip"], problems: Callable[[str], None]) -> Iterator[Document]:
     """Yields the documents of one input, in order; the end of its name says how it is read (`FORMATS`).
 
-    defaults   metadata of every document (kind, origin, language, licence, teacher, source). A row may state its own, but for kind
-               and origin, which phases rely on.
+    labels     of the source, see `row.SourceFacts.labels`
     damaged    what becomes of a row, record or file that cannot be read: "stop" raises UserError; "skip" calls `problems` with
                what was wrong and goes on after it
 
@@ -65,77 +61,44 @@ def read(path: str, defaults: Row, damaged: Literal["stop", "skip"], problems: C
     A dialogue has its turns in metadata["messages"], and their contents by lines in `text`.
     Raises UserError when the input is missing or of an unknown kind.
     """
+    for where, number, found in records(path):
+        row = found if isinstance(found, str) else row_of(found, f"{Path(path).name}:{number}", labels)
+        if not isinstance(row, str):
+            metadata = {key: value for key, value in row.items() if key not in ("id", "text")}
+            yield Document(text=joined(row["messages"]) if "messages" in row else row["text"], id=row["id"], metadata=metadata)
+        elif damaged == "stop":
+            raise UserError(f"{where}: {row}")
+        else:
+            problems(f"{where}: {row}")
+
+
+def records(path: str) -> Iterator[tuple[str, int, Fields | str]]:
+    """Yields (where, number, fields of a row or what is wrong there) of one input, in order; the last may be what is wrong with the file.
+
+    Raises UserError when the input is missing or of an unknown kind.
+    """
     reader, unit = _format_of(path)
     number, anything = 0, False
-
-    def report(where: str, what: str) -> None:
-        if damaged == "stop":
-            raise UserError(f"{where}: {what}")
-        problems(f"{where}: {what}")
-
     try:
         for number, found in reader(path):
             anything = True
-            where = f"{path} {unit} {number}" if number else path
-            document = found if isinstance(found, str) else _document(found, f"{Path(path).name}:{number}", defaults)
-            if isinstance(document, Document):
-                yield document
-            else:
-                report(where, document)
+            yield (f"{path} {unit} {number}" if number else path), number, found
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: check the path") from None
     except OSError as error:
         after = f"{path} after {unit} {number}" if number else path
-        report(after, f"cannot be read further ({error}), the rest of the file is lost: copy or build the file again")
+        yield after, number, f"cannot be read further ({error}), the rest of the file is lost: copy or build the file again"
     else:
         if not anything:
-            report(path, "holds nothing: leave it out, or build it again")
-
-
-def _document(row: Row, id: str, defaults: Row) -> Document | str:
-    """The document of a row, or why it is none."""
-    for label in LABELS:
-        if not isinstance(row.get(label), str | None):
-            return f"{label} is {row[label]!r}, not a string: mend the row"
-    for label in ("kind", "origin"):
-        if row.get(label) not in (None, defaults.get(label)):
-            return f"{label} is {row[label]!r}, but the source declares {defaults.get(label)!r}: put the row into a source of its own"
-    metadata = defaults | {key: value for key, value in row.items() if key not in ("id", "text") and value is not None}
-    text, messages = row.get("text"), metadata.get("messages")
-    if messages is not None:
-        if not isinstance(messages, list) or not messages:
-            return '`messages` is not a list of turns: write [{"role": "user", "content": "..."}, ...]'
-        for turn in messages:
-            if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
-                return f"the turn {str(turn)[:200]} lacks a string `role` or `content`: add it"
-        text = "\n".join(turn["content"] for turn in messages)
-    elif not isinstance(text, str):
-        return "has neither a string `text` nor `messages`: add one"
-    elif defaults.get("kind") == "chat":
-        return "a source of kind chat needs `messages`, this row has only `text`: use kind documents or web"
-    if "\0" in text:
-        return f"holds a NUL byte at character {text.index('\0')}, which is no text: mend or drop it"
-    return Document(text=text, id=str(id if row.get("id") is None else row["id"]), metadata=metadata)
+            yield path, 0, NOTHING
 
 
 def _read_jsonl(path: str) -> Found:
     for number, line in _lines(Stream(path)):
         if line is None:
-            yield number, _too_long("line")
+            yield number, too_long("line")
         elif line.strip():
-            yield number, _parse(line)
-
-
-def _parse(line: bytes) -> Row | str:
-    try:
-        row = pydantic_core.from_json(line)
-    except ValueError as error:
-        try:
-            line.decode()
-        except UnicodeDecodeError as wrong:
-            return _not_utf8(wrong)
-        return f"is not JSON ({error}): write one JSON object a line"
-    return _known(row) if isinstance(row, dict) else f'is a JSON {type(row).__name__}, not an object: write rows such as {{"text": "..."}}'
+            yield number, fields_of(line)
 
 
 def _lines(stream: io.RawIOBase) -> Iterator[tuple[int, bytes | None]]:
@@ -154,8 +117,7 @@ def _read_parquet(path: str) -> Found:
         file = parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
         columns = [name for name in file.schema_arrow.names if name in KEYS]
         batches = file.iter_batches(batch_size=ROWS, columns=columns)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        yield from ((number, _short(row)) for number, row in enumerate(rows, start=1))
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise OSError(error) from None
 
@@ -169,7 +131,7 @@ def _read_dataset(path: str) -> Found:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{path}: cannot be read by the datasets library ({error}): check the name, the split and the files") from None
     try:
-        yield from ((number, _short(_known(row))) for number, row in enumerate(rows, start=1))
+        yield from enumerate(map(known, rows), start=1)
     except (ValueError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
         raise OSError(error) from None
 
@@ -190,13 +152,13 @@ def _read_warc(path: str) -> Found:
         yield held
 
 
-def _page_of(record: WarcRecord) -> Row | str | None:
+def _page_of(record: WarcRecord) -> Fields | str | None:
     """The row of a record, or what is wrong with it; None for what is no page: requests, redirects, pictures."""
     headers, is_page = record.headers, record.record_type == WarcRecordType.response
     if not is_page and record.record_type != WarcRecordType.conversion:
         return None
     if record.content_length > LONGEST:
-        return _too_long("record")
+        return too_long("record")
     if is_page:
         record.parse_http(auto_decode="transfer")
         content_type = headers.get("WARC-Identified-Payload-Type") or record.http_content_type
@@ -210,7 +172,7 @@ def _page_of(record: WarcRecord) -> Row | str | None:
     except (OSError, zlib.error) as error:
         return f"its body cannot be unpacked ({error}): fetch the page again"
     if len(data) > LONGEST:
-        return _too_long("record, unpacked,")
+        return too_long("record, unpacked,")
     if is_page and record.http_headers.get("Content-Encoding") in ("br", "deflate", "zstd") and not data.lstrip().startswith(b"<"):
         return f"its body is packed with {record.http_headers.get('Content-Encoding')}, which is not read: store it plain or with gzip"
     url = headers.get("WARC-Target-URI")
@@ -220,13 +182,13 @@ def _page_of(record: WarcRecord) -> Row | str | None:
     try:
         return row | {"text": data.decode().replace("\0", "")}
     except UnicodeDecodeError as wrong:
-        return _not_utf8(wrong)
+        return not_utf8(wrong)
 
 
 def _read_file(path: str) -> Found:
     """One file, one document."""
     if os.path.getsize(path) > LONGEST:
-        yield 0, _too_long("file")
+        yield 0, too_long("file")
         return
     data = Path(path).read_bytes()
     if not data.strip():
@@ -237,7 +199,7 @@ def _read_file(path: str) -> Found:
     try:
         yield 0, {"id": path, "text": data.decode("utf-8-sig")}
     except UnicodeDecodeError as wrong:
-        yield 0, _not_utf8(wrong)
+        yield 0, not_utf8(wrong)
 
 
 FORMATS: list[tuple[tuple[str, ...], Callable[[str], Found], str]] = [
@@ -264,22 +226,6 @@ def _inputs_at(match: str) -> list[str]:
     endings = tuple(ending for endings, _, _ in FORMATS for ending in endings)
     files = (path for path in Path(match).rglob("*") if path.name.lower().endswith(endings) and path.is_file())
     return sorted(str(path) for path in files if not any(part.startswith(".") for part in path.relative_to(match).parts))
-
-
-def _known(row: Row) -> Row:
-    return {key: row[key] for key in KEYS if key in row}
-
-
-def _short(row: Row) -> Row | str:
-    return _too_long("row") if isinstance(row.get("text"), str) and len(row["text"]) > LONGEST else row
-
-
-def _too_long(what: str) -> str:
-    return f"the {what} is longer than {LONGEST >> 20} MiB: cut it into documents, or leave it out"
-
-
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"byte {error.object[error.start]:#04x} at {error.start} is not UTF-8: convert the file, for example with iconv"
 
 
 def _decode(page: bytes, charset: str | None) -> str:

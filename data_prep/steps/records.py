@@ -14,6 +14,8 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from mujina.files import whole_file
+
 Records = NDArray[np.uint64]  # records_CN
 RUN = 1 << 18  # records that a writer holds before it sorts them
 SLICE = 1 << 19  # records that a task holds at once
@@ -24,15 +26,6 @@ POSITIONS = 1 << 40  # documents that a rank may have
 def number_of(rank: int, position: int) -> int:
     """One number for a document of the source; their order is that of (rank, position)."""
     return rank * POSITIONS + position
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Opens <path>.partial for writing and renames it when the block ends without an error."""
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "wb") as stream:
-        yield stream
-    os.replace(partial, path)
 
 
 class RecordWriter:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from datatrove.data import Document
 
+from data_prep.row import joined
 from mujina.user_input import Section
 
 # Called with each document. It may rewrite it. It returns None to keep it, or why it is dropped: a fixed reason of one or two words,
@@ -30,7 +31,7 @@ class CorpusStep(Section, ABC):
 
     @abstractmethod
     def mark(self, documents: Iterable[Document], folder: Path, rank: int) -> Iterator[Document]:
-        """Passes the documents of a rank on as they are and writes its marks (<name>.partial first, renamed when whole)."""
+        """Passes the documents of a rank on as they are and writes its marks, in whole files."""
 
     @abstractmethod
     def find(self, folder: Path, num_ranks: int) -> list[tuple[int, Callable[[int], None]]]:
@@ -55,4 +56,4 @@ def rewrite(document: Document, function: Callable[[str], str]) -> None:
         document.text = function(document.text)
     else:
         document.metadata["messages"] = [turn | {"content": function(turn["content"])} for turn in messages]
-        document.text = "\n".join(turn["content"] for turn in document.metadata["messages"])
+        document.text = joined(document.metadata["messages"])

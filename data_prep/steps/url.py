@@ -25,7 +25,7 @@ REASONS = {
 
 
 class Url(Step):
-    """blocked_domains   a file of further domains or hosts, one a line, # before a comment
+    """Drops documents by their address: block lists of sites, pages and words.
 
     Documents without a url pass, and so do those of local files, whose url is a path.
     Dropped: url_domain, url_page, url_word, and url_scheme (neither http nor https). The lists take 0.8 GB in each process.
@@ -33,6 +33,7 @@ class Url(Step):
 
     step: Literal["url"] = "url"
     blocked_domains: str | None = None
+    """A file of further domains or hosts, one a line, # before a comment; null: the built-in lists alone."""
 
     def start(self) -> Judge:
         filter = _filter_of(self.blocked_domains)

@@ -3,10 +3,12 @@
     checkpoints/step-00000200/checkpoint.json        step, tokens, updates, configuration, shapes, size and SHA-256 of every other file, and
                                                      a SHA-256 of all this
                               ledger.json            what has been consumed of each source, by phase
-                              rank-00000.safetensors rectangles of the named matrices of `placement.py`, for each of STATES
+                              rank-00000.safetensors boxes of the named matrices of `placement.py`, for each of STATES
     checkpoints/latest                               a link to the newest whole one
 
-Each rank writes only the rectangles that it owns (the distributed optimizer gives every element one owner), and reads only
+Wherever a checkpoint is to be named, RUN@PHASE stands for the one at the end of a phase of the run.
+
+Each rank writes only the boxes that it owns (the distributed optimizer gives every element one owner), and reads only
 those that meet what it needs: no rank ever holds the model, and TP, PP, EP and DP may differ between save and load.
 A checkpoint is written under a temporary name and renamed when all its files are on the disk. Nothing is unpickled.
 No process group is needed here: `saver.py` is what the ranks of a run do together.
@@ -27,11 +29,12 @@ from typing import Any
 import torch
 
 from megatron_jobs import config as configuration
-from megatron_jobs.checkpoints.weights import Box
 from megatron_jobs.config import RunConfig
-from mujina.files import sha256_of, write_parts, write_whole
-from mujina.tensor_files import Planned, header, progress, write_safetensors
-from mujina.user_input import UserError
+from megatron_jobs.data.ledger import Ledger
+from mujina.files import sha256_of, sync, write_parts, write_whole
+from mujina.matrices import Box, TensorSource
+from mujina.tensor_files import Planned, header, progress, read_header, write_safetensors
+from mujina.user_input import UserError, nearest
 
 STATES = ("master", "exp_avg", "exp_avg_sq")  # float32 weights, and AdamW's two moments
 FORMAT = 2
@@ -39,11 +42,11 @@ FILE_BYTES = 2**30  # of the checkpoints that no rank writes
 
 
 class Checkpoint:
-    """A whole checkpoint folder, as a source of named matrices (`placement.TensorSource`). Needs no process group."""
+    """A whole checkpoint folder, as a source of named matrices (`matrices.TensorSource`). Needs no process group."""
 
     def __init__(self, folder: Path) -> None:
         """Raises UserError when the folder is not a whole checkpoint; `verify` looks at the contents of the files too."""
-        self.folder = folder
+        self.folder = folder = _at_end_of_phase(folder)
         about = _description(folder)
         self.step: int = about["step"]
         self.tokens: int = about["tokens"]
@@ -60,19 +63,17 @@ class Checkpoint:
                 )
 
     @functools.cached_property
-    def _pieces(self) -> dict[tuple[str, str], list[tuple[Box, Path, int]]]:
+    def _saved_boxes(self) -> dict[tuple[str, str], list[tuple[Box, Path, int]]]:
         """Where everything is, by state and name of the matrix: box, file, and position of its first byte in the file."""
         found: dict[tuple[str, str], list[tuple[Box, Path, int]]] = {}
         for path in (self.folder / name for name in self.files if name.endswith(".safetensors")):
             try:
-                with open(path, "rb") as file:
-                    length = min(int.from_bytes(file.read(8), "little"), self.files[path.name]["bytes"])
-                    header = json.loads(file.read(length))
-                for key, about in header.items():
+                pieces, start = read_header(path)
+                for key, about in pieces.items():
                     state, name, row0, column0 = key.split("/")
                     rows, columns = about["shape"]
                     box = Box(int(row0), int(row0) + rows, int(column0), int(column0) + columns)
-                    found.setdefault((state, name), []).append((box, path, 8 + length + about["data_offsets"][0]))
+                    found.setdefault((state, name), []).append((box, path, start + about["data_offsets"][0]))
             except ValueError as error:
                 raise UserError(f"{path}: is no list of matrices ({error}): the checkpoint is damaged; take an older one") from None
         return found
@@ -85,11 +86,11 @@ class Checkpoint:
     @property
     def states(self) -> list[str]:
         """Those of STATES that were saved: a checkpoint to start from may hold weights only."""
-        return [state for state in STATES if any(state == saved for saved, _ in self._pieces)]
+        return [state for state in STATES if any(state == saved for saved, _ in self._saved_boxes)]
 
     @property
-    def ledger(self) -> dict[str, Any]:
-        return json.loads((self.folder / "ledger.json").read_text())
+    def ledger(self) -> Ledger:
+        return Ledger.from_json((self.folder / "ledger.json").read_text(), str(self.folder / "ledger.json"))
 
     def read(self, name: str, box: Box, state: str = "master") -> torch.Tensor:
         """float32 on the CPU, shape [box.rows, box.columns]. Raises UserError when a part of the box was not saved."""
@@ -101,7 +102,7 @@ class Checkpoint:
         """As `read`, into a tensor of that shape, on any device. Several threads may do so at once."""
         if values.is_cpu and values.is_contiguous() and values.dtype == torch.float32:
             found = sum(
-                self._read_part(piece, box, path, position, values) for piece, path, position in self._pieces.get((state, name), [])
+                self._read_box(saved, box, path, position, values) for saved, path, position in self._saved_boxes.get((state, name), [])
             )
             if found != box.rows * box.columns:
                 raise UserError(
@@ -110,15 +111,15 @@ class Checkpoint:
         else:
             values.copy_(self.read(name, box, state))
 
-    def _read_part(self, piece: Box, box: Box, path: Path, position: int, values: torch.Tensor) -> int:
-        """What a piece of a file has of the box, into its place in `values`; returns how many values that are."""
-        both = piece.meet(box)
+    def _read_box(self, saved: Box, box: Box, path: Path, position: int, values: torch.Tensor) -> int:
+        """What a saved box has of the box that is asked for, into its place in `values`; returns how many values that are."""
+        both = saved.meet(box)
         if both.rows <= 0 or both.columns <= 0:
             return 0
         target = values[both.within(box)]
-        is_direct = both.columns == piece.columns == box.columns  # else through whole rows of the piece
-        rows = target if is_direct else torch.empty(both.rows, piece.columns)
-        position += (both.row0 - piece.row0) * piece.columns * 4
+        is_direct = both.columns == saved.columns == box.columns  # else through whole rows of what is saved
+        rows = target if is_direct else torch.empty(both.rows, saved.columns)
+        position += (both.row0 - saved.row0) * saved.columns * 4
         left = memoryview(rows.numpy()).cast("B")
         with open(path, "rb", buffering=0) as file:
             while left:
@@ -127,7 +128,7 @@ class Checkpoint:
                     raise UserError(f"{path}: ends before its time: the checkpoint is damaged; take an older one")
                 left, position = left[count:], position + count
         if not is_direct:
-            target.copy_(rows[:, both.column0 - piece.column0 : both.column1 - piece.column0])
+            target.copy_(rows[:, both.column0 - saved.column0 : both.column1 - saved.column0])
         return both.rows * both.columns
 
     def verify(self, share: int = 0, num_shares: int = 1) -> None:
@@ -139,6 +140,19 @@ class Checkpoint:
         for name in names[share::num_shares]:
             if sha256_of(self.folder / name) != self.files[name]["sha256"]:
                 raise UserError(f"{self.folder / name}: its checksum is not that of the save: the checkpoint is damaged; take an older one")
+
+
+def _at_end_of_phase(named: Path) -> Path:
+    """The folder of RUN@PHASE; another name as it is. Raises UserError when the run has no such phase."""
+    run, at, phase = named.name.rpartition("@")
+    if not at or named.exists():
+        return named
+    checkpoints = named.with_name(run) / "checkpoints"
+    phases = configuration.from_dict(_description(checkpoints / "latest")["config"], str(checkpoints / "latest/checkpoint.json")).phases
+    names = [one.name for one in phases]
+    if phase not in names:
+        raise UserError(f"{named}: the run has no phase {phase}: {nearest(phase, names)}")
+    return checkpoints / f"step-{sum(one.num_steps for one in phases[: names.index(phase) + 1]):08d}"
 
 
 def _description(folder: Path) -> dict[str, Any]:
@@ -168,7 +182,7 @@ def newest_whole(
     """The newest checkpoint in `folder` whose files are what was saved; says so when it passes over a damaged one.
 
     Newer ones that `keeps` refuses (they were rolled back) are removed, and `latest` points at what is left. Called by all ranks of a run,
-    with `groups.gathered`, it gives each of them a share of the files to verify, and the same answer.
+    with `ranks.gathered`, it gives each of them a share of the files to verify, and the same answer.
     Raises UserError when there are damaged checkpoints and none that is whole.
     """
     names = gathered(sorted((path.name for path in _steps(folder)), reverse=True))
@@ -216,16 +230,16 @@ class Writer:
             shutil.rmtree(left)
         self.temporary.mkdir(parents=True)
 
-    def add_rank_file(self, rank: int, pieces: dict[str, torch.Tensor]) -> None:
-        """Writes the rectangles that this rank owns (keys from `piece_key`; float32, on the CPU), and beside them size and checksum."""
+    def add_rank_file(self, rank: int, boxes: dict[str, torch.Tensor]) -> None:
+        """Writes the boxes that this rank owns (keys from `box_key`; float32, on the CPU), and beside them size and checksum."""
         path = self.temporary / f"rank-{rank:05d}.safetensors"
-        write_whole(path.with_suffix(".json"), json.dumps(_write(path, _safetensors(pieces))).encode())
+        write_whole(path.with_suffix(".json"), json.dumps(_write(path, _safetensors(boxes))).encode())
 
-    def stream_rank_file(self, rank: int, pieces: Sequence[Planned], seen: Callable[[Any], Any]) -> None:
-        """As `add_rank_file`, of pieces that are read one at a time; `seen` is called with every part that is written."""
+    def stream_rank_file(self, rank: int, boxes: Sequence[Planned], seen: Callable[[Any], Any]) -> None:
+        """As `add_rank_file`, of boxes that are read one at a time; `seen` is called with every part that is written."""
         path = self.temporary / f"rank-{rank:05d}.safetensors"
         digest = hashlib.sha256()
-        write_safetensors(path, pieces, seen=lambda part: (digest.update(part), seen(part)))
+        write_safetensors(path, boxes, seen=lambda part: (digest.update(part), seen(part)))
         facts = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
         write_whole(path.with_suffix(".json"), json.dumps(facts).encode())
 
@@ -233,9 +247,9 @@ class Writer:
         """How many files are written to the end."""
         return sum(1 for _ in self.temporary.glob("rank-*.json"))
 
-    def finish(self, config: RunConfig, tokens: int, updates: int, shapes: dict[str, tuple[int, int]], ledger: dict[str, Any]) -> Path:
+    def finish(self, config: RunConfig, tokens: int, updates: int, shapes: dict[str, tuple[int, int]], ledger: Ledger) -> Path:
         """Writes the description, gives the folder its name, and points `latest` at it. `updates` are the optimizer's so far."""
-        files = {"ledger.json": _write(self.temporary / "ledger.json", [json.dumps(ledger, indent=1).encode()])}
+        files = {"ledger.json": _write(self.temporary / "ledger.json", [ledger.to_json().encode()])}
         for path in sorted(self.temporary.glob("rank-*.json")):
             files[path.with_suffix(".safetensors").name] = json.loads(path.read_text())
             path.unlink()
@@ -249,34 +263,34 @@ class Writer:
             "config": config.model_dump(mode="json"),
         }
         _write(self.temporary / "checkpoint.json", [json.dumps({"sha256": seal(about)} | about, indent=1).encode()])
-        _sync(self.temporary)
+        sync(self.temporary)
         if self.final.exists():  # a damaged one of the same step
             _remove(self.final)
         os.rename(self.temporary, self.final)
         _point_latest_at(self.final)
-        _sync(self.folder)
+        sync(self.folder)
         return self.final
 
 
 def write_weights(
-    folder: Path, config: RunConfig, source: Any, shapes: dict[str, tuple[int, int]], ledger: dict[str, Any], description: str
+    folder: Path, config: RunConfig, source: TensorSource, shapes: dict[str, tuple[int, int]], ledger: Ledger, description: str
 ) -> Path:
-    """A checkpoint at step 0 without moments, of all that `source` (`placement.TensorSource`) has, one matrix in memory at a time.
+    """A checkpoint at step 0 without moments, of all that `source` (`matrices.TensorSource`) has, one matrix in memory at a time.
 
     In files of about FILE_BYTES; shows a progress bar with the description. Returns the folder of the checkpoint.
     """
     files: list[list[Planned]] = [[]]
     for name, (rows, columns) in shapes.items():
-        if sum(piece.nbytes for piece in files[-1]) >= FILE_BYTES:
+        if sum(planned.nbytes for planned in files[-1]) >= FILE_BYTES:
             files.append([])
         box = Box(0, rows, 0, columns)
         read = functools.partial(source.read, name, box)
-        files[-1].append(Planned(piece_key("master", name, box), (rows, columns), torch.float32, read))
+        files[-1].append(Planned(box_key("master", name, box), (rows, columns), torch.float32, read))
     writer = Writer(folder, step=0)
     writer.clear()
-    with progress(description, sum(piece.nbytes for pieces in files for piece in pieces)) as advance:
-        for number, pieces in enumerate(files):
-            writer.stream_rank_file(number, pieces, lambda part: advance(len(part)))
+    with progress(description, sum(planned.nbytes for boxes in files for planned in boxes)) as advance:
+        for number, boxes in enumerate(files):
+            writer.stream_rank_file(number, boxes, lambda part: advance(len(part)))
     return writer.finish(config, 0, 0, shapes, ledger)
 
 
@@ -305,12 +319,12 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def piece_key(state: str, name: str, box: Box) -> str:
+def box_key(state: str, name: str, box: Box) -> str:
     return f"{state}/{name}/{box.row0}/{box.column0}"
 
 
-def rectangles(start: int, end: int, columns: int) -> Iterator[tuple[int, int, Box]]:
-    """Cuts the values start … end − 1 of a row-major matrix with `columns` columns into at most three rectangles.
+def boxes_of_range(start: int, end: int, columns: int) -> Iterator[tuple[int, int, Box]]:
+    """Cuts the values start … end − 1 of a row-major matrix with `columns` columns into at most three boxes.
 
     Yields (start, end, box): the end of a row, whole rows, the beginning of a row.
     """
@@ -323,12 +337,12 @@ def rectangles(start: int, end: int, columns: int) -> Iterator[tuple[int, int, B
             yield first, last, Box(row, last // columns, 0, columns)
 
 
-def _safetensors(pieces: dict[str, torch.Tensor]) -> list[Any]:
+def _safetensors(boxes: dict[str, torch.Tensor]) -> list[Any]:
     """The bytes of a safetensors file: the header, and the values, which are not copied."""
-    assert all(piece.dtype == torch.float32 for piece in pieces.values())
+    assert all(values.dtype == torch.float32 for values in boxes.values())
     return [
-        header((key, piece.shape, piece.dtype) for key, piece in pieces.items()),
-        *(memoryview(piece.contiguous().numpy()).cast("B") for piece in pieces.values()),
+        header((key, "F32", values.shape, values.nbytes) for key, values in boxes.items()),
+        *(memoryview(values.contiguous().numpy()).cast("B") for values in boxes.values()),
     ]
 
 
@@ -349,11 +363,3 @@ def _sha256(parts: Sequence[Any]) -> str:
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

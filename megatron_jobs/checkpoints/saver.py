@@ -1,22 +1,22 @@
 """The checkpoints of a run, as its ranks save, keep and find them together. Every rank has a `Saver` and makes the same calls.
 
 A save copies what the rank owns to host memory; a thread writes it while training goes on. The threads of the ranks exchange nothing but
-files: each puts its rectangles and their checksum into the temporary folder, and that of rank 0 waits for all of them and then finishes.
+files: each puts its boxes and their checksum into the temporary folder, and that of rank 0 waits for all of them and then finishes.
 """
 
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_jobs import ranks
 from megatron_jobs.checkpoints.checkpoint import Checkpoint, Writer, newest_whole, prune
 from megatron_jobs.checkpoints.weights import shapes
 from megatron_jobs.config import RunConfig
-from megatron_jobs.engine import groups
+from megatron_jobs.data.ledger import Ledger
 from mujina.user_input import UserError
 
 POLL_SECONDS = 0.05
@@ -46,10 +46,10 @@ class Saver:
         Waits for the save under way; each rank verifies a share of the files.
         """
         self.wait()
-        return newest_whole(self.folder, keeps, dist.get_rank(), groups.gathered)
+        return newest_whole(self.folder, keeps, dist.get_rank(), ranks.gathered)
 
-    def save(self, step: int, tokens: int, updates: int, pieces: dict[str, torch.Tensor], ledger: dict[str, Any]) -> None:
-        """Saves the rectangles that this rank owns (`TrainingState.pieces`), which may change when this returns. Collective.
+    def save(self, step: int, tokens: int, updates: int, boxes: dict[str, torch.Tensor], ledger: Ledger) -> None:
+        """Saves the boxes that this rank owns (`TrainingState.pieces`), which may change when this returns. Collective.
 
         Waits for the save before it, and for this one too without `train.asynchronous_save`. Raises as `wait` does.
         """
@@ -60,10 +60,10 @@ class Saver:
             writer.clear()
         dist.barrier()
         if self.config.train.asynchronous_save:
-            pieces = self._copied(pieces)
+            boxes = self._copied(boxes)
         else:
-            pieces = {key: piece.cpu() for key, piece in pieces.items()}
-        self._save = _Save(self, writer, tokens, updates, pieces, ledger, began)
+            boxes = {key: values.cpu() for key, values in boxes.items()}
+        self._save = _Save(self, writer, tokens, updates, boxes, ledger, began)
         if not self.config.train.asynchronous_save:
             self.wait()
 
@@ -87,9 +87,9 @@ class Saver:
         save, self._save = self._save, None
         save.written.wait()
         # This exchange, unlike a thread that waits for a file, ends when another rank has died.
-        if not any(errors := groups.gathered(save.error and str(save.error))):
+        if not any(errors := ranks.gathered(save.error and str(save.error))):
             save.thread.join()
-            errors = groups.gathered(save.error and str(save.error))
+            errors = ranks.gathered(save.error and str(save.error))
         save.given_up.set()
         if save.error:
             raise save.error
@@ -97,12 +97,12 @@ class Saver:
             if error:
                 raise UserError(f"{save.writer.final}: rank {rank} could not save it ({error}): the checkpoint before it is whole")
 
-    def _copied(self, pieces: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _copied(self, boxes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copies in host memory that is allocated once, page-locked where a GPU writes into it."""
-        for key, piece in pieces.items():
+        for key, values in boxes.items():
             if key not in self._host_copies:
-                self._host_copies[key] = torch.empty_like(piece, device="cpu", pin_memory=piece.is_cuda)
-            self._host_copies[key].copy_(piece, non_blocking=True)
+                self._host_copies[key] = torch.empty_like(values, device="cpu", pin_memory=values.is_cuda)
+            self._host_copies[key].copy_(values, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
         return self._host_copies
@@ -121,12 +121,12 @@ class _Save:
         writer: Writer,
         tokens: int,
         updates: int,
-        pieces: dict[str, torch.Tensor],
-        ledger: dict[str, Any],
+        boxes: dict[str, torch.Tensor],
+        ledger: Ledger,
         began: float,
     ) -> None:
         self.saver, self.writer = saver, writer
-        self.tokens, self.updates, self.pieces, self.ledger = tokens, updates, pieces, ledger
+        self.tokens, self.updates, self.boxes, self.ledger = tokens, updates, boxes, ledger
         self.began, self.stood_still = began, time.monotonic() - began
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
         self.written, self.given_up = threading.Event(), threading.Event()
@@ -136,7 +136,7 @@ class _Save:
 
     def _run(self) -> None:
         try:
-            self.writer.add_rank_file(self.rank, self.pieces)
+            self.writer.add_rank_file(self.rank, self.boxes)
             self.written.set()
             if self.rank == 0:
                 self._finish()

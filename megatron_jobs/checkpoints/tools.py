@@ -1,4 +1,4 @@
-"""Looks into checkpoints, averages them, and writes them in other files: piece by piece, without a GPU or a process group.
+"""Looks into checkpoints, averages them, and writes them in other files: box by box, without a GPU or a process group.
 
     python -m megatron_jobs.checkpoints.tools inspect CHECKPOINT [--against OTHER]        (what `mujina checkpoint inspect` calls)
     python -m megatron_jobs.checkpoints.tools average CHECKPOINT… OUTPUT                  (or --last N RUN OUTPUT)
@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from megatron_jobs.config import structure
+from megatron_jobs.config import differences
+from megatron_jobs.data.ledger import Ledger, Origin
 from mujina.files import whole_folder
 from mujina.user_input import UserError, run
 
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_jobs.checkpoints.checkpoint import Checkpoint
-    from megatron_jobs.checkpoints.weights import Box
+    from mujina.matrices import Box
 
     Read = Callable[[str, str, Box], torch.Tensor]  # state, name, box → float32
 
-PIECE_BYTES = 2**26  # what is in memory at a time, of each checkpoint
+BOX_BYTES = 2**26  # what is in memory at a time, of each checkpoint
 
 Named = Annotated[Path, typer.Argument(help="checkpoint folder, such as RUN/checkpoints/latest")]
 Output = Annotated[Path, typer.Argument(help="new folder for the checkpoint, such as NEW_RUN/checkpoints")]
@@ -103,7 +104,8 @@ def average(
             total += source.read(name, box, state)
         return (total / len(sources)).float()
 
-    ledger = newest.ledger | {"averaged_from": [source.identity for source in sources]}
+    origin = Origin(kind="averaged", of=tuple(source.identity for source in sources), ledger=newest.ledger)
+    ledger = newest.ledger.model_copy(update={"origin": origin})
     final = _write(output, newest, ["master"], mean, 2**30, None, ledger, "averaging")
     print(f"{final}: the mean of steps {', '.join(str(source.step) for source in sources)}")
 
@@ -201,7 +203,7 @@ def rows(source: "Checkpoint", other: "Checkpoint | None", state: str = "master"
     for group, names in track(groups.items(), description=f"reading {state}", transient=True):
         found = Facts()
         for name in names:
-            for box in _boxes(source.shapes[name], PIECE_BYTES):
+            for box in _boxes(source.shapes[name], BOX_BYTES):
                 found += facts(source.read(name, box, state), other.read(name, box, state) if other else None)
         shape = " × ".join(map(str, source.shapes[names[0]])) if names == [group] else f"{len(names)} matrices"
         yield group, shape, found
@@ -221,23 +223,19 @@ def summary(source: "Checkpoint") -> list[str]:
         f"{sum(rows * columns for rows, columns in source.shapes.values()):,} values, {kind}",
         f"files: {len(sizes)} of {min(sizes):,} to {max(sizes):,} bytes, {sum(sizes):,} in all, {moments}",
     ]
-    for phase in ledger["phases"]:
-        consumed = ", ".join(f"{name} {share['tokens']:,}" for name, share in phase["sources"].items())
-        lines.append(f"phase {phase['name']}: {phase['steps']:,} steps, {phase['tokens']:,} tokens: {consumed}")
-    for origin in ledger.get("averaged_from", []):
-        lines.append(f"mean of: {origin['run']}, step {origin['step']:,}, {origin['tokens']:,} tokens")
-    if origin := ledger.get("upcycled_from"):
-        where = origin["folder"] if "folder" in origin else f"{origin['run']}, step {origin['step']:,}, {origin['tokens']:,} tokens"
-        lines.append(f"upcycled from: {where}")
-    if origin := ledger.get("imported_from"):
-        lines.append(f"imported from: {origin['folder']}")
+    for phase in ledger.phases:
+        consumed = ", ".join(f"{name} {share.tokens:,}" for name, share in phase.sources.items())
+        lines.append(f"phase {phase.name}: {phase.steps:,} steps, {phase.tokens:,} tokens: {consumed}")
+    while ledger and ledger.origin:
+        lines.append(f"origin: {ledger.origin}")
+        ledger = ledger.origin.ledger
     return lines
 
 
 def require_same_model(one: "Checkpoint", other: "Checkpoint") -> None:
     """Raises UserError, naming what differs, when the checkpoints are not of one model."""
-    mine, its = (structure(checkpoint.config.model, checkpoint.config.moe) for checkpoint in (one, other))
-    problems = [f"{name} is {mine.get(name)} and {its.get(name)}" for name in mine | its if mine.get(name) != its.get(name)]
+    mine, its = one.config, other.config
+    problems = [f"{name} is {a} and {b}" for name, a, b in differences(mine.model, mine.moe, its.model, its.moe)]
     if one.shapes != other.shapes and not problems:
         name = next(name for name in one.shapes | other.shapes if one.shapes.get(name) != other.shapes.get(name))
         problems.append(f"{name} has the shape {one.shapes.get(name)} and {other.shapes.get(name)}")
@@ -247,7 +245,7 @@ def require_same_model(one: "Checkpoint", other: "Checkpoint") -> None:
 
 def _boxes(shape: tuple[int, int], num_bytes: int) -> "Iterator[Box]":
     """Whole rows of at most `num_bytes` together (one row at least), which make up the matrix."""
-    from megatron_jobs.checkpoints.weights import Box
+    from mujina.matrices import Box
 
     rows, columns = shape
     height = max(1, num_bytes // (4 * columns))
@@ -261,13 +259,13 @@ def _write(
     read: "Read",
     file_bytes: int,
     num_files: int | None,
-    ledger: dict[str, Any],
+    ledger: Ledger,
     description: str,
 ) -> Path:
     """A checkpoint of what `read` gives, else like `like`, in equal files, or in files of about `file_bytes`. Returns its folder."""
     import torch
 
-    from megatron_jobs.checkpoints.checkpoint import Checkpoint, Writer, piece_key
+    from megatron_jobs.checkpoints.checkpoint import Checkpoint, Writer, box_key
     from mujina.tensor_files import Planned, progress
 
     if output.exists() and any(output.iterdir()):
@@ -278,17 +276,17 @@ def _write(
     position = 0
     for state in states:
         for name, shape in like.shapes.items():
-            for box in _boxes(shape, min(PIECE_BYTES, total // num_files)):
-                piece = Planned(piece_key(state, name, box), (box.rows, box.columns), torch.float32, partial(read, state, name, box))
-                files[position * num_files // total].append(piece)  # the file in whose equal share the piece begins
-                position += piece.nbytes
+            for box in _boxes(shape, min(BOX_BYTES, total // num_files)):
+                planned = Planned(box_key(state, name, box), (box.rows, box.columns), torch.float32, partial(read, state, name, box))
+                files[position * num_files // total].append(planned)  # the file in whose equal share the box begins
+                position += planned.nbytes
     if not all(files):
         raise UserError(f"{num_files} files are too many for {total:,} bytes, whose rows are not cut: ask for fewer, or for larger ones")
     with whole_folder(output, "latest") as partial_folder, progress(description, total) as advance:
         writer = Writer(partial_folder, like.step)
         writer.clear()
-        for rank, pieces in enumerate(files):
-            writer.stream_rank_file(rank, pieces, lambda part: advance(len(part)))
+        for rank, boxes in enumerate(files):
+            writer.stream_rank_file(rank, boxes, lambda part: advance(len(part)))
         final = writer.finish(like.config, like.tokens, like.updates, like.shapes, ledger)
         Checkpoint(final).verify()
     return output / final.name

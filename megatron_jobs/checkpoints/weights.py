@@ -1,4 +1,4 @@
-"""The whole model as named matrices: their shapes, boxes of them, and the values that a new model starts from.
+"""The whole model as named matrices: their shapes, and the values that a new model starts from.
 
 Needs no process group. `placement.py` lists the names; a vector is a matrix of one column.
 """
@@ -6,41 +6,11 @@ Needs no process group. `placement.py` lists the names; a vector is a matrix of 
 import hashlib
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 
 from megatron_jobs.config import ModelConfig, MoEConfig
-
-
-class Box(NamedTuple):
-    """Rows row0 … row1 − 1 and columns column0 … column1 − 1 of a matrix."""
-
-    row0: int
-    row1: int
-    column0: int
-    column1: int
-
-    @property
-    def rows(self) -> int:
-        return self.row1 - self.row0
-
-    @property
-    def columns(self) -> int:
-        return self.column1 - self.column0
-
-    def meet(self, other: "Box") -> "Box":
-        """What both boxes cover; its rows or columns are not positive where they do not meet."""
-        return Box(
-            max(self.row0, other.row0), min(self.row1, other.row1), max(self.column0, other.column0), min(self.column1, other.column1)
-        )
-
-    def within(self, outer: "Box") -> tuple[slice, slice]:
-        """The index of this box in an array that holds `outer`."""
-        return (
-            slice(self.row0 - outer.row0, self.row1 - outer.row0),
-            slice(self.column0 - outer.column0, self.column1 - outer.column0),
-        )
+from mujina.matrices import Box
 
 
 def shapes(model: ModelConfig, moe: MoEConfig | None) -> Iterator[tuple[str, tuple[int, int]]]:

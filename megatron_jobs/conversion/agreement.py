@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 
-from megatron_jobs.checkpoints.weights import Box
 from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig
-from megatron_jobs.conversion.hugging_face import COMPUTED, FAMILIES
+from megatron_jobs.conversion.families import FAMILIES
+from megatron_jobs.conversion.hugging_face import COMPUTED, weight_files
 from megatron_jobs.data import feeder, phases
 from megatron_jobs.data.order import DataOrder
-from megatron_jobs.engine import placement
+from megatron_jobs.engine import core, groups, placement
 from megatron_jobs.engine.gpt import build
-from megatron_jobs.engine.placement import TensorSource
+from mujina.matrices import Box, TensorSource
 from mujina.user_input import UserError
+from tokenization.load import load as load_tokenizer
 from tokenization.tokenizer import Tokenizer
 
+BOUND = 1e-4  # on the relative difference of logits between megatron-core and transformers
 NUM_SAMPLES = 8
 TEXTS = (
     "The Japanese badger lives in burrows which it digs itself, often together with others of its kind. In folk tales it changes its "
@@ -66,7 +68,7 @@ def samples(config: RunConfig) -> torch.Tensor:
     The checkpoint of an imported model has no data: TEXTS stand in.
     """
     if not config.phases:
-        return texts(Tokenizer.load(config.tokenizer))
+        return texts(load_tokenizer(config.tokenizer))
     binaries = feeder.open_sources(config)
     sources = feeder.facts(binaries)
     config = phases.resolve(config, sources)
@@ -94,14 +96,11 @@ def megatron_logits(model_config: ModelConfig, moe: MoEConfig | None, weights: T
     with torch.no_grad():
         placement.fill((local for local in parameters[kinds[0]] if not _is_of_layer(local)), weights)
         tokens = tokens.to(next(gpt.parameters()).device)
-        hidden_SBH = gpt.embedding(tokens, torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape))
-        rotary = gpt.rotary_pos_emb(tokens.shape[1])
+        hidden_SBH, rotary = core.embed(gpt, tokens)
         for number, kind in enumerate(kinds):
             placement.fill(filter(_is_of_layer, parameters[kind]), _Layer(weights, number))
-            hidden_SBH, _ = gpts[kind].decoder.layers[0](hidden_states=hidden_SBH, attention_mask=None, rotary_pos_emb=rotary)
-        output = gpt.shared_embedding_or_output_weight() if model_config.tie_embeddings else None
-        logits_SBV, _ = gpt.output_layer(gpt.decoder.final_layernorm(hidden_SBH), weight=output)
-        return logits_SBV.transpose(0, 1)[..., : model_config.vocab_size].float().cpu()
+            hidden_SBH = core.layer_forward(gpts[kind], 0, hidden_SBH, rotary)
+        return core.unembed(gpt, hidden_SBH).transpose(0, 1)[..., : model_config.vocab_size].float().cpu()
 
 
 def _is_of_layer(local: placement.LocalParameter) -> bool:
@@ -176,6 +175,21 @@ def compare(before: torch.Tensor, after: torch.Tensor, labels: torch.Tensor, bou
     scale = before.abs().max()
     losses = [float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())) for logits in (before, after)]
     return Agreement(float(difference.max() / scale), float(difference.mean() / scale), losses[0], losses[1], bound)
+
+
+def compare_with_transformers(source: Any, folder: Path, tokens: torch.Tensor, what: str) -> Agreement:
+    """Logits of `source` in megatron-core's model and of `folder` in transformers', on token ids [samples, length + 1].
+
+    `source` has named matrices, a `model` and a `moe`; `what` names the command.
+    Raises UserError when transformers finds keys left over or missing, or logits differ.
+    """
+    with groups.alone():
+        ours = megatron_logits(source.model, source.moe, source, tokens[:, :-1])
+    theirs = transformers_logits(folder, weight_files(folder), tokens[:, :-1], what)
+    found = compare(ours, theirs, tokens[:, 1:], BOUND)
+    print(found)
+    require(found, what)
+    return found
 
 
 def require(agreement: Agreement, what: str) -> None:

@@ -4,6 +4,9 @@
 
 Streams matrix by matrix, needs no process group and no GPU, and ends with a comparison of the logits of both sides on the
 run's data. The folder gets its name when that comparison holds.
+
+OUTPUT_FOLDER/conversion.json has `origin` (run, step, tokens and files of the checkpoint, with their checksums) and `agreement` (what the
+comparison found; null with --no-check); README.md is the model's card.
 """
 
 import json
@@ -14,16 +17,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatron_jobs.conversion.hugging_face import FAMILIES, compare, config_values, family_of, hugging_face_name, older_spellings
+from megatron_jobs.conversion.families import FAMILIES, config_values, family_of, hugging_face_name, older_spellings
 from megatron_jobs.conversion.model_card import model_card
 from mujina.files import whole_folder
+from mujina.matrices import Box
 from mujina.user_input import UserError, run
 
 if TYPE_CHECKING:
     import torch
 
     from megatron_jobs.checkpoints.checkpoint import Checkpoint
-    from megatron_jobs.checkpoints.weights import Box
     from mujina.tensor_files import Planned
 
 RECORD = "conversion.json"  # where a folder comes from, and how well it agrees
@@ -31,7 +34,7 @@ SHARD_BYTES = 4 * 2**30
 
 
 def main(
-    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, such as RUN/checkpoints/latest")],
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, such as RUN/checkpoints/latest, or RUN@PHASE")],
     output: Annotated[Path, typer.Argument(help="Hugging Face folder to write")],
     no_check: Annotated[bool, typer.Option("--no-check", help="leave out the comparison of logits at the end")] = False,
 ) -> None:
@@ -63,7 +66,7 @@ def write(source: "Exported", output: Path, no_check: bool, **record: Any) -> No
     """
     with whole_folder(output, RECORD) as folder:
         _write_weights(source, folder)
-        _write_companions(source, folder)
+        write_companions(source, folder)
         agreement = None if no_check else _check(source, folder)
         (folder / "README.md").write_text(model_card(source.checkpoint, source.architecture, agreement), encoding="utf-8")
         record = {"origin": source.checkpoint.identity, "agreement": agreement} | record
@@ -71,7 +74,7 @@ def write(source: "Exported", output: Path, no_check: bool, **record: Any) -> No
 
 
 class Exported:
-    """A checkpoint as it is exported (`placement.TensorSource`): every value rounded to the type that it is written in.
+    """A checkpoint as it is exported (`matrices.TensorSource`): every value rounded to the type that it is written in.
 
     A mixture that `upcycle.py` makes of a dense model may stand in for the checkpoint. What was imported and not trained comes back under
     the family's name, in the types and with the configuration that it had.
@@ -82,7 +85,7 @@ class Exported:
         self.checkpoint, self.model, self.moe = checkpoint, checkpoint.config.model, checkpoint.config.moe
         if self.moe:  # inference drops no tokens
             self.moe = self.moe.model_copy(update={"capacity_factor": None})
-        self.origin: dict[str, Any] = checkpoint.ledger.get("imported_from", {})
+        self.origin: dict[str, Any] = checkpoint.ledger.untouched_import or {}
         self.model_type = self.origin["config"]["model_type"] if self.origin else family_of(self.model, self.moe)
         self.architecture = FAMILIES[self.model_type].architecture
         self.type = self.origin.get("type") or ("F32" if checkpoint.config.train.precision == "fp32" else "BF16")
@@ -92,12 +95,11 @@ class Exported:
         """Of most of the tensors, as config.json spells it."""
         return str(_dtype(self.type)).removeprefix("torch.")
 
-    def read(self, name: str, box: "Box") -> "torch.Tensor":
+    def read(self, name: str, box: Box) -> "torch.Tensor":
         return self.checkpoint.read(name, box).to(self._dtype_of(name))
 
     def tensors(self) -> Iterator["Planned"]:
         """Every matrix under its Hugging Face name, the padding of the vocabulary cut off, to be read when it is written."""
-        from megatron_jobs.checkpoints.weights import Box
         from mujina.tensor_files import Planned
 
         names = FAMILIES[self.model_type].names
@@ -124,14 +126,14 @@ def _write_weights(source: Exported, folder: Path) -> None:
     write_shards(folder, list(source.tensors()), SHARD_BYTES, "converting")
 
 
-def _write_companions(source: Exported, folder: Path) -> None:
+def write_companions(source: Exported, folder: Path) -> None:
     """Configuration, generation configuration, tokenizer and chat template."""
     from transformers import AutoConfig, GenerationConfig
 
-    from tokenization.tokenizer import Tokenizer
+    from tokenization.load import load as load_tokenizer
 
     run = source.checkpoint.config
-    tokenizer = Tokenizer.load(run.tokenizer)
+    tokenizer = load_tokenizer(run.tokenizer)
     if source.origin:
         respelled = ("torch_dtype", "rope_theta", "rope_scaling")  # of older folders, see `older_spellings`
         values = {name: value for name, value in source.origin["config"].items() if name not in respelled}
@@ -154,7 +156,7 @@ def _check(source: Exported, folder: Path) -> dict[str, Any]:
     from megatron_jobs.conversion import agreement
 
     tokens = agreement.samples(source.checkpoint.config)[:, : source.origin.get("config", {}).get("sliding_window")]
-    return compare(source, source, folder, tokens, "conversion").as_dict()
+    return agreement.compare_with_transformers(source, folder, tokens, "conversion").as_dict()
 
 
 def origin_of(folder: Path) -> dict[str, Any] | None:

@@ -15,30 +15,25 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 
 from megatron_jobs.config import from_dict
-from megatron_jobs.conversion.hugging_face import HuggingFaceFolder, compare
+from megatron_jobs.conversion import gguf
+from megatron_jobs.data.ledger import Ledger, Origin
 from mujina.files import whole_folder
 from mujina.user_input import UserError, run
 from tokenization.embeddings import extend_embeddings, respell
 from tokenization.hf import HfTokenizer
+from tokenization.load import load as load_tokenizer
 from tokenization.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
+
 PRESET = "model.yaml"
-# How texts are cut before BPE, by the GGUF's `tokenizer.ggml.pre`: transformers takes every one of them for GPT-2's.
-PRE_TOKENIZERS = {
-    "smollm": {
-        "type": "Sequence",
-        "pretokenizers": [
-            {"type": "Digits", "individual_digits": True},
-            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-        ],
-    },
-}
 
 
 def main(
@@ -51,16 +46,18 @@ def main(
     checkpoint: Annotated[bool, typer.Option("--checkpoint", help="also write OUTPUT/checkpoints/latest, weights only")] = False,
 ) -> None:
     """Writes a preset, the tokenizer, and weights where they change, for runs that start from a Hugging Face model."""
+    from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
+
     if not (model.is_file() or (model / "config.json").is_file()):
         raise UserError(f"{model}: is neither a GGUF file nor a folder with a config.json: check the path")
     with whole_folder(output, PRESET) as partial:
         folder = model
         if model.is_file():
             folder = partial if tokenizer is None else partial / "before"
-            _unpack_gguf(model, folder)
+            gguf.unpack(model, folder)
         used = _open_tokenizer(folder)
         if tokenizer is not None:
-            old, used = used, Tokenizer.load(tokenizer)
+            old, used = used, load_tokenizer(tokenizer)
             _replace_vocabulary(folder, partial, old, used)
             shutil.rmtree(partial / "before", ignore_errors=True)
             folder = partial
@@ -72,7 +69,7 @@ def main(
         if not no_check:
             from megatron_jobs.conversion import agreement
 
-            compare(source, source, folder, agreement.texts(used)[:, : source.sliding_window], "import")
+            agreement.compare_with_transformers(source, folder, agreement.texts(used)[:, : source.sliding_window], "import")
         if checkpoint:
             _write_checkpoint(source, partial / "checkpoints", output)
         (partial / PRESET).write_text(_preset(source, model, output, output if folder == partial else model), encoding="utf-8")
@@ -82,45 +79,11 @@ def main(
 def _open_tokenizer(folder: Path) -> Tokenizer:
     """The model's own. A foreign tokenizer.model may be none of ours; then the tokenizer.json beside it does."""
     try:
-        return Tokenizer.load(folder)
+        return load_tokenizer(folder)
     except UserError:
         if not (folder / "tokenizer.json").exists():
             raise
         return HfTokenizer(folder)
-
-
-def _unpack_gguf(file: Path, folder: Path) -> None:
-    """A GGUF file as a Hugging Face folder in float32, its tokenizer with it; folder/config.json says what it is."""
-    try:
-        import accelerate  # noqa: F401  transformers wants it for this
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise UserError(f"{file}: reading GGUF needs packages ({error}): pip install -c constraints.txt -e '.[gguf]'") from None
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        reader = GGUFReader(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: is not a GGUF file ({error}): name one, or a Hugging Face folder") from None
-    # transformers passes over both, and would give a model that differs from the file's.
-    if any(".rope.scaling." in name for name in reader.fields) or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
-        raise UserError(f"{file}: its rotary positions are scaled, which is not supported: take another model")
-    cut = reader.fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in reader.fields else None
-    if cut not in PRE_TOKENIZERS:
-        raise UserError(
-            f"{file}: tokenizer.ggml.pre ({cut}) is not known, only {', '.join(PRE_TOKENIZERS)}: take the model's Hugging Face folder"
-        )
-    del reader
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True)
-    model.hf_quantizer = model.quantization_method = None  # with them save_pretrained refuses, though nothing is quantized any more
-    del model.config.quantization_config
-    model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.6g}")  # GGUF has float32: 9.99999974e-06
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True).save_pretrained(folder)
-    document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    document["pre_tokenizer"] = PRE_TOKENIZERS[cut]
-    (folder / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
 
 
 def _replace_vocabulary(folder: Path, target: Path, old: Tokenizer, new: Tokenizer) -> None:
@@ -135,7 +98,7 @@ def _replace_vocabulary(folder: Path, target: Path, old: Tokenizer, new: Tokeniz
     new.save_hf(target)
 
 
-def _write_checkpoint(source: HuggingFaceFolder, folder: Path, output: Path) -> None:
+def _write_checkpoint(source: "HuggingFaceFolder", folder: Path, output: Path) -> None:
     """The weights as a checkpoint of a run without phases; its ledger says where they come from, for a conversion back."""
     from megatron_jobs.checkpoints.checkpoint import write_weights
     from megatron_jobs.checkpoints.weights import shapes
@@ -157,17 +120,16 @@ def _write_checkpoint(source: HuggingFaceFolder, folder: Path, output: Path) -> 
         for name in ("config", "generation_config")
         if (source.folder / f"{name}.json").exists()
     }
-    origin = {
-        "folder": str(source.folder),
+    hugging_face = {
         **companions,
         "type": usual,
         "other_types": {name: source.dtype(name) for name in wanted if source.dtype(name) != usual},
     }
-    ledger = {"tokens": 0, "phases": [], "imported_from": origin}
+    ledger = Ledger(origin=Origin(kind="imported", of=({"folder": str(source.folder)},), hugging_face=hugging_face))
     write_weights(folder, from_dict(values, str(output)), source, wanted, ledger, "importing")
 
 
-def _preset(source: HuggingFaceFolder, model: Path, output: Path, weights: Path) -> str:
+def _preset(source: "HuggingFaceFolder", model: Path, output: Path, weights: Path) -> str:
     sections: dict[str, Any] = {"tokenizer": str(output), "model": source.model.model_dump(mode="json")}
     if source.moe:
         sections["moe"] = source.moe.model_dump(mode="json")

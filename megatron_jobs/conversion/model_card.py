@@ -20,9 +20,9 @@ def model_card(checkpoint: "Checkpoint", architecture: str, agreement: dict[str,
     run = checkpoint.config
     manifests = {
         name: manifest
-        for phase in checkpoint.ledger["phases"]
-        for name, consumed in phase["sources"].items()
-        if (manifest := _manifest(run.data.folder / f"{name}.json", consumed["checksum"]))
+        for phase in checkpoint.ledger.phases
+        for name, consumed in phase.sources.items()
+        if (manifest := _manifest(run.data.folder / f"{name}.json", consumed.checksum))
     }
     known = {language for manifest in manifests.values() for language in manifest.languages if len(language) == 2}
     head = {"library_name": "transformers", "pipeline_tag": "text-generation"} | ({"language": sorted(known)} if known else {})
@@ -56,22 +56,17 @@ def _model(checkpoint: "Checkpoint", architecture: str) -> str:
 
 
 def _training(checkpoint: "Checkpoint", manifests: dict[str, Manifest]) -> str:
-    ledger, run = checkpoint.ledger, checkpoint.config
+    ledger = checkpoint.ledger
     told = f"Step {checkpoint.step:,}, {checkpoint.tokens:,} tokens" if checkpoint.step else "Not trained"
-    if origin := ledger.get("imported_from"):
-        told += f", imported from `{origin['folder']}`"
-    elif origin := ledger.get("upcycled_from"):
-        dense = origin["folder"] if "folder" in origin else f"{origin['run']}, step {origin['step']:,}, {origin['tokens']:,} tokens"
-        told += f", upcycled from `{dense}`"
-    elif run.train.init_from:
-        told += f", from the weights of `{run.train.init_from}`"
+    if ledger.origin:
+        told += f", {ledger.origin}"
     rows = []
-    for phase in ledger["phases"]:
-        for name, consumed in phase["sources"].items() if phase["steps"] else ():
+    for phase in ledger.phases:
+        for name, consumed in phase.sources.items() if phase.steps else ():
             about: list[str] = ["", "", ""]
             if manifest := manifests.get(name):
                 about = [f"{manifest.kind}, {manifest.origin}", _counted(manifest.languages), _counted(manifest.licences)]
-            rows.append((phase["name"], name, f"{consumed['tokens']:,}", *about))
+            rows.append((phase.name, name, f"{consumed.tokens:,}", *about))
     if not rows:
         return f"{told}."
     return f"{told}.\n\n" + _table(["phase", "source", "tokens", "kind and origin", "languages", "licences of the data"], rows)

@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megatron_jobs import config as configuration
-from megatron_jobs.config import RunConfig, structure
+from megatron_jobs.config import RunConfig
 from megatron_jobs.conversion import convert
+from megatron_jobs.data.ledger import Ledger, Origin
 from megatron_jobs.planning import flops
-from mujina.files import sha256_of, write_whole
+from mujina.files import write_whole
+from mujina.matrices import Box
 from mujina.user_input import UserError, run
 
 if TYPE_CHECKING:
     import torch
 
-    from megatron_jobs.checkpoints.weights import Box
     from megatron_jobs.conversion.agreement import Agreement
 
 BOUND = 1e-5  # where the mixture is to compute what the dense model does
@@ -43,7 +44,7 @@ def main(
     The configuration's moe.upcycling says how: operator copy, noise, drop or granular. Where the operator keeps the function (copy, and
     granular with exact scaling), logits that differ fail the command; where it does not, the difference is told, and only NaN fails.
     """
-    mixture = Mixture(configuration.load(config), dense)
+    mixture = Mixture(configuration.load(config), dense, "DENSE")
     is_there = _is_folder if hugging_face else _is_checkpoint
     if is_there(output, mixture):
         print(f"{output}: is there already")
@@ -63,62 +64,39 @@ class Mixture:
 
     step = tokens = 0
 
-    def __init__(self, config: RunConfig, dense: Path) -> None:
-        """Raises UserError when `dense` holds another model, or a mixture, or when experts of these sizes cannot be made of it."""
+    def __init__(self, config: RunConfig, dense: Path, field: str) -> None:
+        """`field` gave the path `dense`. Raises UserError when another model is there, or a mixture, or when experts of these sizes cannot
+        be made of it.
+        """
         from megatron_jobs.checkpoints.weights import InitialWeights, drawn, shapes
+        from megatron_jobs.conversion.start import open_weights
         from moe.upcycle import Upcycled
 
         if config.moe is None:
             raise UserError("moe is missing: add the section of the mixture, with num_experts and top_k")
         self.config, self.path = config, dense
-        self.dense = _open(config, dense)
+        self.dense = open_weights(dense, config, field, moe=None)
         self.shapes = dict(shapes(config.model, config.moe))
         normal = functools.partial(drawn, config.seed, std=1.0)
         self._upcycled = Upcycled(self.dense, InitialWeights(config.model, config.moe, config.seed), config.model, config.moe, normal)
         self.keeps_the_function = self._upcycled.keeps_the_function
 
-    def read(self, name: str, box: "Box") -> "torch.Tensor":
+    def read(self, name: str, box: Box) -> "torch.Tensor":
         """float32 on the CPU, shape [box.rows, box.columns]."""
         return self._upcycled.read(name, box)
 
     @functools.cached_property
-    def ledger(self) -> dict[str, Any]:
+    def ledger(self) -> Ledger:
         """Nothing is consumed yet. Of a Hugging Face folder every file is read, for its checksum."""
-        from megatron_jobs.checkpoints.checkpoint import Checkpoint
+        from megatron_jobs.conversion.start import identity_of
 
-        if isinstance(self.dense, Checkpoint):
-            origin = self.dense.identity | {"ledger": self.dense.ledger}
-        else:
-            files = [self.path / "config.json", *sorted(self.path.glob("*.safetensors"))]
-            origin = {
-                "folder": str(self.path),
-                "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files},
-            }
-        return {"tokens": 0, "phases": [], "upcycled_from": origin}
+        return Ledger(origin=Origin(kind="upcycled", of=(identity_of(self.dense),), ledger=getattr(self.dense, "ledger", None)))
 
     @property
     def identity(self) -> dict[str, Any]:
         """All that the values depend on."""
         sections = {"seed": self.config.seed} | {name: getattr(self.config, name).model_dump(mode="json") for name in ("model", "moe")}
-        return sections | {"upcycled_from": self.ledger["upcycled_from"]}
-
-
-def _open(config: RunConfig, dense: Path) -> Any:
-    """The dense model as a source of named matrices. Raises UserError when it is not the model of `config` without experts."""
-    from megatron_jobs.checkpoints.checkpoint import Checkpoint
-    from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
-
-    source = HuggingFaceFolder(dense) if (dense / "config.json").exists() else Checkpoint(dense)
-    has = source.config if isinstance(source, Checkpoint) else source
-    if has.moe is not None:
-        raise UserError(f"{dense}: is a mixture of experts already: name a dense model")
-    for name, its in structure(has.model, None).items():
-        if (ours := structure(config.model, None)[name]) != its:
-            raise UserError(f"{name} ({ours}) must be that of {dense}: write {its}")
-    window, longest = getattr(source, "sliding_window", None), max(phase.sequence_length for phase in config.phases)
-    if window and longest > window:
-        raise UserError(f"phases: a sequence_length ({longest}) must not exceed the sliding_window of {dense} ({window}): lower it")
-    return source
+        return sections | {"ledger": json.loads(self.ledger.to_json())}
 
 
 def _is_checkpoint(output: Path, mixture: Mixture) -> bool:

@@ -13,7 +13,7 @@ from megatron_jobs.config import Phase, RunConfig
 from megatron_jobs.data.order import DataOrder
 from megatron_jobs.data.phases import Source, locate, num_steps
 from mujina.user_input import UserError
-from tokenization.tokenizer import Tokenizer
+from tokenization.load import load as load_tokenizer
 
 OPENERS = 16  # threads: on a shared file system most of the time goes into waiting for its answers
 
@@ -23,7 +23,7 @@ def open_sources(config: RunConfig) -> dict[str, TokenBinary]:
 
     Raises UserError when a binary is damaged or made with another tokenizer than the run's.
     """
-    tokenizer = Tokenizer.load(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:  # imported models may have more rows than their tokenizer has pieces
         raise UserError(
             f"model.vocab_size ({config.model.vocab_size}) must not be below the number of pieces of the tokenizer in {config.tokenizer} "
@@ -65,6 +65,31 @@ class MicroBatch:
     tokens: np.ndarray  # int64 [B, L + 1], the last one of a sample a label only
     sources: np.ndarray  # int64 [B], numbers of names in DataOrder.names
     documents: np.ndarray | None  # int32 [B, L], see `documents`; None unless the phase separates documents
+    weights: np.ndarray | None = None  # float32 [B, L], of each label in the loss; None: 1 each
+
+    @property
+    def num_labels(self) -> int:
+        return self.sources.size * (self.tokens.shape[1] - 1)
+
+
+def weighs(phase: Phase) -> bool:
+    """Whether the tokens of the phase differ in their weight."""
+    return phase.loss.token_weights is not None or any(phase.portion(source).loss_weight != 1 for source in phase.sources)
+
+
+def weights(binaries: dict[str, TokenBinary], where: Sequence[tuple[str, int]], phase: Phase) -> np.ndarray:
+    """The weight of each label of the samples, that is of the tokens behind those that are read: float32 [samples, length].
+
+    What the channel of the source says, times what the phase says of the source.
+    """
+    length = phase.sequence_length
+    rows = np.ones((len(where), length), np.float32)
+    for row, (name, offset) in zip(rows, where, strict=True):
+        if phase.loss.token_weights is not None:
+            row[:] = binaries[name].read_channel(phase.loss.token_weights, offset + 1, length)
+        if name in phase.sources:  # a validation set may be of another phase's source
+            row *= phase.portion(name).loss_weight
+    return rows
 
 
 def micro_batch(order: DataOrder, binaries: dict[str, TokenBinary], where: Sequence[tuple[str, int]], phase: Phase) -> MicroBatch:
@@ -73,6 +98,7 @@ def micro_batch(order: DataOrder, binaries: dict[str, TokenBinary], where: Seque
         tokens=read(binaries, where, phase.sequence_length),
         sources=np.array([order.number_of[name] for name, _ in where]),
         documents=documents(binaries, where, phase.sequence_length) if phase.separate_documents else None,
+        weights=weights(binaries, where, phase) if weighs(phase) else None,
     )
 
 

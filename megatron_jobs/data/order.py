@@ -15,12 +15,12 @@ data-parallel size, micro-batch size and restart.
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from megatron_jobs.config import RunConfig
-from megatron_jobs.data.phases import Source, locate, num_steps, shares, training_blocks, validation_blocks
+from megatron_jobs.data.ledger import Consumed, Ledger, PhaseRecord
+from megatron_jobs.data.phases import Source, consumed_tokens, locate, num_steps, shares, training_blocks, validation_blocks
 from mujina.user_input import UserError
 
 WINDOW = 1024  # samples
@@ -96,10 +96,6 @@ class DataOrder:
         first = self.phases[index].num_samples(step_in_phase)
         return self._samples(index, first + np.asarray(numbers, np.int64))
 
-    def sample(self, phase: int, number: int) -> tuple[str, int]:
-        """(source, offset in tokens) of the sample with `number` (from 0) in phase `phase`."""
-        return self._samples(phase, np.array([number]))[0]
-
     def validation(self, source: str, sequence_length: int) -> np.ndarray:
         """Offsets of the samples that are held out of training: int64 [validation blocks × samples in a block].
 
@@ -120,39 +116,33 @@ class DataOrder:
             counts = counts + np.bincount(self._window(phase, window)[0][:rest], minlength=len(counts))
         return {share.source: int(count) for share, count in zip(self.shares[phase], counts, strict=True)}
 
-    def ledger(self, steps: int) -> dict[str, Any]:
+    def ledger(self, steps: int) -> Ledger:
         """What the first `steps` steps of the run have consumed: tokens and the range of blocks of each source, by phase."""
         rows = []
         for index, phase in enumerate(self.phases):
             here = min(max(0, steps - num_steps(self.phases[:index])), phase.num_steps)
             samples = self.consumed(index, here)
-            rows.append(
-                {
-                    "name": phase.name,
-                    "steps": here,
-                    "tokens": phase.num_samples(here) * phase.sequence_length,
-                    "sources": {
-                        share.source: {
-                            "samples": samples[share.source],
-                            "tokens": samples[share.source] * phase.sequence_length,
-                            "first_block": share.first_block,
-                            "num_blocks": share.num_blocks,
-                            "checksum": self.sources[share.source].checksum,
-                        }
-                        for share in self.shares[index]
-                    },
-                }
-            )
-        return {"tokens": sum(row["tokens"] for row in rows), "block_length": self.block_length, "phases": rows}
+            sources = {
+                share.source: Consumed(
+                    samples=samples[share.source],
+                    tokens=samples[share.source] * phase.sequence_length,
+                    first_block=share.first_block,
+                    num_blocks=share.num_blocks,
+                    checksum=self.sources[share.source].checksum,
+                )
+                for share in self.shares[index]
+            }
+            rows.append(PhaseRecord(name=phase.name, steps=here, tokens=consumed_tokens([phase], here), sources=sources))
+        return Ledger(tokens=sum(row.tokens for row in rows), block_length=self.block_length, phases=tuple(rows))
 
-    def check_continues(self, ledger: dict[str, Any]) -> None:
+    def check_continues(self, ledger: Ledger) -> None:
         """Raises UserError when a source that has been consumed holds other tokens now: its order would be another one."""
-        for phase in ledger["phases"]:
-            for name, consumed in phase["sources"].items():
+        for phase in ledger.phases:
+            for name, consumed in phase.sources.items():
                 now = self.sources.get(name)
-                if phase["steps"] and (now is None or now.checksum != consumed["checksum"]):
+                if phase.steps and (now is None or now.checksum != consumed.checksum):
                     raise UserError(
-                        f"data.folder: source {name} is not the one that phase {phase['name']} has consumed {consumed['tokens']:,} "
+                        f"data.folder: source {name} is not the one that phase {phase.name} has consumed {consumed.tokens:,} "
                         "tokens of: put that binary back, or start another run"
                     )
 

@@ -10,7 +10,7 @@ from functools import reduce
 
 import numpy as np
 
-from megatron_jobs.config import Amount, DataConfig, LearningRate, Phase, RunConfig
+from megatron_jobs.config import DataConfig, LearningRate, Phase, RunConfig
 from mujina.user_input import UserError, nearest, parse
 
 
@@ -54,6 +54,12 @@ def locate(phases: Sequence[Phase], step: int) -> tuple[int, int]:
     raise IndexError("the step lies behind the last phase")
 
 
+def at(phases: Sequence[Phase], step: int) -> tuple[Phase, int]:
+    """The phase of step `step` (from 0), and the step's number in it."""
+    index, step_in_phase = locate(phases, step)
+    return phases[index], step_in_phase
+
+
 def consumed_tokens(phases: Sequence[Phase], steps: int) -> int:
     """Tokens that the first `steps` steps consume."""
     tokens = 0
@@ -66,8 +72,8 @@ def consumed_tokens(phases: Sequence[Phase], steps: int) -> int:
 
 def learning_rate(phases: Sequence[Phase], step: int) -> float:
     """The learning rate of step `step` (from 0): each phase has its own piece of the curve."""
-    index, step_in_phase = locate(phases, step)
-    return _piece(phases[index].learning_rate, step_in_phase, phases[index].num_steps)
+    phase, step_in_phase = at(phases, step)
+    return _piece(phase.learning_rate, step_in_phase, phase.num_steps)
 
 
 def _piece(rate: LearningRate, step: int, steps: int) -> float:
@@ -177,7 +183,7 @@ def _quotas(phase: Phase, data: DataConfig, sources: dict[str, Source]) -> dict[
     """Samples of each source in all steps of the phase, by name. Weights share what the amounts leave."""
     asked, total = _asked(phase, data, sources), phase.num_samples(phase.num_steps)
     rest = total - sum(asked.values())
-    weights = {name: weight for name, weight in phase.sources.items() if name not in asked}
+    weights = {name: weight for name in phase.sources if (weight := phase.portion(name).weight) is not None}
     tokens = sum(asked.values()) * phase.sequence_length
     amounts = f"phases.{phase.name}: the amounts of its sources ({tokens:,} tokens)"
     if weights and rest <= 0:
@@ -199,8 +205,8 @@ def _quotas(phase: Phase, data: DataConfig, sources: dict[str, Source]) -> dict[
 def _asked(phase: Phase, data: DataConfig, sources: dict[str, Source]) -> dict[str, int]:
     """Samples of each source that is given by an amount."""
     samples = {}
-    for name, amount in phase.sources.items():
-        if isinstance(amount, Amount):
+    for name in phase.sources:
+        if (amount := phase.portion(name)).is_amount:
             _admitted(phase, name, sources)
             tokens = amount.tokens or int(amount.epochs * training_blocks(sources[name], data) * data.block_length)
             if tokens < phase.sequence_length:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_jobs.planning.memory import SOFTMAX_AT_ONCE
+from megatron_jobs.config import SOFTMAX_AT_ONCE
 
 
 def cross_entropy_and_log_z(logits_SBV: torch.Tensor, labels_SB: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

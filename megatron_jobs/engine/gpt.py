@@ -17,12 +17,11 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig, Phase, RunConfig
-from megatron_jobs.engine import attention
+from megatron_jobs.engine import attention, core
 from moe.experts import GroupedExperts
 from moe.router import Router
 from mujina.user_input import UserError
@@ -58,11 +57,12 @@ def build(
         position_embedding_type="rope",
         vp_stage=vp_stage,
     )
-    gpt.rotary_pos_emb.inv_freq = rotary_frequencies(model).to(gpt.rotary_pos_emb.inv_freq.device)
+    core.set_rotary_frequencies(gpt, rotary_frequencies(model))
     if gpt.post_process:
         gpt.output_layer.register_forward_hook(partial(_without_padding, model.vocab_size))
     if config.num_query_groups > model.num_query_groups:  # those that `fill` knows nothing of
-        torch._foreach_zero_([parameter.detach() for parameter in gpt.parameters()])
+        for parameter in gpt.parameters():
+            parameter.detach().zero_()
     return gpt.to(_device())
 
 
@@ -99,8 +99,7 @@ def forward(
     if documents_BW is not None and has_transformer_engine():
         packed, documents_BW = attention.packed(documents_BW), None
         tokens, labels = (x if x is None else x.reshape(1, -1) for x in (tokens, labels))
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)  # not looked at: see attention.py
-    output = gpt(tokens, positions, documents_BW, labels=labels, packed_seq_params=packed, output_processor=output_processor)
+    output = core.forward(gpt, tokens, labels, documents_BW, packed, output_processor)
     return output if packed is None or output.shape[0] != 1 else output.view(shape_BW[0], -1, *output.shape[2:])
 
 
@@ -203,7 +202,7 @@ def transformer_config(
         sequence_parallel=parallel.tensor > 1,
         perform_initialization=False,
         use_cpu_initialization=not torch.cuda.is_available(),
-        bias_activation_fusion=True,  # on a CPU with the function of `cpu.py`
+        bias_activation_fusion=True,  # on a CPU with the function of `cpu_speed.py`
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         **options,
@@ -234,20 +233,11 @@ class Norm(torch.nn.RMSNorm):
 
 def _layer_spec(config: TransformerConfig, moe: MoEConfig | None, vp_stage: int | None) -> TransformerBlockSubmodules:
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=has_transformer_engine(), normalization="RMSNorm", vp_stage=vp_stage)
-    for layer in block.layer_specs:
-        if moe is not None and hasattr(mlp := layer.submodules.mlp.keywords["submodules"], "experts"):
-            mlp.router = partial(Router, normalize_logits=moe.normalize_logits)
-            if not has_transformer_engine():
-                mlp.experts = GroupedExperts
+    if moe is not None:
+        router = partial(Router, normalize_logits=moe.normalize_logits)
+        core.replace_router(block, router, None if has_transformer_engine() else GroupedExperts)
     if not has_transformer_engine():
-        block.layer_norm = Norm
-        for layer in block.layer_specs:
-            layer.submodules.input_layernorm = Norm
-            layer.submodules.pre_mlp_layernorm = Norm
-            own = layer.submodules.self_attention.submodules
-            own.core_attention = ModuleSpec(attention.FusedAttention)
-            if config.qk_layernorm:
-                own.q_layernorm = own.k_layernorm = Norm
+        core.replace_attention_and_norms(block, attention.FusedAttention, Norm, config.qk_layernorm)
     return block
 
 

@@ -1,24 +1,17 @@
-"""Processes: who I am, the process groups, and the small exchanges that the trainer needs.
-
-Started by torchrun (RANK, WORLD_SIZE), by srun (SLURM_PROCID, SLURM_NTASKS) or by hand (one process).
-"""
+"""The process groups of a run, and the device of this process."""
 
 import contextlib
-import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_jobs.config import ParallelConfig
-from megatron_jobs.engine import cpu
-from mujina.user_input import UserError
+from megatron_jobs.engine import cpu, cpu_speed
+from megatron_jobs.ranks import rank, world_size
 
 _cpu_is_prepared = False
 
@@ -69,6 +62,11 @@ def initialize(parallel: ParallelConfig) -> None:
     )
 
 
+def data_parallel() -> tuple[int, int]:
+    """The number of this rank among those that read other data, and how many there are."""
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+
 def prepare_device() -> None:
     """Chooses this process's GPU; where there is none, installs the stand-ins (once) and keeps to its share of the cores."""
     global _cpu_is_prepared
@@ -78,6 +76,7 @@ def prepare_device() -> None:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world_size())))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
         cpu.install()
+        cpu_speed.install()
         _cpu_is_prepared = True
 
 
@@ -89,46 +88,3 @@ def device_name() -> str:
 
     pynvml.nvmlInit()
     return f"{torch.cuda.get_device_name()}, driver {pynvml.nvmlSystemGetDriverVersion()}"
-
-
-def memory_gib() -> float:
-    """The most GPU memory that this process has held; without a GPU, the memory that it holds now."""
-    used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
-    return used / 2**30
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
-
-
-def from_rank_0(value: Any) -> Any:
-    """What rank 0 passed in."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    return box[0]
-
-
-def gathered(value: Any) -> list[Any]:
-    """What every rank passed in, by rank."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-@contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a run folder; a crash lets go as well. Raises UserError (on rank 0) when another run is in it."""
-    if rank() != 0:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"run ({folder}): another process trains in this folder: wait, stop it, or choose another folder") from None
-        yield

@@ -1,14 +1,13 @@
-"""What a step minimises, and what is measured of it: the loss of the next token, by source, over a global batch.
+"""Runs the model forward and backward over a global batch, and adds up what the ranks found: by measure and by source.
 
-Another objective is another function in the place of `next_token_loss`, and other micro-batches.
+What is minimised is a loss of `megatron_jobs/losses`, which knows nothing of ranks; what routers do is told beside it (`routing.py`).
 
-Shapes: B micro-batch, L sequence length (this rank's part of it), N sources and one more for samples that do not count;
+Shapes: B micro-batch, L labels (this rank's part of the sequence), M measures, N sources and one more for samples that do not count;
 the leading 2 is (cross-entropy, log Z).
 """
 
 import contextlib
 import itertools
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,112 +18,126 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
+from megatron_jobs import losses
 from megatron_jobs.config import Phase, RunConfig
-from megatron_jobs.data.feeder import MicroBatch
+from megatron_jobs.data.feeder import MicroBatch, weighs
+from megatron_jobs.engine.attention import this_part
 from megatron_jobs.engine.cross_entropy import cross_entropy_and_log_z
 from megatron_jobs.engine.gpt import forward, message_shape, without_fp8
+from megatron_jobs.engine.routing import Routed, Routing
 from megatron_jobs.engine.state import TrainingState
-from moe import statistics
-from moe.router import Router
+from megatron_jobs.losses.loss import Labels, Loss
+from mujina.user_input import UserError
 
 
 @dataclass(frozen=True)
-class Losses:
-    """What one pass over a global batch gave, the same on every rank. Auxiliary losses are those before their coefficient."""
+class Measured:
+    """What one pass over a global batch gave, the same on every rank."""
 
-    mean: float  # cross-entropy, nats a token
-    by_source: dict[str, float]  # the same over the tokens of each source that is in the batch
+    measures: dict[str, float]  # of the loss, means over the weight of the batch, the run's curve first
+    by_source: dict[str, float]  # the first measure, over each source that is in the batch and has a weight
     tokens_by_source: dict[str, int]
-    z_loss: float  # mean over the tokens of the square of log Z
-    load_balancing_loss: float | None  # mean over the layers; None where it is not minimised
-    router_z_loss: float | None
-    # For each layer that is a mixture [layers, experts], empty for a dense model:
-    expert_load: torch.Tensor  # how often the router chose the expert for a token
-    router_scores: torch.Tensor  # the sum of the router's scores, 1 a token, whether the expert was chosen or not
-    dropped: list[float] | None  # share of what was chosen that had no room in its expert [layers]; None without a capacity
+    weight_by_source: dict[str, float] | None  # its share of the weight of the batch; None where all tokens count alike
+    routed: Routed | None  # None for a dense model
+
+    @property
+    def loss(self) -> float:
+        return next(iter(self.measures.values()))
+
+    def as_record(self) -> dict[str, Any]:
+        """The fields of a line of metrics.jsonl (`monitoring/metrics.py` has the list)."""
+        _, *others = self.measures.items()
+        fields = {"loss": self.loss, "loss_by_source": self.by_source, "tokens_by_source": self.tokens_by_source, **dict(others)}
+        if self.weight_by_source:
+            fields["weight_by_source"] = self.weight_by_source
+        return fields | (self.routed.as_record() if self.routed else {})
 
 
-class Objective:
-    """Runs the model forward and backward and adds up what the ranks found."""
-
+class Passes:
     def __init__(self, config: RunConfig, state: TrainingState, sources: Sequence[str]) -> None:
-        """`sources` are the names that the indices in the micro-batches stand for."""
+        """`sources` are the names that the numbers in the micro-batches stand for."""
         self.config, self.state, self.sources = config, state, list(sources)
-        self._mixture = _Mixture(config, state)
+        self.routing = Routing(config, config.moe, state) if config.moe else None
         self._forward_backward = get_forward_backward_func()
 
-    def gradients(self, phase: Phase, batches: Sequence[MicroBatch]) -> Losses:
-        """Leaves the gradients of the global batch in the state. `batches` are this rank's micro-batches."""
+    def gradients(self, phase: Phase, batches: Sequence[MicroBatch]) -> Measured:
+        """Leaves the gradients of the global batch in the state. `batches` are this rank's micro-batches.
+
+        Raises UserError when no token of the global batch has a weight.
+        """
         self.state.zero_grad()
-        losses = self._pass(phase, batches, len(batches), forward_only=False)
-        self.recall((losses.expert_load / losses.expert_load.sum(1, keepdim=True)).tolist())
-        return losses
+        # megatron-core divides what a micro-batch returns by their number, and the sum of the ranks by that of the data-parallel ones.
+        shares = len(batches) * parallel_state.get_data_parallel_world_size()
+        measured = self._pass(phase, batches, len(batches), self._weight(phase, batches) / shares)
+        if self.routing and measured.routed:
+            load_NE = measured.routed.load_NE
+            self.routing.from_ledger((load_NE / load_NE.sum(1, keepdim=True)).tolist())
+        return measured
 
-    def memory(self) -> list[list[float]]:
-        """What a checkpoint keeps of it, as plain values: the shares of the experts in the last step [layers][experts]."""
-        return self._mixture.load
-
-    def recall(self, memory: list[list[float]] | None) -> None:
-        """Goes back to what `memory` returned; None is the start of a run. `balancing: global_aux_loss` goes by it."""
-        self._mixture.set_load(memory)
-
-    def losses(self, phase: Phase, batches: Iterable[MicroBatch], num_micro_batches: int) -> Losses:
-        """Forward only: nothing that training goes on from is touched. Samples of the index behind the last source do not count."""
+    def measure(self, phase: Phase, batches: Iterable[MicroBatch], num_micro_batches: int) -> Measured:
+        """Forward only: nothing that training goes on from is touched. Samples of the number behind the last source do not count."""
         with torch.no_grad():
-            return self._pass(phase, batches, num_micro_batches, forward_only=True)
+            return self._pass(phase, batches, num_micro_batches, divisor=None)
 
     def fp8_shadow(self, phase: Phase, batches: Sequence[MicroBatch]) -> dict[str, float]:
         """The loss of the first of these micro-batches in fp8 and with fp8 turned off, and their relative difference."""
         batches = batches[: self.config.parallel.pipeline]  # the interleaved schedule takes them in groups of so many
-        loss_fp8 = self.losses(phase, batches, len(batches)).mean
+        loss_fp8 = self.measure(phase, batches, len(batches)).loss
         with contextlib.ExitStack() as turned_off:
             for chunk in self.state.chunks:
                 turned_off.enter_context(without_fp8(chunk.module))
-            loss_bf16 = self.losses(phase, batches, len(batches)).mean
+            loss_bf16 = self.measure(phase, batches, len(batches)).loss
         return {"loss_bf16": loss_bf16, "loss_fp8": loss_fp8, "difference": abs(loss_fp8 - loss_bf16) / loss_bf16}
 
-    def expert_similarity(self) -> list[float]:
-        """The mean cosine between the weights of two experts, for each layer that is a mixture. Collective."""
-        return self._mixture.similarity()
+    def _weight(self, phase: Phase, batches: Sequence[MicroBatch]) -> float:
+        """Of the global batch; an exchange is needed only where tokens differ in weight."""
+        loss = losses.of(phase.loss)
+        own = sum(map(loss.weight, batches))
+        if not weighs(phase):
+            return own * parallel_state.get_data_parallel_world_size()
+        total = torch.tensor(own, dtype=torch.float64, device=torch.cuda.current_device())
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        if not total:
+            raise UserError(
+                f"phases.{phase.name}.loss.token_weights ({phase.loss.token_weights}): no token of a whole batch has a weight above 0, and "
+                "there is nothing to learn from it: look at the channel with `mujina inspect`, or take another source"
+            )
+        return float(total)
 
-    def _pass(self, phase: Phase, batches: Iterable[MicroBatch], num_micro_batches: int, forward_only: bool) -> Losses:
+    def _pass(self, phase: Phase, batches: Iterable[MicroBatch], num_micro_batches: int, divisor: float | None) -> Measured:
+        """`divisor` of the loss of a micro-batch; None: forward only."""
+        loss = losses.of(phase.loss)
         sums = self._forward_backward(
-            forward_step_func=partial(_forward, len(self.sources) + 1, phase.z_loss),
+            forward_step_func=partial(_forward, loss, divisor or 1.0, len(self.sources) + 1),
             data_iterator=list(itertools.tee(batches, len(self.state.chunks))),  # every chunk of a rank reads every micro-batch
             model=self.state.chunks,
             num_microbatches=num_micro_batches,
             **message_shape(phase, self.config.train.micro_batch_size),
-            forward_only=forward_only,
+            forward_only=divisor is None,
         )
-        return self._over_all_ranks(sums, num_micro_batches)
-
-    def _over_all_ranks(self, sums: list[torch.Tensor], num_micro_batches: int) -> Losses:
-        """One exchange for everything, in float64."""
-        tally, router_losses = self._mixture.take(num_micro_batches)
-        own = torch.zeros(3, len(self.sources) + 1, dtype=torch.float64, device=tally.device)
+        own = torch.zeros(2 + len(loss.measures), len(self.sources) + 1, dtype=torch.float64, device=torch.cuda.current_device())
         # Only the last pipeline stage has losses; its tensor-parallel ranks all have the same.
         if sums and parallel_state.get_tensor_model_parallel_rank() == 0:
             own = torch.stack(sums).sum(0)
-        total = torch.cat([own.flatten(), router_losses.double(), tally.double().flatten()])
+        total, routed = self._over_all_ranks(own, num_micro_batches)
+        tokens, weights, *measures = total[:, :-1].tolist()
+        names, by_source = self.sources, zip(self.sources, measures[0], weights, strict=True)
+        return Measured(
+            measures={name: sum(values) / sum(weights) for name, values in zip(loss.measures, measures, strict=True)},
+            by_source={name: value / weight for name, value, weight in by_source if weight},
+            tokens_by_source={name: int(count) for name, count in zip(names, tokens, strict=True) if count},
+            weight_by_source={n: w / sum(weights) for n, w, t in zip(names, weights, tokens, strict=True) if t} if weighs(phase) else None,
+            routed=routed,
+        )
+
+    def _over_all_ranks(self, own: torch.Tensor, num_micro_batches: int) -> tuple[torch.Tensor, Routed | None]:
+        """One exchange for everything, in float64, on the CPU."""
+        tally = self.routing.tally(num_micro_batches) if self.routing else own.new_zeros(0)
+        total = torch.cat([own.flatten(), tally])
         dist.all_reduce(total)
         total = total.cpu()
-        tokens, nats, squares = total[: own.numel()].view(own.shape)[:, :-1].tolist()
-        router_losses = total[own.numel() : own.numel() + 2].tolist()
-        chosen, kept, scores = total[own.numel() + 2 :].view_as(tally)
-        moe = self.config.moe
-        return Losses(
-            mean=sum(nats) / sum(tokens),
-            by_source={name: n / t for name, n, t in zip(self.sources, nats, tokens, strict=True) if t},
-            tokens_by_source={name: int(t) for name, t in zip(self.sources, tokens, strict=True) if t},
-            z_loss=sum(squares) / sum(tokens),
-            load_balancing_loss=router_losses[0] if moe and moe.has_load_balancing_loss else None,
-            router_z_loss=router_losses[1] if moe and moe.router_z_loss else None,
-            expert_load=chosen,
-            router_scores=scores,
-            dropped=(1 - kept.sum(1) / chosen.sum(1)).tolist() if moe and moe.capacity_factor else None,
-        )
+        return total[: own.numel()].view(own.shape), self.routing.routed(total[own.numel() :]) if self.routing else None
 
 
 def fp8_warning(shadow: dict[str, float]) -> str | None:
@@ -137,33 +150,24 @@ def fp8_warning(shadow: dict[str, float]) -> str | None:
     )
 
 
-def next_token_loss(
-    outputs_2BL: torch.Tensor, sources_B: torch.Tensor, num_sources: int, z_loss: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What this micro-batch adds to the gradient, and its sums by source [3, N] in float64: tokens, cross-entropy, squares of log Z."""
-    cross_entropy_BL, log_z_BL = outputs_2BL
-    loss = cross_entropy_BL.mean()
-    if z_loss:
-        loss = loss + z_loss * log_z_BL.square().mean()
-    values_3BL = torch.stack([torch.ones_like(log_z_BL), cross_entropy_BL, log_z_BL.square()]).detach().double()
-    # not index_add_, whose order on a GPU is another one each time; not a product, which takes a NaN over to other sources
-    is_of_source_NB = sources_B == torch.arange(num_sources, device=sources_B.device)[:, None]
-    return loss, values_3BL.sum(2)[:, None].where(is_of_source_NB, 0.0).sum(2)
-
-
-def _forward(num_sources: int, z_loss: float, batches: Iterator[MicroBatch], gpt: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+def _forward(loss: Loss, divisor: float, num_sources: int, batches: Iterator[MicroBatch], gpt: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    """What megatron-core's schedules call for a micro-batch: the output, and what makes the loss of it and its sums [2 + M, N]."""
     batch = next(batches)
-    tokens, sources, documents = (_on_device(values) for values in (batch.tokens, batch.sources, batch.documents))
+    tokens, sources, documents, weights = map(_on_device, (batch.tokens, batch.sources, batch.documents, batch.weights))
     output = forward(gpt, tokens[:, :-1], tokens[:, 1:], documents, _outputs)
 
-    def loss(outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, sums = next_token_loss(outputs.view(2, len(sources), -1), sources, num_sources, z_loss)
-        return mean / parallel_state.get_context_parallel_world_size(), sums  # by which megatron-core multiplies it
+    def of(outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nats_BL, log_z_BL = outputs.view(2, len(sources), -1)
+        value, sums_KB = loss.sums(Labels(nats_BL, log_z_BL, None if weights is None else this_part(weights)), divisor)
+        sums_KB = torch.cat([sums_KB.new_full((1, len(sources)), nats_BL.shape[1]), sums_KB])  # tokens, weight, measures
+        # not index_add_, whose order on a GPU is another one each time; not a product, which takes a NaN over to other sources
+        is_of_source_NB = sources == torch.arange(num_sources, device=sources.device)[:, None]
+        return value, sums_KB[:, None].where(is_of_source_NB, 0.0).sum(2)
 
-    return output, loss
+    return output, of
 
 
-def _on_device(values: np.ndarray | None) -> torch.Tensor | None:
+def _on_device(values: np.ndarray | None) -> Any:
     return None if values is None else torch.from_numpy(values).to(torch.cuda.current_device(), non_blocking=True)
 
 
@@ -172,50 +176,3 @@ def _outputs(*, hidden_states: torch.Tensor, output_layer: Any, output_weight: A
     logits_SBV, _bias = output_layer(hidden_states, weight=output_weight)
     group = parallel_state.get_tensor_model_parallel_group()
     return cross_entropy_and_log_z(logits_SBV, labels.transpose(0, 1), group).transpose(1, 2)
-
-
-class _Mixture:
-    """What the routers of this rank's layers do: how many tokens each expert gets, and the routers' losses; and how alike experts are."""
-
-    def __init__(self, config: RunConfig, state: TrainingState) -> None:
-        moe = config.moe
-        self.layers = moe.layers(config.model) if moe else []
-        self.num_experts = moe.num_experts if moe else 0
-        self.parameters = state.parameters
-        self.routers = [module for chunk in state.chunks for module in chunk.modules() if isinstance(module, Router)]
-        self.set_load(None)
-
-    def set_load(self, load: list[list[float]] | None) -> None:
-        self.load = load or [[1 / self.num_experts] * self.num_experts for _ in self.layers]
-        for router in self.routers:
-            router.load_E.copy_(torch.tensor(self.load[self.layers.index(router.layer_number - 1)]))
-
-    def take(self, num_micro_batches: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clears and returns what, summed over all ranks, is the tally [3, layers, experts], and (load balancing, z-loss) a layer."""
-        tally = torch.zeros(3, len(self.layers), self.num_experts, device=torch.cuda.current_device())
-        for router in self.routers:
-            tally[:, self.layers.index(router.layer_number - 1)] = router.tally_3E
-            router.tally_3E.zero_()
-        tracked = get_moe_metrics_tracker()
-        # A rank has its share of a micro-batch's load-balancing loss, and a z-loss of its own tokens.
-        copies = parallel_state.get_data_parallel_world_size() * num_micro_batches * len(self.layers)
-        parts = parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()
-        losses = tally.new_zeros(2)
-        for place, (name, divisor) in enumerate((("load_balancing_loss", copies), ("z_loss", copies * parts))):
-            if name in tracked.metrics:
-                losses[place] = tracked.metrics[name].values.sum() / divisor
-        tracked.clear()
-        return tally, losses
-
-    def similarity(self) -> list[float]:
-        """See `statistics.similarity`."""
-
-        def matrices() -> Iterator[tuple[int, int, str, torch.Tensor]]:
-            for local in self.parameters:
-                rows = local.parameter.view(-1, local.columns)
-                for part in local.parts:
-                    if found := re.fullmatch(r"layers\.(\d+)\.experts\.(\d+)\.(\w+)", part.name):
-                        layer, expert, matrix = found.groups()
-                        yield self.layers.index(int(layer)), int(expert), matrix, part.of(rows)
-
-        return statistics.similarity(matrices(), len(self.layers), self.num_experts)

@@ -17,22 +17,14 @@ upcycling and conversion all speak of (name, box), so none of them knows about T
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
-from megatron_jobs.checkpoints.weights import Box
 from megatron_jobs.config import ModelConfig, MoEConfig
-
-
-class TensorSource(Protocol):
-    """Anything that can say what stands in a box of a named matrix: a checkpoint, initial weights, an upcycled model."""
-
-    def read(self, name: str, box: Box) -> torch.Tensor:
-        """float32 on the CPU, shape [box.rows, box.columns]."""
-        ...
+from mujina.matrices import Box, TensorSource
 
 
 class Part(NamedTuple):

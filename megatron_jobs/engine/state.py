@@ -15,15 +15,14 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, piece_key, rectangles
-from megatron_jobs.checkpoints.weights import Box, shapes
+from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, box_key, boxes_of_range
+from megatron_jobs.checkpoints.weights import shapes
 from megatron_jobs.config import RunConfig
-from megatron_jobs.engine import placement
+from megatron_jobs.engine import core, placement
 from megatron_jobs.engine.gpt import build, check_machine
-from megatron_jobs.engine.placement import LocalParameter, TensorSource
+from megatron_jobs.engine.placement import LocalParameter
+from mujina.matrices import Box, TensorSource
 
 READERS = min(4, os.cpu_count() or 1)  # one alone leaves the disk waiting while it copies
 
@@ -72,49 +71,45 @@ class TrainingState:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             gpt.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._groups = list(dict.fromkeys(_group(name) for name, _ in shapes(config.model, config.moe)))
-        for inner in self._inner():
-            for group in inner.param_groups:
-                # megatron-core leaves this to its scheduler, and until then decays the norms as well
-                group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
-                if isinstance(inner, torch.optim.AdamW):
-                    group["fused"] = True  # one pass over the memory instead of a dozen
-        for _, _, main, inner in self._owned():
-            inner.state[main] = {key: torch.zeros_like(main, requires_grad=False) for key in STATES[1:]}
+        core.set_up_adamw(self.optimizer, config.optimizer.weight_decay)
+        for owned in core.owned_ranges(self.optimizer):
+            owned.state.update({key: torch.zeros_like(owned.main, requires_grad=False) for key in STATES[1:]})
 
     def start_from(self, weights: TensorSource) -> None:
         """Takes the weights, and forgets all updates."""
-        for _, state, name, box, values in self._rectangles():
+        for _, state, name, box, values in self._boxes():
             if state == "master":
                 values.copy_(weights.read(name, box))
             else:
                 values.zero_()
         self._is_filled(updates=0)
 
+    def forget_updates(self) -> None:
+        """Goes on with the weights as they are, as if no update had been made."""
+        for _, state, _, _, values in self._boxes():
+            if state != "master":
+                values.zero_()
+        self._count_from(0)
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Takes weights, moments and the number of updates. This rank reads what it owns, whoever it was that wrote it."""
         with ThreadPoolExecutor(READERS) as readers:
-            for _ in readers.map(lambda wanted: checkpoint.read_into(*wanted[1:]), self._rectangles()):
+            for _ in readers.map(lambda wanted: checkpoint.read_into(*wanted[1:]), self._boxes()):
                 pass  # raises here what was raised there
         self._is_filled(checkpoint.updates)
 
     def _is_filled(self, updates: int) -> None:
-        """Gathers the weights that other ranks own, in the type of the model, and counts on from `updates`."""
-        for distributed in self._distributed():
-            distributed._copy_main_params_to_model_params()
-        for chunk in self.chunks:
-            chunk.start_param_sync(force_sync=True)
+        """Gathers the weights that other ranks own, in the type of the model."""
+        core.write_back(self.optimizer, self.chunks)
+        self._count_from(updates)
+
+    def _count_from(self, updates: int) -> None:
+        core.set_updates(self.optimizer, updates)
         self.updates = updates
-        for inner in self._inner():
-            if isinstance(inner, torch.optim.AdamW):
-                for main, values in inner.state.items():
-                    values["step"] = torch.tensor(float(updates), device=main.device)
-            else:  # Transformer Engine's FusedAdam counts per group
-                for group in inner.param_groups:
-                    group["step"] = updates
 
     def pieces(self) -> dict[str, torch.Tensor]:
-        """What this rank owns, as rectangles for `saver.Saver.save`: views of the state itself, on its device."""
-        return {piece_key(state, name, box): values for is_first, state, name, box, values in self._rectangles() if is_first}
+        """What this rank owns, as boxes for `saver.Saver.save`: views of the state itself, on its device."""
+        return {box_key(state, name, box): values for is_first, state, name, box, values in self._boxes() if is_first}
 
     def zero_grad(self) -> None:
         for chunk in self.chunks:
@@ -139,9 +134,10 @@ class TrainingState:
         For use between `gradient_norm` and `update`; each rank adds up what it owns of the optimizer.
         """
         squares = torch.zeros(len(self._groups), 2, dtype=torch.float64, device=torch.cuda.current_device())
-        for local, _, main, _ in self._owned():
+        for local, owned in self._owned():
             if local.is_first_copy:
-                norms = [torch.linalg.vector_norm(values.detach(), dtype=torch.float64) for values in (main.grad, main)]
+                assert owned.main.grad is not None
+                norms = [torch.linalg.vector_norm(values.detach(), dtype=torch.float64) for values in (owned.main.grad, owned.main)]
                 squares[self._groups.index(_group(local.parts[0].name))] += torch.stack(norms).square()
         dist.all_reduce(squares)
         return {
@@ -151,53 +147,39 @@ class TrainingState:
 
     def update(self, learning_rate: float) -> None:
         """One update with the gradients whose norm was taken last, clipped."""
-        for distributed in self._distributed():
-            for group in distributed.optimizer.param_groups:
-                group["lr"] = learning_rate
-            clip_grad_by_total_norm_fp32(distributed.get_parameters(), self._clip_grad, self._norm)
-        for distributed in self._distributed():
-            distributed.step_with_ready_grads()
+        core.update(self.optimizer, learning_rate, self._clip_grad, self._norm)
         self.updates += 1
 
-    def _distributed(self) -> list[DistributedOptimizer]:
-        return self.optimizer.chained_optimizers  # dense parameters and experts have different data-parallel groups
-
-    def _inner(self) -> Iterator[Any]:
-        return (distributed.optimizer for distributed in self._distributed())
-
-    def _rectangles(self) -> Iterator[tuple[bool, str, str, Box, torch.Tensor]]:
+    def _boxes(self) -> Iterator[tuple[bool, str, str, Box, torch.Tensor]]:
         """What this rank owns: (no other rank saves it, state, name of the matrix, box, its values), in the order of a file."""
         for state in STATES:
-            for local, start, main, inner in self._owned():
-                flat = main.detach() if state == "master" else inner.state[main][state]
-                for name, box, values in _owned_boxes(local, start, flat):
+            for local, owned in self._owned():
+                flat = owned.main.detach() if state == "master" else owned.state[state]
+                for name, box, values in _owned_boxes(local, owned.start, flat):
                     yield local.is_first_copy, state, name, box, values
-            for local, values in self._biases:
+            for local, by_state in self._biases:
                 [part] = local.parts
-                yield local.is_first_copy, state, part.name, part.box, values[state].view(part.box.rows, part.box.columns)
+                yield local.is_first_copy, state, part.name, part.box, by_state[state].view(part.box.rows, part.box.columns)
 
-    def _owned(self) -> Iterator[tuple[LocalParameter, int, torch.Tensor, Any]]:
-        """(parameter, start, float32 weights, inner optimizer): this rank owns the flat values from `start` on."""
+    def _owned(self) -> Iterator[tuple[LocalParameter, core.OwnedRange]]:
         of = {local.parameter: local for local in self.parameters}
-        for distributed in self._distributed():
-            for parameter in distributed.model_param_gbuf_map:
-                owned = distributed._get_model_param_range_map(parameter)["param"]
-                main = distributed._get_main_param_and_optimizer_states(parameter)["param"]
-                yield of[parameter], owned.start, main, distributed.optimizer
+        return ((of[owned.parameter], owned) for owned in core.owned_ranges(self.optimizer))
 
 
 def _group(name: str) -> str:
     """The layer that a matrix belongs to, or its own name outside of the layers."""
-    return re.match(r"layers\.\d+|\w+", name)[0]
+    found = re.match(r"layers\.\d+|\w+", name)
+    assert found, name
+    return found[0]
 
 
 def _owned_boxes(local: LocalParameter, start: int, flat: torch.Tensor) -> Iterator[tuple[str, Box, torch.Tensor]]:
-    """The flat values of a parameter from `start` on, cut into rectangles of named matrices: (name, box, a view of them)."""
+    """The flat values of a parameter from `start` on, cut into boxes of named matrices: (name, box, a view of them)."""
     for part in local.parts:
         offset = part.local_row * local.columns
         first, last = max(start, offset), min(start + len(flat), offset + part.box.rows * local.columns)
         if first < last:
-            for a, b, box in rectangles(first - offset, last - offset, local.columns):
+            for a, b, box in boxes_of_range(first - offset, last - offset, local.columns):
                 box = box.meet(Box(0, part.box.rows, 0, part.box.columns))
                 if box.columns > 0:
                     values = flat[offset + a - start : offset + b - start].view(box.rows, -1)[:, : box.columns]

@@ -5,8 +5,9 @@ RUN/metrics.jsonl has one line for each step, also after restarts and rollbacks.
     time                        seconds since 1970
     step, phase                 number of the step from 1, name of its phase
     tokens                      consumed by the run when the step is done
-    loss                        mean cross-entropy before the update, nats a token
+    loss                        mean cross-entropy before the update, nats a token, over the weights of the tokens where they have any
     loss_by_source, tokens_by_source    the same over the tokens of each source that is in the batch, and their number
+    weight_by_source            share of each source in the weight of the batch, where tokens differ in their weight; sums to 1
     z_loss, load_balancing_loss, router_z_loss    auxiliary losses before their coefficients; the last two for a mixture
     expert_load                 share of the routed tokens [layer][expert], sums to 1 over a layer; here and below, a layer is one that is
                                 a mixture, and what a capacity drops is counted where the router wanted it
@@ -43,9 +44,6 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_jobs.config import RunConfig
-from megatron_jobs.engine import groups
-from megatron_jobs.engine.gpt import has_transformer_engine
-from megatron_jobs.engine.passes import Losses
 from megatron_jobs.monitoring.console import Console, Work
 from megatron_jobs.monitoring.vitals import Vitals
 from megatron_jobs.monitoring.wandb_run import WandbRun
@@ -57,14 +55,17 @@ from mujina.files import write_whole
 class Log:
     """Only rank 0 has one."""
 
-    def __init__(self, config: RunConfig, first_step: int) -> None:
-        """`first_step` is the last step that is done: lines of later steps, from before a restart, are cut off."""
+    def __init__(self, config: RunConfig, first_step: int, device: str, layers: str) -> None:
+        """`first_step` is the last step that is done: lines of later steps, from before a restart, are cut off.
+
+        `device` is what a process computes on, `layers` whose layers the model is made of: for the first line, and for the MFU.
+        """
         self.config = config
         config.run.mkdir(parents=True, exist_ok=True)
         resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         write_whole(config.run / "config.yaml", resolved.encode())
         self._work = Work(config)
-        self._peak = flops.peak(torch.cuda.get_device_name(), config.train.precision) if torch.cuda.is_available() else None
+        self._peak = flops.peak(device, config.train.precision) if torch.cuda.is_available() else None
         self._notes: dict[str, Any] = {}
         self._console = Console(self._work)
         self._wandb = WandbRun(config, self._console.say) if config.wandb else None
@@ -75,44 +76,28 @@ class Log:
             from megatron_jobs.monitoring.prometheus import Endpoint  # its library is imported for those who want it
 
             self._prometheus = Endpoint(config, self._work, first_step, lambda why: self.event(first_step, "prometheus", reason=why))
-        what = "Transformer Engine" if has_transformer_engine() else "local"
-        self._console.say(f"{config.run}: {dist.get_world_size()} processes on {groups.device_name()}; {what} layers")
+        self._console.say(f"{config.run}: {dist.get_world_size()} processes on {device}; {layers} layers")
         if first_step:
             self._console.say(f"{config.run}: goes on at step {first_step} of {self._work.num_steps}")
         if is_restart:
             self._record_event(first_step, "restart")
 
-    def step(
-        self,
-        step: int,
-        phase: str,
-        losses: Losses,
-        learning_rate: float,
-        norm: float,
-        seconds: float,
-        now_and_then: dict[str, Any],
-        vitals: Vitals,
-    ) -> None:
-        """`now_and_then`: what only some steps measure: "validation", "layer_norms", "fp8_shadow", "expert_similarity"."""
+    def step(self, step: int, told: dict[str, Any], vitals: Vitals) -> None:
+        """A step is done. `told` are its phase, loss, lr, grad_norm, seconds, and all else that the loss, the routers and the trainer have
+        to tell of it, by the names of the fields."""
         tokens, work = (of(step) - of(step - 1) for of in (self._work.tokens, self._work.flops))
-        num_gpus = dist.get_world_size()
+        num_gpus, seconds = dist.get_world_size(), told["seconds"]
         flops_per_gpu = work / seconds / num_gpus
         record: dict[str, Any] = {
             "time": time.time(),
             "step": step,
             "tokens": self._work.tokens(step),
-            "phase": phase,
-            "loss": losses.mean,
-            "lr": learning_rate,
-            "grad_norm": norm,
-            "seconds": seconds,
+            **told,
             "tokens_per_second": tokens / seconds,
             "tokens_per_second_per_gpu": tokens / seconds / num_gpus,
             "tflops_per_gpu": flops_per_gpu / 1e12,
             "mfu": self._peak and flops_per_gpu / self._peak,
             **vitals.fields,
-            **_details(losses),
-            **now_and_then,
             **self._notes,
         }
         self._notes = {}
@@ -181,19 +166,6 @@ class Log:
             file.write(json.dumps({"time": now, "step": step, "what": what, **facts}, ensure_ascii=False) + "\n")
         if self._prometheus:
             self._prometheus.event(what, now)
-
-
-def _details(losses: Losses) -> dict[str, Any]:
-    """What an objective tells beside the mean."""
-    names = ("loss_by_source", "tokens_by_source", "z_loss", "load_balancing_loss", "router_z_loss", "dropped")
-    values = (losses.by_source, losses.tokens_by_source, losses.z_loss, losses.load_balancing_loss, losses.router_z_loss, losses.dropped)
-    details = {name: value for name, value in zip(names, values, strict=True) if value is not None}
-    load = losses.expert_load
-    if load.numel():
-        details["expert_load"] = (load / load.sum(1, keepdim=True)).tolist()
-        details["load_entropy"] = [statistics.evenness(layer) for layer in load.tolist()]
-        details["router_entropy"] = [statistics.evenness(layer) for layer in losses.router_scores.tolist()]
-    return details
 
 
 def _alarms(config: RunConfig, lines: list[str]) -> statistics.Alarms | None:

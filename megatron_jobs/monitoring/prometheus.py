@@ -26,8 +26,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from megatron_jobs.config import RunConfig
 from megatron_jobs.monitoring.console import Work
-from megatron_jobs.monitoring.vitals import REASONS
 from mujina.files import write_whole
+from mujina.nvml import REASONS
 
 NUM_PORTS = 16  # tried from `prometheus.port` on: so many runs can share a node, and a firewall need open no more
 LONGEST_WAIT = 45.0  # seconds for the scrape of the last word; srun --wait=60 ends rank 0 when the others are gone for so long

@@ -15,22 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_jobs.engine import groups
+from megatron_jobs import ranks
+from mujina.nvml import TROUBLE, in_words
 
 INTERVAL = 10.0  # seconds between two looks at memory and GPU
 # A rank that takes so much longer than its peers for its own part of a step, in the median of so many steps, slows all down.
 STRAGGLER_SHARE, STRAGGLER_STEPS = 1.2, 20
-
-# NVML's reasons why a clock is below its maximum (nvmlClocksEventReason…). An idle GPU, a clock that an administrator has set, and
-# the power cap, at which a busy GPU always runs, are no trouble.
-REASONS = {
-    0x04: "power cap",
-    0x08: "hardware slowdown",
-    0x20: "thermal slowdown (driver)",
-    0x40: "thermal slowdown (hardware)",
-    0x80: "power brake (power supply)",
-}
-TROUBLE = 0x08 | 0x20 | 0x40 | 0x80
 
 
 @dataclass(frozen=True)
@@ -39,7 +29,6 @@ class Vitals:
 
     fields: dict[str, Any]  # for the step's record; the worst of all ranks in each
     warnings: list[tuple[str, str]]  # what is new since the last look: ("gpu" or "straggler", what people read)
-    stop_requested: bool  # of any rank
 
 
 class Watch:
@@ -65,29 +54,29 @@ class Watch:
         uuid = f"GPU-{torch.cuda.get_device_properties().uuid}"  # the number would be another under CUDA_VISIBLE_DEVICES
         return cls(pynvml, uuid, num_stages)
 
-    def vitals(self, data_seconds: float, compute_seconds: float, stop_requested: bool) -> Vitals:
-        """Every rank calls this after a step, with the seconds that it waited for data, those until its gradients were there (the wait
-        for those of other ranks comes behind), and whether it was asked to stop.
+    def vitals(self, data_seconds: float, compute_seconds: float) -> Vitals:
+        """Every rank calls this after a step, with the seconds that it waited for data, and those until its gradients were there (the wait
+        for those of other ranks comes behind).
 
         `gpu` is told when rank 0 has just looked.
         """
-        self._hosts = self._hosts or groups.gathered(socket.gethostname())
+        self._hosts = self._hosts or ranks.gathered(socket.gethostname())
         is_new = time.monotonic() - self._asked >= INTERVAL
         if is_new:
-            self._asked, self._sample = time.monotonic(), [groups.memory_gib(), _reserved_gib(), *self._health()]
+            self._asked, self._sample = time.monotonic(), [ranks.memory_gib(), _reserved_gib(), *self._health()]
         device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-        mine = torch.tensor([data_seconds, compute_seconds, stop_requested, *self._sample], dtype=torch.float64, device=device)
+        mine = torch.tensor([data_seconds, compute_seconds, *self._sample], dtype=torch.float64, device=device)
         rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(rows, mine)
-        waits, computed, stops, memory, reserved, *health = torch.stack(rows).cpu().T.tolist()
+        waits, computed, memory, reserved, *health = torch.stack(rows).cpu().T.tolist()
         warnings = [("straggler", text) for text in self._new_stragglers(computed)]
         fields: dict[str, Any] = {"data_seconds": max(waits), "memory_gib": max(memory)}
         if torch.cuda.is_available():
             fields["memory_reserved_gib"] = max(reserved)
         if not (is_new and self._nvml):
-            return Vitals(fields, warnings, any(stops))
+            return Vitals(fields, warnings)
         warnings += [("gpu", text) for text in self._warnings(*health)]
-        return Vitals(fields | {"gpu": over_ranks(*health)}, warnings, any(stops))
+        return Vitals(fields | {"gpu": over_ranks(*health)}, warnings)
 
     def _new_stragglers(self, computed: list[float]) -> list[str]:
         """A sentence on each rank that has become slow, and on those of other stages that wait for it within their pipeline.
@@ -160,11 +149,6 @@ def over_ranks(
         fields["ecc_errors"] = int(sum(told))
     slowed = {str(rank): words for rank, bits in enumerate(reasons) if (words := in_words(bits))}
     return fields | ({"slowed": slowed} if slowed else {})
-
-
-def in_words(bits: float, mask: int = -1) -> list[str]:
-    """The reasons that stand in NVML's bit field (NaN: not told)."""
-    return [] if math.isnan(bits) else [words for bit, words in REASONS.items() if int(bits) & bit & mask]
 
 
 def _reserved_gib() -> float:

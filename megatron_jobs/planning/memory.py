@@ -10,11 +10,10 @@ Letters: T tokens of a micro-batch on a rank (split over `context`; `tensor` spl
 
 from dataclasses import dataclass
 
-from megatron_jobs.config import ModelConfig, RunConfig
+from megatron_jobs.config import SOFTMAX_AT_ONCE, ModelConfig, RunConfig
 from megatron_jobs.planning import flops
 
 FRAMEWORK_GIB = 4.0  # on a GPU: CUDA context, cuBLAS and NCCL buffers, and what the allocator cannot use
-SOFTMAX_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # values of the logits in float32: what fits a cache, what keeps a GPU busy
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from megatron_jobs import config as configuration
 from megatron_jobs.config import Phase, RunConfig
 from megatron_jobs.data import feeder, phases
 from megatron_jobs.data.phases import Source
-from megatron_jobs.planning import flops, memory, planner
+from megatron_jobs.planning import flops, layouts, memory, planner
 from mujina.user_input import UserError, run
 
 
@@ -38,7 +38,7 @@ def main(
     if gpu is not None:
         planner.show(settings, planner.machine(gpus, gpu, gpus_per_node, stack), gpu, console)
     elif gpus is not None:
-        settings.check(gpus)
+        layouts.check(settings, gpus)
         sizes = settings.parallel
         console.print(
             f"layout            {gpus} processes: tensor {sizes.tensor}, pipeline {sizes.pipeline}, expert {sizes.expert}, "
@@ -103,7 +103,7 @@ def _batch(phase: Phase) -> str:
 
 
 def _tokens(phase: Phase) -> int:
-    return phase.num_samples(phase.num_steps) * phase.sequence_length
+    return phases.consumed_tokens([phase], phase.num_steps)
 
 
 def _calendar(config: RunConfig, tokens_per_day: float, now: datetime) -> Table:
@@ -146,13 +146,12 @@ def _source_table(config: RunConfig, sources: dict[str, Source]) -> Table:
 
 
 def _asked_as(phase: Phase, source: str) -> str:
-    match phase.sources[source]:
-        case configuration.Amount(tokens=None, epochs=epochs):
-            return f"{epochs:g} epochs"
-        case configuration.Amount(tokens=tokens):
-            return f"{tokens:,} tokens"
-        case weight:
-            return f"weight {weight:g}"
+    portion = phase.portion(source)
+    if portion.weight is not None:
+        asked = f"weight {portion.weight:g}"
+    else:
+        asked = f"{portion.tokens:,} tokens" if portion.tokens else f"{portion.epochs:g} epochs"
+    return asked + (f", loss × {portion.loss_weight:g}" if portion.loss_weight != 1 else "")
 
 
 def _billions(count: int) -> str:

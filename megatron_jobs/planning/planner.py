@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_jobs.config import RunConfig
-from megatron_jobs.planning import flops, memory
+from megatron_jobs.planning import flops, layouts, memory
 from megatron_jobs.planning.flops import GPU
 from megatron_jobs.planning.memory import Memory
 from mujina.user_input import UserError, nearest
@@ -148,11 +148,11 @@ def _shapes(config: RunConfig) -> set[tuple[int, int]]:
     return {(phase.sequence_length, phase.global_batch_size) for phase in config.phases}
 
 
-def layouts(config: RunConfig, gpus: int) -> Iterator[RunConfig]:
-    """The configuration at every layout, micro-batch size and recomputation that its `check` accepts for so many processes."""
+def variants(config: RunConfig, gpus: int) -> Iterator[RunConfig]:
+    """The configuration at every layout, micro-batch size and recomputation that can be on so many processes."""
     for size in MICRO_BATCH_SIZES:
         train = config.train.model_copy(update={"micro_batch_size": size})
-        for parallel in config.model_copy(update={"train": train}).nearest_layouts(gpus):
+        for parallel in layouts.nearest(config.model_copy(update={"train": train}), gpus):
             for recompute in ("none", "layers"):  # a fused attention keeps nothing that "attention" would save
                 yield config.model_copy(update={"parallel": parallel, "train": train.model_copy(update={"recompute": recompute})})
 
@@ -166,9 +166,9 @@ class Search:
 
 def search(config: RunConfig, machine: Machine) -> Search:
     """Raises UserError when no layout is possible on so many GPUs."""
-    candidates = [(_memory(layout, machine.gpus).total, layout) for layout in layouts(config, machine.gpus)]
+    candidates = [(_memory(layout, machine.gpus).total, layout) for layout in variants(config, machine.gpus)]
     if not candidates:
-        config.check(machine.gpus)  # says why, and what is near
+        layouts.check(config, machine.gpus)  # says why, and what is near
     room = (machine.gpu.memory_gib - memory.FRAMEWORK_GIB) * 2**30
     fitting = [predict(layout, machine) for needed, layout in candidates if needed <= room]
     fitting.sort(key=lambda prediction: -prediction.tokens_per_second_per_gpu)
@@ -317,7 +317,7 @@ def show(config: RunConfig, machine: Machine, gpu_name: str, console: Console, b
     for number, heading in enumerate(headings.split("|")):
         table.add_column(heading, justify="left" if number in (0, 2) else "right")
     try:
-        config.check(machine.gpus)
+        layouts.check(config, machine.gpus)
         own = predict(config, machine)
         table.add_row(*_row(own), style="" if own.fits else "red")
         parts = {name: size / 2**30 for name, size in vars(own.memory).items()} | {"framework": memory.FRAMEWORK_GIB}

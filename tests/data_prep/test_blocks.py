@@ -24,8 +24,8 @@ def test_blocks_are_the_lines_of_the_file(tmp_path: Path, monkeypatch: pytest.Mo
     found = list(read_blocks(str(tmp_path / name)))
     assert len(found) > 10 and b"".join(block.lines for block in found) == data
     assert all(block.lines.endswith(b"\n") for block in found[:-1])
-    numbers = [number for block in found for number, _ in rows_of(block)]
-    assert numbers == [*range(1, 101), 102, 103]
+    numbers = [row["id"] for block in found for row in rows_of(block, {})]
+    assert numbers == [f"{name}:{number}" for number in (*range(1, 101), 102, 103)]
 
 
 def test_blocks_grow_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,19 +37,8 @@ def test_blocks_grow_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert max(small) <= 102 < max(middle) <= 202 < max(large) <= 402
 
 
-def test_an_empty_file_has_no_blocks(tmp_path: Path) -> None:
-    (tmp_path / "empty.jsonl").touch()
-    assert list(read_blocks(str(tmp_path / "empty.jsonl"))) == []
-
-
-def test_what_the_fast_parser_refuses_the_strict_one_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "one"}\n{"text": "two"}\n')
-    (block,) = read_blocks(str(tmp_path / "rows.jsonl"))
-
-    def refuse(_: bytes) -> None:
-        raise ValueError
-
-    monkeypatch.setattr(blocks.pydantic_core, "from_json", refuse)
-    assert list(rows_of(block)) == [(1, {"text": "one"}), (2, {"text": "two"})]
-    with pytest.raises(UserError, match="no such file"):
-        list(read_blocks(str(tmp_path / "none.jsonl")))
+def test_a_line_without_an_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "LONGEST_LINE", 4 << 20)
+    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "one"}\n' * 3 + b'{"text": "' + b"x" * (12 << 20))
+    with pytest.raises(UserError, match="rows.jsonl line 4: the line is longer than"):
+        list(read_blocks(str(tmp_path / "rows.jsonl")))

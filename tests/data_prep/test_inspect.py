@@ -5,12 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from data_prep.indexed import open_binary
+from data_prep.indexed import BinaryWriter, Channel, Labels, open_binary
 from data_prep.inspect import facts, frequent_pieces, show_document
 from data_prep.prepare import PrepareConfig, prepare
-from tokenization.tokenizer import Tokenizer
+from tokenization.load import load
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["the cat", "[bold]猫[/bold] \x1b[31mred\x07\ttab\nnext", "x" * 1_500]
@@ -26,6 +27,22 @@ def prefix(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder / "out/web"
 
 
+def test_channels_are_shown(tmp_path: Path) -> None:
+    channels = {"weights": Channel(dtype="uint8", per="token"), "logp": Channel(dtype="float16", per="document")}
+    writer = BinaryWriter(tmp_path / "a", np.dtype(np.uint16), channels)
+    values = {"weights": np.array([0, 1, 1, 0], np.uint8), "logp": np.array([-1e4, -6e4], np.float16)}
+    for _ in range(3):  # the sum of the halves is above what one can hold
+        writer.add_documents(np.array([5, 6, 7, 2]), np.array([3, 1]), values)
+    labels = Labels(
+        name="a", kind="chat", origin="human", languages={}, licences={}, teachers={}, num_characters=9, tokenizer_hash="a" * 64,
+        vocab_size=300, fingerprint="f",
+    )  # fmt: skip
+    writer.finish(labels)
+    shown = dict(facts(open_binary(tmp_path / "a")))
+    assert shown["channel weights"] == "12 uint8, one per token: min 0, mean 0.5, max 1"
+    assert shown["channel logp"] == "6 float16, one per document: min -6e+04, mean -3.5e+04, max -1e+04"
+
+
 def inspect(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "data_prep.inspect", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300
@@ -33,7 +50,7 @@ def inspect(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_statistics_are_those_of_the_documents(prefix: Path, tokenizer_folder: Path) -> None:
-    tokenizer, binary = Tokenizer.load(tokenizer_folder), open_binary(prefix)
+    tokenizer, binary = load(tokenizer_folder), open_binary(prefix)
     lengths = sorted(len(tokenizer.encode(text)) + 1 for text in TEXTS)
     shown = dict(facts(binary))
     assert shown["documents"] == "3" and shown["languages"] == "en 2, ja 1"
@@ -47,7 +64,7 @@ def test_statistics_are_those_of_the_documents(prefix: Path, tokenizer_folder: P
 
 
 def test_documents_are_shown_and_cannot_reach_the_terminal(prefix: Path, tokenizer_folder: Path) -> None:
-    tokenizer, binary = Tokenizer.load(tokenizer_folder), open_binary(prefix)
+    tokenizer, binary = load(tokenizer_folder), open_binary(prefix)
     assert show_document(binary, 0, tokenizer) == "the cat"
     assert show_document(binary, 1, tokenizer) == "[bold]猫[/bold] \\x1b[31mred\\x07\ttab\nnext"
     assert show_document(binary, 2, tokenizer) == "x" * 1_000 + " … and 500 characters"

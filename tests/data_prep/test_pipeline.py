@@ -22,7 +22,7 @@ from mujina.files import read_rows
 from mujina.user_input import UserError, read_yaml
 from tests.cluster import wait_for
 from tests.data_prep.steps.test_extract import PAGE
-from tokenization.tokenizer import Tokenizer
+from tokenization.load import load
 
 ROOT = Path(__file__).parents[2]
 STEPS: list[dict[str, Any]] = [{"step": "normalise"}, {"step": "exact_duplicates"}, {"step": "code_quality"}, {"step": "near_duplicates"}]
@@ -170,7 +170,7 @@ def test_a_source_with_steps_is_tokenized(tokenizer_folder: Path, tmp_path: Path
     chat = {"kind": "chat", "origin": "synthetic", "teacher": "tanuki", "language": "ja", "steps": steps}
     (manifest,) = prepare(config(str(tmp_path / "chat.jsonl"), tmp_path / "out", source=chat, tokenizer=str(tokenizer_folder)))
     assert (manifest.num_documents, manifest.teachers, manifest.languages) == (1, {"tanuki": 1}, {"ja": 1})
-    tokenizer = Tokenizer.load(tokenizer_folder)
+    tokenizer = load(tokenizer_folder)
     text = tokenizer.decode(open_binary(tmp_path / "out/code").document(0).tolist())
     assert "a@example.com" not in text and "12, write to" in text
     (kept,) = rows_of(tmp_path / "out/code/documents")

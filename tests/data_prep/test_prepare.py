@@ -1,6 +1,7 @@
 """Sources become binaries once, again when something changed, and wholly or not at all."""
 
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import tokenizers
@@ -21,12 +23,12 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from data_prep import blocks
 from data_prep import tokenize as tokenize_module
-from data_prep.blocks import Block, read_blocks
-from data_prep.documents import Document, documents_of
+from data_prep.blocks import Block, read_blocks, rows_of
 from data_prep.indexed import open_binary
 from data_prep.prepare import PrepareConfig, prepare
-from mujina.user_input import UserError
-from tokenization.tokenizer import Tokenizer
+from data_prep.row import Row
+from mujina.user_input import UserError, parse
+from tokenization.load import load
 from tokenization.train import TrainConfig, train
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +49,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_documents_and_dialogues_decode_to_what_went_in(tokenizer_folder: Path, tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(tokenizer_folder)
+    tokenizer = load(tokenizer_folder)
     texts = ["the cat\n\tsat", "猫 <|user|> </s> 🦡", "▁ x"] * 200
     messages = [{"role": "user", "content": "7 + 5?"}, {"role": "assistant", "content": "The answer is 12."}]
     web = write_rows(tmp_path / "web.jsonl", [{"text": text, "language": "ja", "licence": "MIT"} for text in texts])
@@ -66,7 +68,68 @@ def test_documents_and_dialogues_decode_to_what_went_in(tokenizer_folder: Path, 
         assert ids[-1] == tokenizer.eod_id and tokenizer.eod_id not in ids[:-1]
         assert tokenizer.decode(ids[:-1]) == text
     dialogue = open_binary(tmp_path / "out/chat", tokenizer.hash).document(2)
-    assert dialogue.tolist() == [*tokenizer.encode_chat(messages), tokenizer.eod_id]
+    assert dialogue.tolist() == [*tokenizer.render(messages).ids, tokenizer.eod_id]
+
+
+def test_answers_have_weights_beside_the_tokens(tokenizer_folder: Path, tmp_path: Path) -> None:
+    tokenizer = load(tokenizer_folder)
+    first = [{"role": "user", "content": "7 + 5?"}, {"role": "assistant", "content": "The answer is 12."}]
+    second = [{"role": "system", "content": "the cat"}, *first, {"role": "user", "content": "猫"}, {"role": "assistant", "content": ""}]
+    documents = write_rows(tmp_path / "chat.jsonl", [{"messages": messages} for messages in (first, second, first[:1])])
+    source = {"documents": [documents], "kind": "chat", "origin": "synthetic", "answer_weights": True}
+    (manifest,) = prepare(config(tokenizer_folder, tmp_path / "out", chat=source))
+    binary = open_binary(tmp_path / "out/chat")
+    binary.verify()
+    assert {name: (channel.dtype, channel.per) for name, channel in manifest.channels.items()} == {"weights": ("uint8", "token")}
+    # The plain way: an answer and the end of its turn are said by the assistant; what names the speaker, and what comes after, is not.
+    expected: list[list[int]] = []
+    for messages in (first, second, first[:1]):
+        expected.append([])
+        for turn in messages:
+            said = int(turn["role"] == "assistant")
+            expected[-1] += [0, *[said] * len(tokenizer.encode(turn["content"])), said]
+        expected[-1] += [0]
+    assert binary.lengths.tolist() == list(map(len, expected))
+    assert binary.channel("weights").tolist() == sum(expected, []) and 1 in sum(expected, [])
+    answer = binary.document(0)[np.array(expected[0], bool)]
+    assert tokenizer.decode(answer[:-1]) == "The answer is 12." and answer[-1] == tokenizer.end_of_turn_id
+
+
+def test_weights_of_answers_are_built_and_removed_with_their_field_only(tokenizer_folder: Path, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "7 + 5?"}, {"role": "assistant", "content": "12"}]
+    documents = write_rows(tmp_path / "chat.jsonl", [{"messages": messages}] * 3)
+    source: dict[str, Any] = {"documents": [documents], "kind": "chat", "steps": [{"step": "dialogue"}]}
+    built: list[dict[str, bytes]] = []
+    for answer_weights in (False, True, True, False):
+        (manifest,) = prepare(config(tokenizer_folder, tmp_path / "out", chat=source | {"answer_weights": answer_weights}))
+        built.append({path.name: path.read_bytes() for path in (tmp_path / "out").glob("chat.*")})
+        assert ("chat.weights.bin" in built[-1]) == answer_weights == ("weights" in manifest.channels)
+    assert built[0] == built[3] and built[1] == built[2] and built[0]["chat.json"] != built[1]["chat.json"]
+    assert all(built[0][name] == built[1][name] for name in ("chat.bin", "chat.idx"))
+    prepare(config(tokenizer_folder, tmp_path / "out", chat=source | {"answer_weights": True}))
+    os.truncate(tmp_path / "out/chat.weights.bin", 1)
+    prepare(config(tokenizer_folder, tmp_path / "out", chat=source | {"answer_weights": True}))
+    open_binary(tmp_path / "out/chat").verify()
+
+
+def test_weights_are_for_chat_and_need_a_name_of_their_own(tokenizer_folder: Path, tmp_path: Path) -> None:
+    chat = {"documents": ["a.jsonl"], "kind": "chat", "answer_weights": True}
+    for sources, problem in (
+        ({"web": chat | {"kind": "web"}}, r"answer_weights \(true\) needs kind chat, not web"),
+        ({"chat": chat, "chat.weights": chat}, "sources chat and chat.weights would both write chat.weights.bin"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            parse({"tokenizer": str(tokenizer_folder), "output": str(tmp_path), "sources": sources}, PrepareConfig, "config.yaml")
+
+
+def test_a_fingerprint_is_what_it_was_before_there_were_channels(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """So that what users have prepared is kept."""
+    documents = write_rows(tmp_path / "web.jsonl", [{"text": "the cat"}])
+    (manifest,) = prepare(config(tokenizer_folder, tmp_path / "out", web={"documents": [documents]}))
+    facts = {"kind": "web", "origin": "human", "language": "unknown", "licence": "unknown", "teacher": None}
+    contents = [hashlib.sha256(Path(documents).read_bytes()).hexdigest()]
+    described = json.dumps([load(tokenizer_folder).hash, "web", facts, contents])
+    assert manifest.fingerprint == hashlib.sha256(described.encode()).hexdigest()
 
 
 def test_only_what_changed_is_built_again(tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -95,21 +158,24 @@ def test_only_what_changed_is_built_again(tokenizer_folder: Path, tmp_path: Path
     corpus = write_rows(tmp_path / "corpus.jsonl", [{"text": f"the cat sat on mat {n}"} for n in range(30)])
     other = train(TrainConfig(inputs=[corpus], output=str(tmp_path / "other"), vocab_size=284, character_coverage=1.0))
     assert built(tokenizer=other) == {"one", "two"}
-    assert open_binary(tmp_path / "out/one").manifest.tokenizer_hash == Tokenizer.load(other).hash
+    assert open_binary(tmp_path / "out/one").manifest.tokenizer_hash == load(other).hash
 
 
 def test_several_files_are_one_source_in_order(tokenizer_folder: Path, tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(tokenizer_folder)
+    tokenizer = load(tokenizer_folder)
     for name in ("b", "a"):
         write_rows(tmp_path / f"{name}.jsonl", [{"text": name}])
-    prepare(config(tokenizer_folder, tmp_path / "out", web={"documents": [str(tmp_path / "*.jsonl")]}))
+    documents = [str(tmp_path / "*.jsonl"), str(tmp_path / "b.jsonl")]  # a file that two patterns find is read once
+    prepare(config(tokenizer_folder, tmp_path / "out", web={"documents": documents}))
     assert tokenizer.decode(open_binary(tmp_path / "out/web").tokens) == "ab"
 
 
 def test_an_empty_source_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
-    empty = write_rows(tmp_path / "empty.jsonl", [])
-    with pytest.raises(UserError, match="source web: holds no documents.*empty.jsonl"):
-        prepare(config(tokenizer_folder, tmp_path / "out", web={"documents": [empty]}))
+    empty, one = write_rows(tmp_path / "empty.jsonl", []), write_rows(tmp_path / "one.jsonl", [{"text": " "}])
+    with pytest.raises(UserError, match="empty.jsonl: holds nothing"):
+        prepare(config(tokenizer_folder, tmp_path / "out", web={"documents": [one, empty]}))
+    with pytest.raises(UserError, match="source web: holds no documents.*its steps dropped all"):
+        prepare(config(tokenizer_folder, tmp_path / "out", web={"documents": [one], "steps": [{"step": "normalise"}]}))
     with pytest.raises(UserError, match="not a whole binary"):
         open_binary(tmp_path / "out/web")
 
@@ -149,12 +215,12 @@ def test_a_killed_preparation_goes_on_where_it_stopped(tokenizer_folder: Path, t
     assert 0 < num_whole < num_blocks
     built = tmp_path / "built"
 
-    def recorded(block: Block, *labels: str) -> Iterator[Document]:
+    def recorded(block: Block, labels: dict[str, str]) -> Iterator[Row]:
         with open(built, "a") as stream:
             stream.write("x")
-        return documents_of(block, *labels)
+        return rows_of(block, labels)
 
-    monkeypatch.setattr(tokenize_module, "documents_of", recorded)
+    monkeypatch.setattr(tokenize_module, "rows_of", recorded)
     prepare(config(tokenizer_folder, killed, web={"documents": [documents]}))
     assert built.stat().st_size == num_blocks - num_whole
     prepare(config(tokenizer_folder, whole, web={"documents": [documents]}))
@@ -179,7 +245,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(
         )
         outputs.append(bytes_of(tmp_path / f"out{processes}"))
     assert outputs[0] == outputs[1] == outputs[2]
-    tokenizer, binary = Tokenizer.load(tokenizer_folder), open_binary(tmp_path / "out5/web")
+    tokenizer, binary = load(tokenizer_folder), open_binary(tmp_path / "out5/web")
     # The plain way: every document by itself, in the order of the files.
     expected = [[*tokenizer.encode(row["text"]), tokenizer.eod_id] for row in rows * 2]
     assert [binary.document(number).tolist() for number in range(1_000)] == expected
@@ -197,7 +263,7 @@ def test_a_hugging_face_tokenizer_prepares_as_well(tmp_path: Path) -> None:
     texts = ["the cat", "spells </s> itself", "", "猫"] * 100
     documents = write_rows(tmp_path / "web.jsonl", [{"text": text} for text in texts])
     prepare(config(tmp_path, tmp_path / "out", web={"documents": [documents]}))
-    binary = open_binary(tmp_path / "out/web", Tokenizer.load(tmp_path).hash)
+    binary = open_binary(tmp_path / "out/web", load(tmp_path).hash)
     for number, text in enumerate(texts):
         assert binary.document(number).tolist() == [1 + tokens.index(piece) for piece in _byte_level(text)] + [0]
 
@@ -217,7 +283,7 @@ def test_of_several_bad_rows_the_first_is_named(tokenizer_folder: Path, tmp_path
 
 def test_a_worker_that_is_killed_is_reported(tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = write_rows(tmp_path / "web.jsonl", [{"text": "x"}])
-    monkeypatch.setattr(tokenize_module, "documents_of", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(tokenize_module, "rows_of", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match="a worker process ended with status -9.*`processes`"):
         prepare(config(tokenizer_folder, tmp_path / "out", web={"documents": [documents]}))
 

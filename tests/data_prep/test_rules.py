@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from data_prep.documents import SourceFacts, read_documents
+from data_prep.blocks import read_blocks, rows_of
+from data_prep.row import SourceFacts
 from data_prep.synthetic.rules import NAMES, THINGS, generate
 from mujina.user_input import UserError
 
@@ -92,8 +93,9 @@ def test_the_command_writes_the_same_bytes_for_a_seed(tmp_path: Path) -> None:
     assert written[0] == written[1]
     assert written[0] != written[2]
     assert len(gzip.decompress(written[0][0]).splitlines()) == 300
-    documents = list(read_documents(str(tmp_path / "a/chat.jsonl.gz"), "chat", SourceFacts(kind="chat", origin="synthetic")))
-    assert len(documents) == 300 and {document.source for document in documents} == {"rules"}
+    labels = SourceFacts(kind="chat", origin="synthetic").labels("chat")
+    found = [row for block in read_blocks(str(tmp_path / "a/chat.jsonl.gz")) for row in rows_of(block, labels)]
+    assert len(found) == 300 and {row["source"] for row in found} == {"rules"}
 
 
 def test_running_out_of_questions_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,9 @@ import yaml
 
 from megatron_jobs import config as configuration
 from megatron_jobs.data import phases
+from megatron_jobs.planning import layouts
 from megatron_jobs.planning.plan import num_parameters
+from mujina.cli import VERBS
 from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
 
@@ -78,7 +80,7 @@ def test_an_unknown_key_inside_a_phase_names_the_nearest(file):
 )
 def test_a_layout_that_cannot_be_is_refused(prepared, tmp_path, world, sections, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        tiny(prepared, tmp_path, **sections).check(world)
+        layouts.check(tiny(prepared, tmp_path, **sections), world)
 
 
 def test_overrides_and_extends(file, tmp_path):
@@ -94,6 +96,30 @@ def test_overrides_and_extends(file, tmp_path):
         configuration.load(base, ["optimizer.clip_gard=1"])
     with pytest.raises(UserError, match="no such file"):
         configuration.load(tmp_path / "missing.yaml")
+
+
+def test_what_a_file_includes_is_relative_to_it(file, tmp_path, monkeypatch):
+    path = file()
+    values = yaml.safe_load(path.read_text())
+    inside = configuration.load(path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "phases.yaml").write_text(yaml.safe_dump({"phases": values.pop("phases")}))
+    path.write_text(yaml.safe_dump(values | {"phases": "sub/phases.yaml"}))
+    (tmp_path / "sub" / "top.yaml").write_text("extends: ../run.yaml\nseed: 1\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert configuration.load(path) == configuration.load(tmp_path / "sub" / "top.yaml") == inside
+    assert configuration.load(path, ["phases=../sub/phases.yaml"]) == inside  # there a path is relative to the working directory
+
+    (tmp_path / "sub" / "top.yaml").write_text("extends: ../run.yaml\nphases: sub/phases.yaml\n")
+    monkeypatch.chdir(tmp_path)
+    rule = r"top.yaml: phases \(sub/phases.yaml\): what a file includes is relative to that file: write phases.yaml"
+    with pytest.raises(UserError, match=rule):
+        configuration.load(tmp_path / "sub" / "top.yaml")
+    with pytest.raises(UserError, match="none.yaml: no such file"):
+        configuration.load(path, ["phases=none.yaml"])
+    with pytest.raises(UserError, match="run.yaml: must hold phases and nothing else"):
+        configuration.load(path, ["phases=run.yaml"])
 
 
 def test_the_learning_rate_follows_the_phases(prepared, tmp_path):
@@ -117,7 +143,7 @@ def test_the_past_of_a_run_may_not_change(prepared, tmp_path):
 def test_the_reference_models(name, total, active, steps, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = configuration.load(f"megatron_jobs/configs/{name}.yaml")
-    settings.check(128)
+    layouts.check(settings, 128)
     assert num_parameters(settings) == (pytest.approx(total, rel=0.02), pytest.approx(active, rel=0.02))
     assert phases.num_steps(settings.phases) == pytest.approx(steps, rel=0.01)
     assert settings.model.padded_vocab_size == 65_024
@@ -138,13 +164,11 @@ def mujina(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_the_command_and_its_verbs():
+    """The help of every verb is in docs/commands.md, which tests/test_docs.py compares."""
     listing = mujina("--help")
-    verbs = re.findall(r"^  (\w+) ", listing.stdout, re.MULTILINE)
-    assert verbs[:6] == ["tokenizer", "prepare", "inspect", "import", "plan", "train"]
-    assert verbs[6:] == ["submit", "status", "logs", "upcycle", "convert", "checkpoint", "generate", "evaluate", "report"]
-    for verb in verbs:
-        shown = mujina(verb, "--help")
-        assert shown.returncode == 0 and f"mujina {verb}" in shown.stdout and len(shown.stdout) > 200, verb
+    assert re.findall(r"^  ([\w-]+) ", listing.stdout, re.MULTILINE) == list(VERBS)
+    shown = mujina("plan", "--help")
+    assert shown.returncode == 0 and "Usage: mujina plan " in shown.stdout
     wrong = mujina("trian")
     assert wrong.returncode == 2 and "did you mean train?" in wrong.stderr
 

@@ -33,14 +33,14 @@ if os.environ.get("RANK") == "1":
     from mujina.user_input import UserError
     def fault(): {fault}
     def patch():
-        while not hasattr(sys.modules.get("megatron_jobs.engine.passes"), "Objective"): time.sleep(0.01)
-        objective, calls = sys.modules["megatron_jobs.engine.passes"].Objective, []
-        gradients = objective.gradients
+        while not hasattr(sys.modules.get("megatron_jobs.engine.passes"), "Passes"): time.sleep(0.01)
+        passes, calls = sys.modules["megatron_jobs.engine.passes"].Passes, []
+        gradients = passes.gradients
         def faulty(self, *arguments):
             calls.append(1)
             if len(calls) == 3: fault()
             return gradients(self, *arguments)
-        objective.gradients = faulty
+        passes.gradients = faulty
     threading.Thread(target=patch, daemon=True).start()
 """
 

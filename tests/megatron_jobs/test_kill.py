@@ -62,11 +62,11 @@ def test_killed_at_any_moment(prepared, tmp_path, asynchronous):
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
-    from megatron_jobs.engine import groups
+    from megatron_jobs import ranks
 
-    with groups.hold(tmp_path), pytest.raises(UserError, match="another process trains in this folder"), groups.hold(tmp_path):
+    with ranks.hold(tmp_path), pytest.raises(UserError, match="another process trains in this folder"), ranks.hold(tmp_path):
         pass
-    with groups.hold(tmp_path):
+    with ranks.hold(tmp_path):
         pass
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint
-from megatron_jobs.checkpoints.weights import Box
 from megatron_jobs.config import RunConfig, StabilityConfig
 from megatron_jobs.stability import Guard, write_rollbacks
+from mujina.matrices import Box
 from tests.conftest import tiny
 from tests.megatron_jobs.test_train import losses, train_here
 from tests.ranks import run_ranks
@@ -70,15 +70,15 @@ def test_memory_goes_through_json():
     here = guard(window=4, on_spike="skip")
     fill(here, [2.0, 2.1, 1.9, 2.0])
     here.judge(5, "web", 50.0, 1.0)
-    memory = json.loads(json.dumps(here.memory()))
+    memory = json.loads(json.dumps(here.to_ledger()))
     again = guard(window=4, on_spike="skip")
-    again.recall(memory)
+    again.from_ledger(memory)
     for loss in (2.05, 9.0, 2.0, math.nan):
         assert again.judge(6, "web", loss, 1.0) == here.judge(6, "web", loss, 1.0)
     assert [back["first"] for back in again.rollbacks] == [1]
-    again.recall(memory)
+    again.from_ledger(memory)
     assert [back["first"] for back in again.rollbacks] == [1]
-    assert not again.agrees(5, memory) and again.agrees(5, again.memory()) and again.agrees(0, None)
+    assert not again.agrees(5, memory) and again.agrees(5, again.to_ledger()) and again.agrees(0, None)
 
 
 class Killed(BaseException):
@@ -95,13 +95,13 @@ def train_with_faults(config: RunConfig, faults: dict[int, str], killed_at: str 
 
     import torch.distributed as dist
 
-    from megatron_jobs.engine.passes import Objective
+    from megatron_jobs.engine.passes import Passes
     from megatron_jobs.train import Trainer
 
     now = {"step": 0}
     originals = passes_over, gradients, go_on_from, newest = (
         Guard.passes_over,
-        Objective.gradients,
+        Passes.gradients,
         Trainer._go_on_from,
         Trainer._newest,
     )
@@ -115,14 +115,14 @@ def train_with_faults(config: RunConfig, faults: dict[int, str], killed_at: str 
         now["step"] = step
         return passes_over(self, step)
 
-    def with_fault(self: Objective, *arguments: Any) -> Any:
+    def with_fault(self: Passes, *arguments: Any) -> Any:
         result = gradients(self, *arguments)
         fault = faults.get(now["step"])
         if dist.get_rank() == 0:
             with (config.run / "forwarded").open("a") as file:
                 file.write(f"{now['step']}\n")
         if fault == "loss":
-            return dataclasses.replace(result, mean=result.mean * 10)
+            return dataclasses.replace(result, measures=result.measures | {"loss": result.loss * 10})
         if fault and dist.get_rank() == dist.get_world_size() - 1:
             for local in self.state.parameters if fault == "norm" else self.state.parameters[:1]:
                 local.parameter.main_grad.mul_(1000 if fault == "norm" else math.nan)
@@ -138,13 +138,13 @@ def train_with_faults(config: RunConfig, faults: dict[int, str], killed_at: str 
             at("later checkpoints gone")
         return go_on_from(self, *arguments)
 
-    Guard.passes_over, Objective.gradients, Trainer._go_on_from, Trainer._newest = with_step, with_fault, go_on_again, newest_again
+    Guard.passes_over, Passes.gradients, Trainer._go_on_from, Trainer._newest = with_step, with_fault, go_on_again, newest_again
     try:
         train_here(config)
     except Killed:
         pass
     finally:
-        Guard.passes_over, Objective.gradients, Trainer._go_on_from, Trainer._newest = originals
+        Guard.passes_over, Passes.gradients, Trainer._go_on_from, Trainer._newest = originals
 
 
 def several(runs: list[tuple[RunConfig, dict[int, str]]]) -> None:
@@ -213,7 +213,7 @@ def test_a_skipped_step_makes_no_update(runs, name, skipped):
     expected = losses(runs["none"])
     assert losses(run)[: first - 1] == expected[: first - 1] and losses(run)[first] != expected[first]
     end = newest(run)
-    about = end.ledger["interventions"]
+    about = end.ledger.interventions
     assert [skip["step"] for skip in about["skipped"]] == skipped and end.updates == 10 - len(skipped)
     assert [(event["step"], event["what"]) for event in events(run)] == [(step, "skip") for step in skipped]
     assert not about["rollbacks"]
@@ -231,7 +231,7 @@ def test_a_rollback_is_a_run_that_never_saw_the_data(prepared, tmp_path, runs, n
     assert forwarded == [*range(1, last + 1), *range(back_at + 1, first), *range(last + 1, 11)]
     assert steps(run) == [n for n in range(1, 11) if not first <= n <= last]
     end = newest(run)
-    about = end.ledger["interventions"]
+    about = end.ledger.interventions
     assert [(back["first"], back["last"]) for back in about["rollbacks"]] == [(first, last)]
     assert end.updates == 10 - (last - first + 1)
 

@@ -1,6 +1,7 @@
 """Training with real processes: one of them follows a plain loop, restarts, and keeps its optimizer's state (test_parallel.py: several)."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_jobs.checkpoints.checkpoint import Checkpoint
-from megatron_jobs.checkpoints.weights import Box
 from megatron_jobs.config import RunConfig
+from mujina.matrices import Box
 from tests.conftest import tiny
 from tests.ranks import run_ranks
 
@@ -18,10 +19,8 @@ def train_here(config: RunConfig, last_step: int | None = None) -> None:
     from megatron_jobs import train
     from megatron_jobs.engine import groups
 
-    if last_step is not None:  # stands for a process that ends, for whatever reason, after this step
-        train.phases.num_steps = lambda phases: last_step
     with groups.of_run(config.parallel, config.seed):
-        train.train(config)
+        train.train(config, last_step=last_step)
 
 
 def losses(run: Path) -> list[float]:
@@ -42,45 +41,58 @@ def test_one_process_follows_transformers(prepared, tmp_path, alone):
     assert losses(alone) == pytest.approx([step["loss"] for step in expected], rel=1e-4)
 
 
-def plain_loop(config: RunConfig) -> list[dict[str, Any]]:
-    """What `metrics.jsonl` should hold of each step's losses."""
+def plain_model(config: RunConfig) -> tuple[Any, Any, Iterator[tuple[Any, list[tuple[str, int]]]]]:
+    """A Llama of transformers with the run's first weights, AdamW for it, and (token ids, places) of each step, its learning rate set."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from megatron_jobs.checkpoints.weights import InitialWeights
     from megatron_jobs.conversion import convert
     from megatron_jobs.data import feeder, phases
+    from megatron_jobs.data.ledger import Ledger
     from megatron_jobs.data.order import DataOrder
 
     source = InitialWeights(config.model, None, config.seed)
     binaries = feeder.open_sources(config)
     order = DataOrder(config, feeder.facts(binaries))
     config.run.mkdir(parents=True, exist_ok=True)
-    exported = convert.Exported(SimpleNamespace(config=config, ledger={}, shapes=source.shapes, read=source.read))
-    convert._write_companions(exported, config.run)
+    exported = convert.Exported(SimpleNamespace(config=config, ledger=Ledger(), shapes=source.shapes, read=source.read))
+    convert.write_companions(exported, config.run)
     llama = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.run), dtype=torch.float32)
     llama.load_state_dict({tensor.name: tensor.read().view(*tensor.shape) for tensor in exported.tensors()})
     matrices, norms = ([p for p in llama.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
     groups = [dict(params=matrices, weight_decay=config.optimizer.weight_decay), dict(params=norms, weight_decay=0.0)]
     adamw = torch.optim.AdamW(groups, betas=(config.optimizer.beta1, config.optimizer.beta2), eps=config.optimizer.epsilon)
+
+    def steps() -> Iterator[tuple[Any, list[tuple[str, int]]]]:
+        for step in range(phases.num_steps(config.phases)):
+            for group in adamw.param_groups:
+                group["lr"] = phases.learning_rate(config.phases, step)
+            phase, _ = phases.at(config.phases, step)
+            where = order.samples(step, range(phase.global_batch_size))
+            yield torch.from_numpy(feeder.read(binaries, where, phase.sequence_length)), where
+
+    return llama, adamw, steps()
+
+
+def plain_loop(config: RunConfig) -> list[dict[str, Any]]:
+    """What `metrics.jsonl` should hold of each step's losses."""
+    import torch
+
+    llama, adamw, steps = plain_model(config)
     result = []
-    for step in range(phases.num_steps(config.phases)):
-        phase = config.phases[phases.locate(config.phases, step)[0]]
-        where = order.samples(step, range(phase.global_batch_size))
-        tokens = torch.from_numpy(feeder.read(binaries, where, phase.sequence_length))
+    for tokens, where in steps:
         logits = llama(tokens[:, :-1]).logits
         of_samples = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
         z_loss = logits.logsumexp(-1).square().mean()
         adamw.zero_grad()
-        (of_samples.mean() + phase.z_loss * z_loss).backward()
+        (of_samples.mean() + config.phases[0].loss.z_loss * z_loss).backward()
         torch.nn.utils.clip_grad_norm_(llama.parameters(), config.optimizer.clip_grad)
-        for group in adamw.param_groups:
-            group["lr"] = phases.learning_rate(config.phases, step)
         adamw.step()
-        by_source = {
-            name: [float(loss) for loss, (source, _) in zip(of_samples.detach(), where, strict=True) if source == name] for name in binaries
-        }
-        means = {name: sum(values) / len(values) for name, values in by_source.items() if values}
+        by_source: dict[str, list[float]] = {}
+        for loss, (source, _) in zip(of_samples.detach().tolist(), where, strict=True):
+            by_source.setdefault(source, []).append(loss)
+        means = {name: sum(values) / len(values) for name, values in by_source.items()}
         result.append({"loss": float(of_samples.detach().mean()), "loss_by_source": means, "z_loss": float(z_loss.detach())})
     return result
 

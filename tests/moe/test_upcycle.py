@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_jobs.checkpoints.weights import Box, InitialWeights, drawn, shapes
+from megatron_jobs.checkpoints.weights import InitialWeights, drawn, shapes
 from megatron_jobs.config import ModelConfig, MoEConfig
 from moe.upcycle import Upcycled, _mean_and_std
+from mujina.matrices import Box
 from mujina.user_input import UserError
 
 MODEL = ModelConfig(

@@ -21,7 +21,7 @@ from megatron_jobs.checkpoints.checkpoint import Checkpoint
 from megatron_jobs.config import RunConfig
 from slurm import history
 from tests.cluster import NODES, Cluster, wait_for, wait_for_job
-from tokenization.tokenizer import Tokenizer
+from tokenization.load import load as load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,7 +62,7 @@ def quickstarts_model(prepared: Path, run: Path, num_steps: int, **train: Any) -
     ]
     for phase in phases:
         phase |= shape | dict(learning_rate=dict(start=1e-3, end=1e-3, shape="linear"))
-    vocabulary = Tokenizer.load(prepared / "tokenizer").vocab_size
+    vocabulary = load_tokenizer(prepared / "tokenizer").vocab_size
     values = {"run": run, "tokenizer": prepared / "tokenizer", "data.folder": prepared / "data", "model.vocab_size": vocabulary}
     values |= {"phases": json.dumps(phases), "data.max_epochs": 100, **{f"train.{name}": value for name, value in train.items()}}
     return configuration.load(ROOT / "examples/quickstart/dense.yaml", [f"{key}={value}" for key, value in values.items()])

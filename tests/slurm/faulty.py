@@ -10,11 +10,11 @@ _, kind, first, _, module, *arguments = sys.argv
 sys.argv = [module, *arguments]
 sys.path[0] = os.getcwd()  # as with python -m
 if module == "megatron_jobs.train":
-    from megatron_jobs.engine.passes import Objective
+    from megatron_jobs.engine.passes import Passes
 
-    gradients = Objective.gradients
+    gradients = Passes.gradients
 
-    def with_defect(self: Objective, *arguments: Any) -> Any:
+    def with_defect(self: Passes, *arguments: Any) -> Any:
         result = gradients(self, *arguments)
         if self.state.updates + 1 >= int(first):
             if kind == "crash":
@@ -22,5 +22,5 @@ if module == "megatron_jobs.train":
             self.state.parameters[0].parameter.main_grad.mul_(math.nan)
         return result
 
-    Objective.gradients = with_defect
+    Passes.gradients = with_defect
 runpy.run_module(module, run_name="__main__")

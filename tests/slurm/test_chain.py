@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,14 +40,18 @@ def links(prepared, tmp_path) -> dict[str, Any]:
     return configs
 
 
-def start_chain(cluster: Cluster, folder: Path) -> list[str]:
-    """The numbers of the jobs."""
-    arguments = [str(folder / f"{name}.yaml") for name in ("data", "dense", "mixture")] + [str(folder / "hf")]
-    site = {"MUJINA_PYTHON": sys.executable, "ARRAY": "2", "SBATCH_OPTIONS": f"{OPTIONS} --output={folder}/%j.log"}
-    command = ["bash", "slurm/chain.sh", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | cluster.environment | site, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    return [line.split()[1].rstrip(":") for line in done.stdout.splitlines()]
+def chain(cluster: Cluster, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """slurm/chain.yaml, for a small cluster."""
+    values = {name: folder / f"{name}.yaml" for name in ("data", "dense", "mixture")}
+    values |= {"hf": folder / "hf", "prompts": folder / "prompts.jsonl", "tasks": 2, "sbatch": json.dumps(OPTIONS.split())}
+    command = [sys.executable, "-m", "mujina", "chain", "slurm/chain.yaml", *(f"{key}={value}" for key, value in values.items())]
+    return subprocess.run([*command, *options], cwd=ROOT, env=os.environ | cluster.environment, text=True, capture_output=True)
+
+
+def submitted(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """{station: number of its job}"""
+    assert done.returncode == 0, done
+    return {name: job for job, name in re.findall(r"^job (\d+): ([\w ]+): sbatch", done.stdout, re.MULTILINE)}
 
 
 def sbatch(cluster: Cluster, *arguments: str) -> str:
@@ -55,32 +60,61 @@ def sbatch(cluster: Cluster, *arguments: str) -> str:
     return subprocess.run(command, cwd=ROOT, env=environment, text=True, check=True, stdout=subprocess.PIPE).stdout.strip()
 
 
-def test_a_chain_ends_with_a_mixture_that_others_can_load(cluster, links, tmp_path):
-    jobs = start_chain(cluster, tmp_path)
-    states = [wait_for_job(cluster.environment, job, 600) for job in jobs]
-    logs = "\n".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
-    assert states == [["COMPLETED"] * 2] * 2 + [["COMPLETED"]] * 4, logs
+def test_a_chain_stops_at_a_failed_link_and_goes_on_from_there_to_a_mixture_that_others_can_load(cluster, links, tmp_path):
+    whole = (tmp_path / "dense.yaml").read_text()
+    dense = yaml.safe_load(whole)
+    dense["phases"][0]["sources"] = {"wiki": 1.0}  # which nobody prepares
+    (tmp_path / "dense.yaml").write_text(yaml.safe_dump(dense))
+    prompt = {"messages": [{"role": "user", "content": "1 + 1?"}], "answer": "2", "language": "en"}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(prompt) + "\n")
+    logs = tmp_path / "mixture/chain/logs"
+
+    jobs = submitted(chain(cluster, tmp_path, "--slurm"))
+    assert list(jobs) == ["documents", "tokens", "dense", "upcycling", "mixture", "Hugging Face", "evaluation"]
+    again = chain(cluster, tmp_path, "--slurm")
+    assert submitted(again) == {} and "in the queue" in again.stdout  # nothing twice
+    here = chain(cluster, tmp_path)
+    assert here.returncode == 2 and "is in the queue: wait for it" in here.stderr
+    states = [wait_for_job(cluster.environment, job, 300) for job in jobs.values()]
+    assert states == [["COMPLETED"] * 2] * 2 + [["FAILED"]] + [["CANCELLED"]] * 4, logs
+    assert "wiki" in (logs / f"dense-{jobs['dense']}.log").read_text()
+    assert not (tmp_path / "hf").exists()
+
+    shown = chain(cluster, tmp_path, "--slurm", "--dry-run").stdout
+    assert "--- tokens: is done" in shown and f"--- dense: job {jobs['dense']} ended with status 2 (a mistake): see {logs}" in shown
+    (tmp_path / "dense.yaml").write_text(whole)
+    jobs = submitted(chain(cluster, tmp_path, "--slurm"))
+    assert list(jobs) == ["dense", "upcycling", "mixture", "Hugging Face", "evaluation"]  # and what was done before is not done again
+    states = [wait_for_job(cluster.environment, job, 600) for job in jobs.values()]
+    assert states == [["COMPLETED"]] * 5, "\n".join(path.read_text() for path in sorted(logs.glob("*.log")))
+
     from transformers import AutoModelForCausalLM
 
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.num_local_experts == MOE["num_experts"]
+    assert json.loads((tmp_path / "mixture/evaluation.json").read_text())["num_prompts"] == 1
 
-    prompt = {"messages": [{"role": "user", "content": "1 + 1?"}], "answer": "2", "language": "en"}
-    (tmp_path / "prompts.jsonl").write_text(json.dumps(prompt) + "\n")
-    arguments = ["slurm/evaluate.sh", tmp_path / "hf", "--prompts", tmp_path / "prompts.jsonl", "--output", tmp_path / "result.json"]
-    scored = sbatch(cluster, *OPTIONS.split(), f"--output={tmp_path}/evaluate.log", *map(str, arguments))
-    assert wait_for_job(cluster.environment, scored, 120) == ["COMPLETED"], (tmp_path / "evaluate.log").read_text()
-    assert json.loads((tmp_path / "result.json").read_text())["num_prompts"] == 1
+    here = chain(cluster, tmp_path)  # on this machine the same chain is done, too
+    assert here.returncode == 0 and here.stdout.count("is done") == 7, here
+    stations = json.loads((tmp_path / "mixture/chain/summary.json").read_text())["stations"]
+    assert all(row["state"] == "done" and row["job"] and row["seconds"] > 0 for row in stations)
 
 
-def test_what_is_behind_a_failed_link_is_cancelled(cluster, links, tmp_path):
-    dense = yaml.safe_load((tmp_path / "dense.yaml").read_text())
-    dense["phases"][0]["sources"] = {"wiki": 1.0}  # which nobody prepares
-    (tmp_path / "dense.yaml").write_text(yaml.safe_dump(dense))
-    jobs = start_chain(cluster, tmp_path)
-    states = [wait_for_job(cluster.environment, job, 300) for job in jobs]
-    assert states == [["COMPLETED"] * 2] * 2 + [["FAILED"]] + [["CANCELLED"]] * 3
-    assert "wiki" in (tmp_path / f"{jobs[2]}.log").read_text()
-    assert not (tmp_path / "mixture").exists() and not (tmp_path / "hf").exists()
+def test_a_job_that_is_cancelled_before_it_could_say_so_runs_again(cluster, tmp_path):
+    stations = [{"name": name, "run": "plan examples/quickstart/dense.yaml --gpus 2"} for name in ("one", "two")]
+    path = tmp_path / "chain.yaml"
+    path.write_text(yaml.safe_dump({"name": "short", "folder": str(tmp_path), "sbatch": OPTIONS.split(), "stations": stations}))
+
+    def call(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "mujina", "chain", str(path), "--slurm", *options]
+        return subprocess.run(command, cwd=ROOT, env=os.environ | cluster.environment, text=True, capture_output=True)
+
+    jobs = submitted(call("sbatch=[--hold, --cpus-per-task=1]"))
+    cluster.output("scancel", jobs["one"])
+    assert [wait_for_job(cluster.environment, job) for job in jobs.values()] == [["CANCELLED"]] * 2
+    assert f"--- one: job {jobs['one']} ended without a word" in call("--dry-run").stdout
+    jobs = submitted(call())
+    assert [wait_for_job(cluster.environment, job, 300) for job in jobs.values()] == [["COMPLETED"]] * 2
+    assert submitted(call()) == {} and "parameters" in (tmp_path / f"logs/two-{jobs['two']}.log").read_text()
 
 
 def test_a_task_of_an_array_goes_on_where_it_was_stopped(cluster, links, tmp_path):

@@ -1,12 +1,16 @@
-"""One small tokenizer, trained by the real command's function, for the tests of this folder."""
+"""Two small tokenizers for the tests of this folder: one trained by the real command's function, and a byte-level BPE one."""
 
+import gzip
 import json
 import random
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from tokenization.tokenizer import Tokenizer
+from tokenization.load import load
+from tokenization.tokenizer import CHAT_PIECES, Tokenizer
 from tokenization.train import TrainConfig, train
 
 LINES = [
@@ -17,6 +21,13 @@ LINES = [
     "        return [3, 14, 15]",
     "答えは12です。カタカナとひらがな",
 ]
+
+CORPUS = sorted((Path(__file__).parents[2] / "examples/corpus").glob("*.jsonl.gz"))
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", *CHAT_PIECES]
+
+
+def texts() -> list[str]:
+    return [json.loads(line)["text"] for path in CORPUS for line in gzip.open(path)]
 
 
 @pytest.fixture(scope="session")
@@ -39,4 +50,18 @@ def folder(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer.load(folder)
+    return load(folder)
+
+
+@pytest.fixture(scope="session")
+def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bpe")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=2_000, show_progress=False, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    backend.train_from_iterator([text[:3_000] for text in texts()[::13]], trainer)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}')
+    return folder

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from mujina.user_input import UserError
 from tokenization import extend as extend_module
 from tokenization.extend import ExtendConfig, extend
+from tokenization.load import load
 from tokenization.merges import continue_merges
-from tokenization.tokenizer import Tokenizer
 from tokenization.train import TrainConfig, train
 
 CORPUS = Path(__file__).parents[2] / "examples/corpus"
@@ -177,14 +177,14 @@ def test_tokenizer_model_and_tokenizer_json_stay_together(kind: str, place: Path
 
 def test_our_own_tokenizer_still_opens(place: Path, tmp_path: Path) -> None:
     folder = extend(config(place, "unigram_en", model_folder(place / "unigram_en", tmp_path / "old", True), tmp_path / "new"))
-    old, new = Tokenizer.load(place / "unigram_en"), Tokenizer.load(folder)
+    old, new = load(place / "unigram_en"), load(folder)
     assert new.vocab_size == old.vocab_size + NUM_NEW
-    ids = new.encode_chat([{"role": "user", "content": "猫は <|end|>"}])
+    ids = new.render([{"role": "user", "content": "猫は <|end|>"}]).ids.tolist()
     assert new.decode(ids) == "<|user|>猫は <|end|><|end|>" and ids.count(old.end_of_turn_id) == 1
     assert (new.eod_id, new.end_of_turn_id, ids[0]) == (
         old.eod_id,
         old.end_of_turn_id,
-        old.encode_chat([{"role": "user", "content": ""}])[0],
+        old.render([{"role": "user", "content": ""}]).ids[0],
     )
 
 
@@ -235,7 +235,11 @@ def test_what_cannot_be_extended_is_explained(place: Path, tmp_path: Path) -> No
     small = model_folder(place / "byte_level", tmp_path / "small", False, rows=700)
     with pytest.raises(UserError, match=r"embeddings of \[700\] rows do not fit a tokenizer of 802 pieces"):
         extend(config(place, "byte_level", small, tmp_path / "new"))
-    for shard in small.glob("*.safetensors"):
+    shards = list(small.glob("*.safetensors"))
+    shards[0].write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match=rf"{shards[0]}: is not a safetensors file .*copy it again"):
+        extend(config(place, "byte_level", small, tmp_path / "new"))
+    for shard in shards:
         shard.unlink()
     with pytest.raises(UserError, match="no \\*.safetensors"):
         extend(config(place, "byte_level", small, tmp_path / "new"))

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from mujina.user_input import UserError
 from tokenization import train as train_module
+from tokenization.load import load
 from tokenization.presplit import mecab
-from tokenization.tokenizer import Tokenizer
 from tokenization.train import TrainConfig, train
 
 CORPUS = Path(__file__).parents[2] / "examples/corpus"
@@ -62,7 +62,7 @@ def test_it_is_skipped_until_something_changes(inputs: Path, tmp_path: Path, cap
 def test_a_failure_leaves_the_old_tokenizer(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = train(config(inputs, tmp_path / "t"))
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(train_module.Tokenizer, "save_hf", lambda *_: 1 / 0)
+    monkeypatch.setattr(train_module.SentencePieceTokenizer, "save_hf", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(config(inputs, tmp_path / "t", vocab_size=377))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -86,7 +86,7 @@ def test_mecab_keeps_pieces_within_words(tmp_path: Path) -> None:
     words = "\n".join(word.replace(" ", "▁") for line in text.splitlines() for word in WORDS(line))
     crossing = {folder: [piece for piece in pieces(folder)[264:] if piece not in words] for folder in (plain, split)}
     assert len(crossing[plain]) > 100 and crossing[split] == []
-    tokenizer = Tokenizer.load(split)
+    tokenizer = load(split)
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 

@@ -110,4 +110,4 @@ def test_an_interrupted_rank_leaves_no_marks(tmp_path: Path) -> None:
     for step in ExactDuplicates(), RepeatedLines():
         with pytest.raises(OSError):
             deque(step.mark(broken(), tmp_path, 0), 0)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".partial"}
+    assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ import zstandard
 from datatrove.data import Document
 from pyarrow import parquet
 
+from data_prep import row
 from data_prep.steps import read as module
 from data_prep.steps.read import find_inputs, read
 from mujina.user_input import UserError
@@ -40,6 +41,11 @@ def assert_problem(path: Path, problem: str, texts: list[str]) -> None:
     assert found == texts
     with pytest.raises(UserError, match=problem):
         raise UserError(told)
+
+
+def be_longest(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    for part in (module, row):
+        monkeypatch.setattr(part, "LONGEST", size)
 
 
 def lines(*texts: str) -> bytes:
@@ -87,7 +93,7 @@ def test_dialogues(tmp_path: Path) -> None:
     [
         (b'{"text": "caf\xe9"}', "0xe9 at 13 is not UTF-8"),
         (b'{"text": "cut', "is not JSON"),
-        (b'{"text": "\\ud800"}', "is not JSON"),
+        (b'{"text": "\\ud800"}', "half of a surrogate pair"),
         (b'["text"]', "a JSON list, not an object"),
         (b'{"body": "x"}', "neither a string `text` nor `messages`"),
         (b'{"text": 5}', "neither a string `text` nor `messages`"),
@@ -102,7 +108,7 @@ def test_dialogues(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, problem: str) -> None:
-    monkeypatch.setattr(module, "LONGEST", 1 << 20)
+    be_longest(monkeypatch, 1 << 20)
     (tmp_path / "bad.jsonl").write_bytes(lines("one") + line + b"\n" + lines("three"))
     assert_problem(tmp_path / "bad.jsonl", f"bad.jsonl line 2: .*{problem}.*: ", ["one", "three"])
 
@@ -205,7 +211,7 @@ GOOD = [record(number, b"<p>page %d" % number) for number in range(4)]
 )
 @pytest.mark.parametrize("ending", ["", ".gz"])
 def test_a_bad_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, problem: str, num_pages: int, ending: str) -> None:
-    monkeypatch.setattr(module, "LONGEST", 1000)
+    be_longest(monkeypatch, 1000)
     (tmp_path / f"bad.warc{ending}").write_bytes(PACKERS[ending](data))
     assert_problem(tmp_path / f"bad.warc{ending}", problem, [f"<p>page {number}" for number in (0, 1, 2, 3)][:num_pages])
 
@@ -231,7 +237,7 @@ def test_a_bad_text_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert_problem(tmp_path / "a.txt", "a.txt: byte 0xc6 at 0 is not UTF-8", [])
     (tmp_path / "a.txt").write_bytes(b"a\0b")
     assert_problem(tmp_path / "a.txt", "a.txt: holds a NUL byte", [])
-    monkeypatch.setattr(module, "LONGEST", 2)
+    be_longest(monkeypatch, 2)
     for name in ("a.txt", "a.html"):
         (tmp_path / name).write_bytes(b"abc")
         assert_problem(tmp_path / name, f"{name}: the file is longer", [])

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_jobs.checkpoints import checkpoint
-from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, Writer, newest_whole, piece_key, prune, seal
-from megatron_jobs.checkpoints.weights import Box
+from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, Writer, box_key, newest_whole, prune, seal
+from mujina.matrices import Box
 from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
 from tests.megatron_jobs.test_train import losses, train_here
@@ -32,7 +32,7 @@ def pieces_of(step: int, rank: int = 0, num_ranks: int = 1) -> dict[str, torch.T
     """A matrix `a` that is full of the step's number, in equal parts of its rows."""
     rows = ROWS // num_ranks
     box = Box(rank * rows, (rank + 1) * rows, 0, COLUMNS)
-    return {piece_key(state, "a", box): torch.full((rows, COLUMNS), float(step)) for state in STATES}
+    return {box_key(state, "a", box): torch.full((rows, COLUMNS), float(step)) for state in STATES}
 
 
 def save(config: Any, folder: Path, step: int, num_ranks: int = 1) -> Path:
@@ -123,6 +123,18 @@ def test_the_rules_of_keeping(prepared, tmp_path):
         prune(tmp_path, 2, lambda step: step == 4 or step % 3 == 0)
     assert sorted(int(path.name[5:]) for path in tmp_path.glob("step-*")) == [3, 4, 6, 7, 8, 9]
     assert (tmp_path / "latest").resolve().name == "step-00000009"
+
+
+def test_the_end_of_a_phase_is_a_name_for_a_checkpoint(prepared, tmp_path):
+    run = tmp_path / "run"
+    for step in (6, 8, 10):  # of phases with 6 and 4 steps
+        save(tiny(prepared, run), run / "checkpoints", step)
+    assert is_whole(Checkpoint(tmp_path / "run@web"), 6) and is_whole(Checkpoint(tmp_path / "run@chat"), 10)
+    with pytest.raises(UserError, match="run@wbe: the run has no phase wbe: did you mean web?"):
+        Checkpoint(tmp_path / "run@wbe")
+    shutil.rmtree(run / "checkpoints/step-00000006")
+    with pytest.raises(UserError, match="step-00000006: not a whole checkpoint"):
+        Checkpoint(tmp_path / "run@web")
 
 
 def test_killed_at_every_change_of_the_disk(prepared, tmp_path):
@@ -314,8 +326,7 @@ def load_save_and_go_on(config: Any) -> None:
     saver = Saver(config.model_copy(update={"run": config.run / "again"}), set())
     saver.save(start.step, start.tokens, state.updates, state.pieces(), start.ledger)
     saver.wait()
-    train.phases.num_steps = lambda phases: 4
-    train.train(config)
+    train.train(config, last_step=4)
 
 
 def test_updates_that_were_left_out_are_not_counted(prepared, tmp_path):

@@ -16,10 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megatron_jobs.checkpoints import tools
-from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, Writer, piece_key
+from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, Writer, box_key
 from megatron_jobs.checkpoints.tools import average, inspect, reshape, rows
-from megatron_jobs.checkpoints.weights import Box, shapes
+from megatron_jobs.checkpoints.weights import shapes
 from megatron_jobs.conversion import convert
+from megatron_jobs.data.ledger import Consumed, Ledger, Origin, PhaseRecord
+from mujina.matrices import Box
 from mujina.tensor_files import Planned, write_safetensors, write_shards
 from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
@@ -28,7 +30,8 @@ from tests.megatron_jobs.test_train import losses, train_here
 from tests.ranks import run_ranks
 
 SHAPES = {"embedding": (50, 8), "layers.0.down": (8, 24), "layers.1.down": (8, 24), "layers.1.up": (24, 8), "final_norm": (8, 1)}
-LEDGER = {"tokens": 7, "phases": [{"name": "a", "steps": 1, "tokens": 7, "sources": {"web": {"tokens": 7, "checksum": "x"}}}]}
+WEB = Consumed(samples=1, tokens=7, first_block=0, num_blocks=1, checksum="x")
+LEDGER = Ledger(tokens=7, block_length=8, phases=(PhaseRecord(name="a", steps=1, tokens=7, sources={"web": WEB}),))
 
 
 def whole(shape: tuple[int, int]) -> Box:
@@ -47,12 +50,10 @@ def equal(one: Checkpoint, other: Checkpoint) -> bool:
 def written(config, folder: Path, step: int, seed: int = 0, shapes=SHAPES, **changes: torch.Tensor) -> Checkpoint:
     """A checkpoint of random values; `changes` replace weights (`layers_1_down=…`)."""
     draw = torch.Generator().manual_seed(seed)
-    pieces = {
-        piece_key(state, name, whole(shape)): torch.randn(shape, generator=draw) for state in STATES for name, shape in shapes.items()
-    }
+    pieces = {box_key(state, name, whole(shape)): torch.randn(shape, generator=draw) for state in STATES for name, shape in shapes.items()}
     for name, values in changes.items():
         name = name.replace("_", ".", 2)
-        pieces[piece_key("master", name, whole(shapes[name]))] = values
+        pieces[box_key("master", name, whole(shapes[name]))] = values
     writer = Writer(folder, step)
     writer.clear()
     writer.add_rank_file(0, pieces)
@@ -150,7 +151,8 @@ def test_the_mean_of_the_newest_is_a_model_to_start_from_and_to_convert(prepared
         one, other = (source.read(name, whole(shape)).double() for source in steps)
         assert found.read(name, whole(shape)).equal(((one + other) / 2).float()) and not one.equal(other)
     assert (found.step, found.tokens, found.states) == (10, steps[1].tokens, ["master"])
-    assert found.ledger == steps[1].ledger | {"averaged_from": [source.identity for source in steps]}
+    origin = Origin(kind="averaged", of=tuple(source.identity for source in steps), ledger=steps[1].ledger)
+    assert found.ledger == steps[1].ledger.model_copy(update={"origin": origin})
     run_ranks(1, train_here, tiny(prepared, tmp_path / "run", moe=MOE, train=dict(init_from=str(tmp_path / "mean/latest"))), 1)
     first = losses(tmp_path / "run")[0]
     assert first < losses(mixture)[0] - 0.5
@@ -173,7 +175,7 @@ def test_only_checkpoints_of_one_model_are_averaged(prepared, tmp_path):
 
 
 def test_norms_ranges_and_what_is_not_finite(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(tools, "PIECE_BYTES", 200)  # many pieces to a matrix
+    monkeypatch.setattr(tools, "BOX_BYTES", 200)  # many boxes to a matrix
     broken = torch.arange(-96.0, 96.0).view(8, 24)
     broken[2, 3], broken[7, 0], broken[0, 0] = math.nan, math.inf, -math.inf
     source = written(tiny(prepared, tmp_path), tmp_path / "a", 1, layers_1_down=broken)
@@ -271,7 +273,7 @@ def test_a_conversion_holds_little_more_than_the_largest_matrix(prepared, tmp_pa
                 if name.endswith((".attention_out", ".down")):
                     box = Box(0, height, rank * columns // 2, (rank + 1) * columns // 2)
                 read = partial(ramp, box)
-                pieces.append(Planned(piece_key("master", name, box), (box.rows, box.columns), torch.float32, read))
+                pieces.append(Planned(box_key("master", name, box), (box.rows, box.columns), torch.float32, read))
             writer.stream_rank_file(rank, pieces, lambda part: None)
         return writer.finish(config, 0, 1, dict(shapes(config.model, None)), LEDGER)
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_jobs.checkpoints.checkpoint import Checkpoint, seal
-from megatron_jobs.checkpoints.weights import Box
-from megatron_jobs.conversion import convert, hugging_face
+from megatron_jobs.conversion import convert, families
+from mujina.matrices import Box
 from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
 from tests.megatron_jobs.test_train import losses, train_here
@@ -75,11 +75,11 @@ def test_the_folder_brings_tokenizer_and_chat_template(dense, tmp_path):
 def test_the_model_card_tells_what_is_known_and_nothing_else(dense, tmp_path):
     run_ranks(1, convert.main, dense, tmp_path / "hf")
     card = (tmp_path / "hf/README.md").read_text()
-    consumed = Checkpoint(dense).ledger["phases"]
+    consumed = Checkpoint(dense).ledger.phases
     for phase in consumed:
-        for source, of_it in phase["sources"].items():
+        for source, of_it in phase.sources.items():
             origin, language = ("synthetic", "en") if source == "chat" else ("human", "ja")
-            assert f"| {phase['name']} | {source} | {of_it['tokens']:,} | {source}, {origin} | {language} | x |" in card
+            assert f"| {phase.name} | {source} | {of_it.tokens:,} | {source}, {origin} | {language} | x |" in card
     assert card.count("\n| web |") == 3 and card.count("\n| chat |") == 1
     assert "Step 10, 2,560 tokens." in card and "language:\n- en\n- ja\n" in card and "\nlicense:" not in card
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", local_files_only=True)
@@ -107,7 +107,7 @@ def test_a_wrong_rule_does_not_pass_the_gate(dense, tmp_path):
 
 def convert_with_exchanged_rules(checkpoint: Path, output: Path) -> None:
     gate, up = "layers.*.gate", "layers.*.up"
-    names = hugging_face.FAMILIES["llama"].names
+    names = families.FAMILIES["llama"].names
     names[gate], names[up] = names[up], names[gate]
     convert.main(checkpoint, output)
 
@@ -124,7 +124,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_loads(dense, tmp_path):
 def convert_and_die(checkpoint: Path, output: Path) -> None:
     child = os.fork()
     if child == 0:
-        convert._write_companions = lambda *_: os.kill(os.getpid(), 9)
+        convert.write_companions = lambda *_: os.kill(os.getpid(), 9)
         convert.main(checkpoint, output)
     os.waitpid(child, 0)
 

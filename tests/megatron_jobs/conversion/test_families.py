@@ -14,13 +14,14 @@ from megatron_jobs import config as configuration
 from megatron_jobs.checkpoints.checkpoint import seal
 from megatron_jobs.config import MoEConfig
 from megatron_jobs.conversion import convert, import_hf
-from megatron_jobs.conversion.hugging_face import HuggingFaceFolder, family_of
+from megatron_jobs.conversion.families import family_of
+from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
 from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
 from tests.megatron_jobs.conversion.test_import import run_from, transformers_loss
 from tests.megatron_jobs.test_train import losses, train_here
 from tests.ranks import run_ranks
-from tokenization.tokenizer import Tokenizer
+from tokenization.load import load as load_tokenizer
 
 LLAMA3 = dict(rope_type="llama3", rope_theta=10_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 ODD_ROPE = LLAMA3 | dict(rope_theta=500.5, factor=3.0, low_freq_factor=0.5, high_freq_factor=6.0, original_max_position_embeddings=24)
@@ -41,7 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def folder_of(prepared: Path, folder: Path, model_type: str, dtype: torch.dtype = torch.float32, **values: Any) -> Path:
     """A random model as save_pretrained writes it, in shards, with the tokenizer of `prepared` and 37 rows more than it has pieces."""
-    tokenizer = Tokenizer.load(prepared / "tokenizer")
+    tokenizer = load_tokenizer(prepared / "tokenizer")
     sizes = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2)
     sizes |= dict(initializer_range=0.15, vocab_size=tokenizer.vocab_size + 37, max_position_embeddings=512, bos_token_id=1)
     torch.manual_seed(1)

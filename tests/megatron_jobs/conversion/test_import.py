@@ -16,15 +16,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Mixtr
 
 from data_prep.prepare import PrepareConfig, prepare
 from megatron_jobs import config as configuration
-from megatron_jobs.checkpoints.weights import Box
-from megatron_jobs.config import LearningRate, RunConfig
+from megatron_jobs.config import LearningRate, MoEConfig, RunConfig
 from megatron_jobs.conversion import convert, import_hf
 from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
+from megatron_jobs.conversion.start import open_weights
+from mujina.matrices import Box
 from mujina.user_input import UserError
-from tests.conftest import tiny
+from tests.conftest import MOE, tiny
 from tests.megatron_jobs.test_train import losses, train_here
 from tests.ranks import run_ranks
-from tokenization.tokenizer import Tokenizer
+from tokenization.load import load as load_tokenizer
 from tokenization.train import TrainConfig
 from tokenization.train import train as train_tokenizer
 
@@ -42,7 +43,7 @@ ONE_STEP = dict(
 
 def folder_of(prepared: Path, folder: Path, dtype: torch.dtype = torch.float32, shard_size: str = "30KB", **values: Any) -> Path:
     """A random model as save_pretrained writes it, with the tokenizer of `prepared`."""
-    tokenizer = Tokenizer.load(prepared / "tokenizer")
+    tokenizer = load_tokenizer(prepared / "tokenizer")
     kind = MixtralConfig if "num_local_experts" in values else LlamaConfig
     rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta", 10_000.0)}
     torch.manual_seed(1)
@@ -211,26 +212,62 @@ def test_damaged_weights_are_refused(folders, tmp_path, damage):
 
 
 def test_a_run_of_another_model_is_told_what_to_write(prepared, folders, tmp_path):
-    folder = HuggingFaceFolder(folders["llama"])
+    run = tiny(prepared, tmp_path, model=dict(num_layers=4, norm_epsilon=1e-5))
     with pytest.raises(UserError) as refusal:
-        folder.check(tiny(prepared, tmp_path, model=dict(num_layers=4, norm_epsilon=1e-5)))
+        open_weights(folders["llama"], run, "train.init_from", None)
     told = re.findall(r"write (\w+): ([\d.]+)", str(refusal.value))
     assert dict(told) == dict(hidden_size="48", ffn_hidden_size="80", num_attention_heads="6", norm_epsilon="0.001")
-    mixture = HuggingFaceFolder(folders["mixtral"])
-    with pytest.raises(UserError, match="which is a mixture: write moe: {num_experts: 4, top_k: 2"):
-        mixture.check(tiny(prepared, tmp_path))
+    with pytest.raises(UserError, match="is a mixture, and a dense model is needed: write moe: {num_experts: 4, top_k: 2"):
+        open_weights(folders["mixtral"], tiny(prepared, tmp_path), "train.init_from", None)
+    run = tiny(prepared, tmp_path, moe=dict(num_experts=4, top_k=1))
     with pytest.raises(UserError, match=r"moe.top_k \(1\) must be .* write top_k: 2"):
-        mixture.check(tiny(prepared, tmp_path, moe=dict(num_experts=4, top_k=1)))
+        open_weights(folders["mixtral"], run, "train.init_from", run.moe)
+
+
+# fields that change what a model computes and no shape
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("model", "rope_theta", 500_000.0),
+        ("model", "norm_epsilon", 1e-6),
+        ("model", "rope_scaling", dict(factor=8.0)),
+        ("moe", "top_k", 1),
+        ("moe", "scores", "softmax_topk"),
+        ("moe", "normalize_logits", True),
+    ],
+)
+def test_a_checkpoint_that_computes_something_else_is_refused(prepared, checkpoint_of_a_mixture, tmp_path, section, field, value):
+    """A start from a checkpoint compares the structure, as one from a folder does: no shape tells these apart."""
+    train = dict(init_from=str(checkpoint_of_a_mixture))
+    assert open_weights(checkpoint_of_a_mixture, tiny(prepared, tmp_path, moe=MOE), "train.init_from", MoEConfig(**MOE)).step == 3
+    sections: dict[str, Any] = {"moe": MOE}
+    sections[section] = sections.get(section, {}) | {field: value}
+    with pytest.raises(AssertionError, match=rf"{section}\.{field} \(.*\) must be that of train.init_from \(.*\): write {field}: "):
+        run_ranks(1, train_here, tiny(prepared, tmp_path, train=train, **sections), 1)
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of_a_mixture(prepared, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("mixture")
+    run_ranks(1, train_here, tiny(prepared, run, moe=MOE), 3)
+    return run / "checkpoints/latest"
+
+
+def test_a_routers_bias_is_neither_lost_nor_made_up(prepared, checkpoint_of_a_mixture, tmp_path):
+    biased = MOE | dict(balancing="bias", scores="sigmoid")
+    run = tiny(prepared, tmp_path, moe=biased)
+    with pytest.raises(UserError, match=r"moe.balancing \(bias\) must be that of train.init_from \(.*\): write balancing: aux_loss"):
+        open_weights(checkpoint_of_a_mixture, run, "train.init_from", run.moe)
 
 
 def test_a_window_shorter_than_the_sequence_is_refused(prepared, tmp_path):
     folder = folder_of(prepared, tmp_path / "model", num_local_experts=2, num_experts_per_tok=2, sliding_window=32)
     run_ranks(1, import_hf.main, folder, tmp_path / "in")
     run = run_from(prepared, tmp_path / "in", tmp_path / "run")
-    HuggingFaceFolder(folder).check(run)
+    open_weights(folder, run, "train.init_from", run.moe)
     longer = run.model_copy(update=dict(phases=(run.phases[0].model_copy(update=dict(sequence_length=64)),)))
     with pytest.raises(UserError, match=r"phases.only.sequence_length \(64\) must not exceed the sliding_window .* at most 32"):
-        HuggingFaceFolder(folder).check(longer)
+        open_weights(folder, longer, "train.init_from", longer.moe)
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +288,7 @@ def test_a_new_vocabulary_starts_from_the_old(prepared, folders, other, tmp_path
     run_ranks(1, train_here, run)
     assert losses(tmp_path / "run")[0] == pytest.approx(transformers_loss(run, tmp_path / "in"), abs=1e-4)
 
-    old, new = Tokenizer.load(prepared / "tokenizer"), Tokenizer.load(other / "tokenizer")
+    old, new = load_tokenizer(prepared / "tokenizer"), load_tokenizer(other / "tokenizer")
     before, after = HuggingFaceFolder(folders[name]), HuggingFaceFolder(tmp_path / "in")
     rows = before.read("embedding", Box(0, old.vocab_size, 0, 48))
     spelled = {token: old.encode_bytes(data) for token in range(new.vocab_size) if (data := new.bytes_of(token)) is not None}

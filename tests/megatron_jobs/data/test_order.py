@@ -85,9 +85,9 @@ def test_no_token_is_used_twice_within_an_epoch(shapes, seed):
                 used[name][offset : offset + p.sequence_length] += 1
             step += 1
     assert max(counts.max() for counts in used.values()) == 1
-    assert sum(counts.sum() for counts in used.values()) == order.ledger(step)["tokens"] == sum(p["tokens"] for p in phases)
-    for row in order.ledger(step)["phases"]:
-        assert sum(source["tokens"] for source in row["sources"].values()) == row["tokens"]
+    assert sum(counts.sum() for counts in used.values()) == order.ledger(step).tokens == sum(p["tokens"] for p in phases)
+    for row in order.ledger(step).phases:
+        assert sum(source.tokens for source in row.sources.values()) == row.tokens
 
 
 @st.composite
@@ -145,9 +145,9 @@ def test_any_plan_keeps_the_promises(plan, draw, ranks):
                 parts = [again.samples(step, range(size)[rank::ranks]) for rank in range(min(ranks, size))]
                 assert [parts[number % ranks][number // ranks] for number in range(size)] == batch
                 tokens = Counter({name: int(counts.sum()) for name, counts in used.items()})
-                rows = again.ledger(step)["phases"]
-                assert +tokens == +sum((Counter({n: s["tokens"] for n, s in row["sources"].items()}) for row in rows), Counter())
-                assert sum(row["tokens"] for row in rows) == consumed_tokens(config.phases, step) == tokens.total()
+                rows = again.ledger(step).phases
+                assert +tokens == +sum((Counter({n: s.tokens for n, s in row.sources.items()}) for row in rows), Counter())
+                assert sum(row.tokens for row in rows) == consumed_tokens(config.phases, step) == tokens.total()
             for name, offset in batch:
                 used[name][offset : offset + p.sequence_length] += 1
             step += 1
@@ -176,7 +176,7 @@ def test_a_source_too_small_to_hold_out_of_is_refused():
 def test_epochs_are_whole_and_differ():
     """With two epochs allowed, the first pass uses every block once before the second begins, in another order."""
     order = DataOrder(run_config([phase("p", 2 * 1024, 64, 1, {"a": 1.0})], max_epochs=2), sources(a=1025))
-    counts = Counter(order.sample(0, number)[1] for number in range(32))
+    counts = Counter(offset for step in range(32) for _, offset in order.samples(step, [0]))
     assert set(counts.values()) == {2} and len(counts) == 16
 
 
@@ -187,15 +187,15 @@ def test_ledger_counts_what_the_steps_used():
     for step in range(num_steps(config.phases)):
         seen.update(name for name, _ in order.samples(step, range(4)))
         in_ledger = Counter()
-        for row in order.ledger(step + 1)["phases"]:
-            in_ledger.update({name: source["samples"] for name, source in row["sources"].items()})
+        for row in order.ledger(step + 1).phases:
+            in_ledger.update({name: source.samples for name, source in row.sources.items()})
         assert +in_ledger == seen
 
 
 def test_mix_is_exact_in_every_window():
     config = run_config([phase("p", 16 * 10_000, 16, 100, {"a": 0.9, "b": 0.1})])
     order = DataOrder(config, sources(a=10**6, b=10**6))
-    names = [order.sample(0, number)[0] for number in range(10_000)]
+    names = [name for step in range(100) for name, _ in order.samples(step, range(100))]
     windows = -(-10_000 // WINDOW)
     assert [names[n * 10_000 // windows : (n + 1) * 10_000 // windows].count("b") for n in range(windows)] == [100] * windows
 
@@ -214,7 +214,7 @@ def test_start_is_independent_of_the_corpus():
     many = {name: Source(name, 2_000_000_000, "web", "human", "") for name in names}
     began = time.process_time()
     order = DataOrder(config, many)
-    assert len({order.sample(0, number) for number in range(1024)}) == 1024
+    assert len(set(order.samples(0, range(1024)))) == 1024
     assert time.process_time() - began < 10  # seconds; hours with an index
 
 

@@ -1,12 +1,14 @@
 """What a phase may ask for beside its mix, in real runs: a batch ramp, separated documents, an auxiliary loss, amounts, a late decay."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from megatron_jobs.checkpoints.checkpoint import Checkpoint
+from megatron_jobs.config import RunConfig
 from tests.conftest import tiny
-from tests.megatron_jobs.test_train import losses, train_here
+from tests.megatron_jobs.test_train import losses, plain_model, train_here
 from tests.ranks import run_ranks
 
 WEB = dict(
@@ -17,7 +19,7 @@ WEB = dict(
     batch_ramp=dict(start=4, increment=4, tokens=4 * 4 * 32),
     sources={"web": 1.0, "code": dict(tokens=640)},
     learning_rate=dict(start=1e-2, end=1e-3, shape="1-sqrt", decay_steps=3),
-    z_loss=1e-3,
+    loss=dict(kind="next_token", z_loss=1e-3),
 )
 CHAT = dict(
     name="chat",
@@ -54,7 +56,7 @@ def test_the_ramp_and_the_amounts_are_in_the_records(alone):
     rates = [record["lr"] for record in web]
     assert rates[:9] == pytest.approx([1e-2] * 9) and rates[9] > rates[10] > rates[11] == pytest.approx(1e-3)
     ledger = Checkpoint(alone / "checkpoints/latest").ledger
-    assert [phase["tokens"] for phase in ledger["phases"]] == [sum(tokens), 4 * 4 * 64]
+    assert [phase.tokens for phase in ledger.phases] == [sum(tokens), 4 * 4 * 64]
 
 
 def test_separated_documents_are_another_loss(prepared, tmp_path, alone):
@@ -63,3 +65,39 @@ def test_separated_documents_are_another_loss(prepared, tmp_path, alone):
     joined, separated = losses(tmp_path), losses(alone)
     assert joined[:12] == separated[:12]
     assert all(abs(a - b) > 1e-4 for a, b in zip(joined[12:], separated[12:], strict=True))
+
+
+def resetting(prepared: Path, run: Path, optimizer: str) -> RunConfig:
+    web, chat = tiny(prepared, run).model_dump(mode="json")["phases"]
+    return tiny(prepared, run, phases=[web, chat | {"optimizer": optimizer}])
+
+
+def plain_loop_with_a_reset(config: RunConfig) -> list[float]:
+    import torch
+
+    llama, adamw, steps = plain_model(config)
+    result = []
+    for step, (tokens, _) in enumerate(steps):
+        if step == config.phases[0].num_steps:
+            adamw.state.clear()
+        loss = torch.nn.functional.cross_entropy(llama(tokens[:, :-1]).logits.transpose(1, 2), tokens[:, 1:])
+        adamw.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(llama.parameters(), config.optimizer.clip_grad)
+        adamw.step()
+        result.append(float(loss.detach()))
+    return result
+
+
+def test_a_phase_may_begin_without_the_moments(prepared, tmp_path):
+    """As a loop that forgets AdamW's state there; a restart at that place, and behind it, changes nothing."""
+    expected = run_ranks(1, plain_loop_with_a_reset, resetting(prepared, tmp_path / "plain", "reset"))[0]
+    run_ranks(2, train_here, resetting(prepared, tmp_path / "reset", "reset"))
+    run_ranks(1, train_here, resetting(prepared, tmp_path / "keep", "keep"))
+    assert losses(tmp_path / "reset") == pytest.approx(expected, rel=1e-4)
+    assert losses(tmp_path / "keep")[:7] == pytest.approx(expected[:7], rel=1e-4)
+    assert losses(tmp_path / "keep")[7:] != pytest.approx(expected[7:], rel=1e-3)
+    assert Checkpoint(tmp_path / "reset/checkpoints/latest").updates == 4
+    for last_step in (6, 8, None):
+        run_ranks(2, train_here, resetting(prepared, tmp_path / "again", "reset"), last_step)
+    assert losses(tmp_path / "again") == losses(tmp_path / "reset")

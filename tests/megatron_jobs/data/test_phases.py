@@ -10,7 +10,7 @@ from rich.console import Console
 from megatron_jobs.config import from_dict
 from megatron_jobs.data import phases
 from megatron_jobs.data.order import DataOrder
-from megatron_jobs.planning import plan
+from megatron_jobs.planning import layouts, plan
 from mujina.user_input import UserError
 from tests.conftest import tiny
 from tests.megatron_jobs.data.test_order import phase, run_config, sources
@@ -51,7 +51,7 @@ def test_amounts_alone_make_the_budget():
         (None, {"a": 1.0, "b": {"epochs": 1}}, "phase p: tokens is missing, and source a has a weight (1)"),
         (None, {"aa": {"epochs": 1}}, "phases.p.sources.aa: no such source in data.folder: did you mean a?"),
         (None, {"a": {"tokens": 17}}, "phase p: tokens (16) must hold at least one step of 64 tokens"),
-        (640, {"a": {"tokens": 17, "epochs": 1}}, "an amount is either tokens or epochs"),
+        (640, {"a": {"tokens": 17, "epochs": 1}}, "a source is taken by weight, tokens or epochs"),
     ],
 )
 def test_amounts_that_do_not_fit_are_refused(tokens, mix, message):
@@ -90,9 +90,9 @@ def test_a_ramp_that_cannot_be_is_refused(ramp, message):
 
 def test_every_batch_of_a_ramp_is_laid_out_over_the_processes():
     config = run_config([ramped()])
-    config.check(2)
+    layouts.check(config, 2)
     with pytest.raises(UserError, match=r"the data-parallel size \(4\) must divide phases.p.batch_ramp.start \(2\)"):
-        config.check(4)
+        layouts.check(config, 4)
 
 
 def rates(steps, **rate):
@@ -130,7 +130,7 @@ def test_the_past_may_not_change_and_the_future_may():
     assert all(
         one.samples(n, range(before.phases[0].batch_size(n))) == other.samples(n, range(before.phases[0].batch_size(n))) for n in range(end)
     )
-    assert one.ledger(end)["phases"][0] == other.ledger(end)["phases"][0]
+    assert one.ledger(end).phases[0] == other.ledger(end).phases[0]
     for changed in (dict(sources={"a": {"epochs": 0.6}}), dict(batch_ramp=dict(start=4, increment=2, tokens=16 * 60))):
         with pytest.raises(UserError, match="phase first has begun and may not change any more"):
             phases.check_resumable(before, config(first=changed), 1)

@@ -39,6 +39,7 @@ def logits(config: RunConfig, batches: list[tuple[np.ndarray, np.ndarray | None]
     import torch
     from megatron.core import parallel_state
 
+    from megatron_jobs import ranks
     from megatron_jobs.checkpoints.weights import InitialWeights
     from megatron_jobs.engine import attention, groups, placement
     from megatron_jobs.engine.gpt import build, forward
@@ -51,7 +52,7 @@ def logits(config: RunConfig, batches: list[tuple[np.ndarray, np.ndarray | None]
             part = forward(gpt, torch.tensor(tokens), documents_BW=None if documents is None else torch.tensor(documents))
             where = attention.this_part(torch.arange(tokens.shape[1])[None])[0]
             whole = np.zeros((*tokens.shape, config.model.padded_vocab_size), np.float32)
-            for rank, positions, values in groups.gathered((parallel_state.get_tensor_model_parallel_rank(), where, part)):
+            for rank, positions, values in ranks.gathered((parallel_state.get_tensor_model_parallel_rank(), where, part)):
                 whole[:, positions, rank * values.shape[-1] : (rank + 1) * values.shape[-1]] = values
             result.append(whole[..., : config.model.vocab_size])
         return result

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from megatron_jobs.checkpoints.checkpoint import Checkpoint
-from megatron_jobs.checkpoints.weights import Box
 from megatron_jobs.config import RunConfig
+from megatron_jobs.planning import layouts
 from moe import statistics
 from moe.statistics import Alarms
+from mujina.matrices import Box
 from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
 from tests.megatron_jobs.engine.test_passes import one_phase, records
@@ -82,7 +83,7 @@ def test_what_a_router_remembers_goes_to_another_layout(prepared, tmp_path, trai
 def remembered(run: Path, router: str, layer: int) -> list[float]:
     saved = Checkpoint(run / "checkpoints/latest")
     if router == "global":
-        return saved.ledger["expert_load"][layer]
+        return saved.ledger.expert_load[layer]
     for moment in ("exp_avg", "exp_avg_sq"):  # there, so that what reads checkpoints needs to know of no exception
         assert not saved.read(f"layers.{layer}.router_bias", Box(0, 4, 0, 1), moment).any()
     return saved.read(f"layers.{layer}.router_bias", Box(0, 4, 0, 1)).flatten().tolist()
@@ -157,4 +158,4 @@ def test_options_that_contradict_each_other_are_refused(prepared, tmp_path, moe,
 def test_a_dispatcher_that_cannot_pad_is_refused_with_fp8(prepared, tmp_path):
     config = tiny(prepared, tmp_path, moe=MOE | dict(dispatcher="allgather"), train=dict(precision="fp8"))
     with pytest.raises(UserError, match=r"moe.dispatcher \(allgather\) cannot pad for train.precision \(fp8\)"):
-        config.check(1)
+        layouts.check(config, 1)

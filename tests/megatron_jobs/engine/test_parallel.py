@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint
-from megatron_jobs.checkpoints.weights import Box
 from megatron_jobs.config import ParallelConfig, RunConfig
+from megatron_jobs.planning import layouts
+from mujina.matrices import Box
 from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
 from tests.megatron_jobs.test_train import losses, train_here
@@ -174,9 +175,8 @@ def after_updates(config: RunConfig) -> dict[str, float]:
     states = []
     made = TrainingState.__init__
     TrainingState.__init__ = lambda self, config: (made(self, config), states.append(self))[0]
-    train.phases.num_steps = lambda phases: 3
     with groups.of_run(config.parallel, config.seed):
-        train.train(config)
+        train.train(config, last_step=3)
         [state] = states
         outside = []
         for local in state.parameters:
@@ -211,31 +211,31 @@ def test_recomputed_activations_change_nothing(prepared, tmp_path, trained, reco
 def test_what_cannot_be_is_refused_with_the_nearest_that_can(prepared, tmp_path, world, sizes, moe, message):
     config = tiny(prepared, tmp_path, moe=moe, parallel=sizes)
     with pytest.raises(UserError, match=re.escape(message)) as refused:
-        config.check(world)
+        layouts.check(config, world)
     assert "that can" in str(refused.value)
-    for layout in config.nearest_layouts(world):
-        config.model_copy(update={"parallel": layout}).check(world)
+    for layout in layouts.nearest(config, world):
+        layouts.check(config.model_copy(update={"parallel": layout}), world)
 
 
 def test_the_nearest_layouts_come_first(prepared, tmp_path):
     config = tiny(prepared, tmp_path, parallel=dict(tensor=2, pipeline=2, virtual_pipeline=4))
-    assert next(config.nearest_layouts(4)) == ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2)
+    assert next(layouts.nearest(config, 4)) == ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2)
     first = "the nearest layouts of 4 processes that can be: tensor 2, pipeline 2, virtual_pipeline 2; "
     with pytest.raises(UserError, match=re.escape(first)):
-        config.check(4)
+        layouts.check(config, 4)
     with pytest.raises(UserError, match="no layout of 3 processes can be; the nearest number that can is 2 "):
-        config.check(3)
+        layouts.check(config, 3)
 
 
 def test_check_accepts_what_megatron_core_builds(prepared, tmp_path):
-    """Every size of every field over 1 … 4 processes; `nearest_layouts` lists all of them, also over 8 (without building)."""
+    """Every size of every field over 1 … 4 processes; `layouts.nearest` lists all of them, also over 8 (without building)."""
     model = dict(num_query_groups=4)  # tensor ranks may share fewer in megatron-core, but not in `placement.py`
     for moe in (None, MOE):
         config = tiny(prepared, tmp_path, model=model, moe=moe, train=dict(micro_batch_size=1))
         wanted = {world: every_layout(world, moe) for world in (1, 2, 3, 4, 8)}
-        accepted = {world: [layout for layout in layouts if is_accepted(config, world, layout)] for world, layouts in wanted.items()}
-        for world, layouts in accepted.items():
-            assert sorted(map(str, layouts)) == sorted(map(str, config.nearest_layouts(world)))
+        accepted = {world: [layout for layout in every if is_accepted(config, world, layout)] for world, every in wanted.items()}
+        for world, possible in accepted.items():
+            assert sorted(map(str, possible)) == sorted(map(str, layouts.nearest(config, world)))
         assert len(accepted[8]) > len(accepted[4]) > len(accepted[2]) > 2
         del wanted[8], accepted[8]
         assert run_ranks(1, buildable, config, wanted)[0] == accepted
@@ -257,13 +257,13 @@ def every_layout(world: int, moe: Any) -> list[ParallelConfig]:
 
 def is_accepted(config: RunConfig, world: int, layout: ParallelConfig) -> bool:
     try:
-        config.model_copy(update={"parallel": layout}).check(world)
+        layouts.check(config.model_copy(update={"parallel": layout}), world)
         return True
     except UserError:
         return False
 
 
-def buildable(config: RunConfig, layouts: dict[int, list[ParallelConfig]]) -> dict[int, list[ParallelConfig]]:
+def buildable(config: RunConfig, wanted: dict[int, list[ParallelConfig]]) -> dict[int, list[ParallelConfig]]:
     """Those whose groups, model and batches megatron-core can make, by its own assertions; no process is started for it."""
     import torch
     import torch.distributed as dist
@@ -287,10 +287,10 @@ def buildable(config: RunConfig, layouts: dict[int, list[ParallelConfig]]) -> di
 
     groups.prepare_device()
     result: dict[int, list[ParallelConfig]] = {}
-    for world in layouts:
+    for world in wanted:
         result[world] = []
         dist.init_process_group("fake", store=FakeStore(), rank=world - 1, world_size=world)
-        for layout in layouts[world]:
+        for layout in wanted[world]:
             try:
                 build(world, layout)
                 result[world].append(layout)

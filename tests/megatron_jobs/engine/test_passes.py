@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from megatron_jobs.checkpoints import checkpoint
-from megatron_jobs.checkpoints.weights import Box, InitialWeights
+from megatron_jobs.checkpoints.weights import InitialWeights
 from megatron_jobs.config import RunConfig
+from mujina.matrices import Box
 from tests.conftest import MOE, tiny
 from tests.megatron_jobs.engine.test_parallel import name
 from tests.megatron_jobs.test_train import plain_loop, train_here
@@ -37,13 +38,13 @@ def one_phase(steps: int, **more: Any) -> list[dict[str, Any]]:
 def by_hand(prepared, tmp_path_factory):
     """Five steps with z-loss in a plain loop over a Llama of transformers."""
     run = tmp_path_factory.mktemp("plain")
-    return run_ranks(1, plain_loop, tiny(prepared, run, phases=one_phase(5, z_loss=Z_LOSS)))[0]
+    return run_ranks(1, plain_loop, tiny(prepared, run, phases=one_phase(5, loss=dict(z_loss=Z_LOSS))))[0]
 
 
 @pytest.mark.parametrize("case", [*DENSE, (4, dict(tensor=2, pipeline=2), None)], ids=name)
 def test_losses_by_source_and_z_loss_are_those_computed_by_hand(prepared, tmp_path, by_hand, case):
     world, parallel, _ = case
-    run_ranks(world, train_here, tiny(prepared, tmp_path, parallel=parallel, phases=one_phase(5, z_loss=Z_LOSS)))
+    run_ranks(world, train_here, tiny(prepared, tmp_path, parallel=parallel, phases=one_phase(5, loss=dict(z_loss=Z_LOSS))))
     got = records(tmp_path)
     assert len(got) == len(by_hand) == 5
     assert {len(step["loss_by_source"]) for step in by_hand} >= {3}
@@ -103,9 +104,9 @@ def _compare_cross_entropy(sizes: dict[str, int]) -> None:
 
 
 def train_without_validation(config: RunConfig) -> None:
-    from megatron_jobs.engine.passes import Objective
+    from megatron_jobs.engine.passes import Passes
 
-    Objective.losses = lambda *_: SimpleNamespace(by_source={})
+    Passes.measure = lambda *_: SimpleNamespace(by_source={})
     train_here(config)
 
 
@@ -261,8 +262,9 @@ def _shadow(config: RunConfig) -> tuple[dict[str, float], float, float]:
 
     from megatron_jobs.data import feeder
     from megatron_jobs.data.order import DataOrder
-    from megatron_jobs.engine import groups, passes
-    from megatron_jobs.engine.passes import Objective
+    from megatron_jobs.engine import groups
+    from megatron_jobs.engine import passes as module
+    from megatron_jobs.engine.passes import Passes
     from megatron_jobs.engine.state import TrainingState
 
     with groups.of_run(config.parallel, config.seed):
@@ -270,9 +272,9 @@ def _shadow(config: RunConfig) -> tuple[dict[str, float], float, float]:
         order = DataOrder(config, feeder.facts(binaries))
         state = TrainingState(config)
         state.start_from(InitialWeights(config.model, None, config.seed))
-        objective = Objective(config, state, order.names)
+        passes = Passes(config, state, order.names)
         batches = feeder.Feeder(config, order, binaries, 0, 1).read(0)[:2]
-        objective.gradients(config.phases[0], batches)
+        passes.gradients(config.phases[0], batches)
         first = batches[: config.parallel.pipeline]
         parameters = [local.parameter for local in state.parameters]
         gradients = [parameter.main_grad.clone() for parameter in parameters]
@@ -287,11 +289,11 @@ def _shadow(config: RunConfig) -> tuple[dict[str, float], float, float]:
                 parameter.data.copy_(value)
 
         exact = [parameter.detach().clone() for parameter in parameters]
-        exact_loss = objective.losses(config.phases[0], first, len(first)).mean
-        passes.without_fp8 = lambda gpt: weights(exact)
+        exact_loss = passes.measure(config.phases[0], first, len(first)).loss
+        module.without_fp8 = lambda gpt: weights(exact)
         with weights([value.to(torch.float8_e4m3fn).to(value.dtype) for value in exact]):
-            rounded_loss = objective.losses(config.phases[0], first, len(first)).mean
-            shadow = objective.fp8_shadow(config.phases[0], batches)
+            rounded_loss = passes.measure(config.phases[0], first, len(first)).loss
+            shadow = passes.fp8_shadow(config.phases[0], batches)
         assert all(parameter.main_grad.equal(gradient) for parameter, gradient in zip(parameters, gradients, strict=True))
         assert all(parameter.equal(value) for parameter, value in zip(parameters, exact, strict=True))
     return shadow, rounded_loss, exact_loss

@@ -66,7 +66,7 @@ def allocated(config: RunConfig) -> dict[str, int]:
     from megatron_jobs.checkpoints.weights import InitialWeights
     from megatron_jobs.data.feeder import MicroBatch
     from megatron_jobs.engine import groups
-    from megatron_jobs.engine.passes import Objective
+    from megatron_jobs.engine.passes import Passes
     from megatron_jobs.engine.state import TrainingState
 
     phase, size = config.phases[0], config.train.micro_batch_size
@@ -76,14 +76,14 @@ def allocated(config: RunConfig) -> dict[str, int]:
         shape = (size, phase.sequence_length + 1)
         sources = np.zeros(size, dtype=np.int64)
         batches = [MicroBatch(np.random.randint(config.model.vocab_size, size=shape), sources, None) for _ in range(micro_batches)]
-        objective.gradients(phase, batches)
+        passes.gradients(phase, batches)
         state.gradient_norm()
         state.update(learning_rate=1e-4)
 
     with groups.of_run(config.parallel, config.seed):
         state = TrainingState(config)
         state.start_from(InitialWeights(config.model, config.moe, config.seed))
-        objective = Objective(config, state, ["web"])
+        passes = Passes(config, state, ["web"])
         step()
         gc.collect()
         storages = [thing.untyped_storage() for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from megatron_jobs import config as configuration
 from megatron_jobs.config import RunConfig, from_dict
-from megatron_jobs.planning import planner
+from megatron_jobs.planning import layouts, planner
 from mujina.user_input import UserError
 
 LAYERS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
@@ -116,7 +116,7 @@ def run_of(row: Row) -> RunConfig:
 def test_published_runs(name):
     row = (FITTED | HELD_OUT)[name]
     config = run_of(row)
-    config.check(row.gpus)
+    layouts.check(config, row.gpus)
     predicted = getattr(planner.predict(config, planner.machine(row.gpus, row.gpu, 8, row.stack)), row.measure)
     print(f"{name}: {predicted / row.published - 1:+.1%}")
     assert predicted == pytest.approx(row.published, rel=0.15)
@@ -129,11 +129,11 @@ def search(*overrides: str, gpus: int = 128, gpu: str = "h100") -> planner.Searc
 
 def test_the_search_looks_at_all_layouts_that_are_possible_and_orders_those_that_fit():
     settings = configuration.load("megatron_jobs/configs/tanuki_8x8b.yaml")
-    candidates = list(planner.layouts(settings, 16))
-    layouts = [(layout.parallel, layout.train.micro_batch_size, layout.train.recompute) for layout in candidates]
-    assert len(set(layouts)) == len(layouts) > 500
+    candidates = list(planner.variants(settings, 16))
+    seen = [(layout.parallel, layout.train.micro_batch_size, layout.train.recompute) for layout in candidates]
+    assert len(set(seen)) == len(seen) > 500
     for layout in candidates:
-        layout.check(16)
+        layouts.check(layout, 16)
     assert any(layout.parallel == settings.parallel.model_copy(update={"pipeline": 2}) for layout in candidates)
 
     found = search(gpus=16, gpu="h200")

@@ -1,0 +1,271 @@
+"""Run folders as the report reads them: `config.yaml`, `metrics.jsonl`, `events.jsonl` and `checkpoints/latest/ledger.json`.
+
+A run may still be going on, and older ones recorded less: what is not there is None or empty.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from evaluation.files import parse_object, read_text
+from evaluation.report.charts import Band, Line, Mark, Points, smooth
+from mujina.user_input import Section, UserError, parse
+
+_SMOOTHED_SHARE = 1 / 40  # of a run's steps: the window of the smoothed lines, and "the end" of a run
+# What `mujina train` writes of its own: a spike that was only logged is "update", since the step's update was made.
+EVENT_COLOURS = {
+    "update": "var(--event-0)",
+    "spike": "var(--event-0)",
+    "skip": "var(--event-1)",
+    "rollback": "var(--event-2)",
+    "restart": "var(--event-3)",
+}
+OTHER_EVENT_COLOUR = "var(--event-4)"
+
+
+class _Part(Section):
+    """What the page shows of a file; other rooms may write more into it."""
+
+    model_config = pydantic.ConfigDict(extra="ignore")
+
+
+class GpuHealth(_Part):
+    """The worst over all GPUs of a run. `slowed` has for a rank the reasons, in words, why its clock is lowered."""
+
+    hottest_c: float | None = None
+    power_w: float | None = None
+    slowest_mhz: float | None = None
+    ecc_errors: int | None = None
+    slowed: dict[str, list[str]] = {}
+
+
+class Step(_Part):
+    """One line of `metrics.jsonl`; `megatron_jobs/monitoring/metrics.py` says what its fields mean."""
+
+    step: int
+    tokens: int
+    phase: str
+    loss: float
+    lr: float
+    grad_norm: float
+    seconds: float
+    tokens_per_second: float
+    expert_load: list[list[float]] | None = None
+    load_entropy: list[float] | None = None
+    router_entropy: list[float] | None = None
+    dropped: list[float] | None = None
+    expert_similarity: list[float] | None = None
+    loss_by_source: dict[str, float] = {}
+    tokens_by_source: dict[str, int] = {}
+    z_loss: float | None = None
+    load_balancing_loss: float | None = None
+    router_z_loss: float | None = None
+    validation: dict[str, float] = {}
+    layer_norms: dict[str, dict[str, float]] = {}
+    fp8_shadow: dict[str, float] = {}
+    data_seconds: float | None = None
+    tokens_per_second_per_gpu: float | None = None
+    tflops_per_gpu: float | None = None
+    mfu: float | None = None
+    memory_gib: float | None = None
+    memory_reserved_gib: float | None = None
+    gpu: GpuHealth | None = None
+
+
+class Event(Section):
+    """One line of `events.jsonl`; its further fields are in `model_extra`."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
+
+    time: float
+    step: int
+    what: str
+
+
+class SourceUse(_Part):
+    """What a phase has consumed of one source."""
+
+    tokens: int
+    samples: int
+
+
+class PhaseUse(_Part):
+    """What a phase has consumed."""
+
+    name: str
+    tokens: int
+    steps: int
+    sources: dict[str, SourceUse]
+
+
+class Ledger(_Part):
+    """What a checkpoint has consumed."""
+
+    tokens: int
+    phases: list[PhaseUse]
+
+
+class ModelShape(_Part):
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    vocab_size: int
+
+
+class MoEShape(_Part):
+    num_experts: int
+    top_k: int
+    every: int = 1
+    upcycle_from: str | None = None
+
+
+class PlannedPhase(_Part):
+    tokens: int
+
+
+class TrainOptions(_Part):
+    init_from: str | None = None
+
+
+class Config(_Part):
+    """What the page's first table says of a run; the whole file stands below it."""
+
+    model: ModelShape
+    moe: MoEShape | None = None
+    parallel: dict[str, Any] = {}
+    train: TrainOptions = TrainOptions()
+    phases: list[PlannedPhase]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read. `window` is the number of steps over which lines are smoothed."""
+
+    name: str
+    colour: str
+    config: Config
+    config_text: str
+    steps: list[Step]
+    events: list[Event]  # without the saves
+    saves: list[Event]
+    ledger: Ledger
+
+    @property
+    def window(self) -> int:
+        return max(1, round(len(self.steps) * _SMOOTHED_SHARE))
+
+    @property
+    def bands(self) -> list[Band]:
+        """The phases that the steps went through, over tokens."""
+        bands: list[Band] = []
+        start = 0 if self.steps[0].step == 1 else self.steps[0].tokens
+        for phase, steps in groupby(self.steps, key=lambda step: step.phase):
+            end = list(steps)[-1].tokens
+            bands.append(Band(phase, start, end))
+            start = end
+        return bands
+
+    @property
+    def marks(self) -> list[Mark]:
+        """The events over tokens."""
+        return [
+            Mark(event_text(event), EVENT_COLOURS.get(event.what, OTHER_EVENT_COLOUR), self.tokens_at(event.step)) for event in self.events
+        ]
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens consumed when `step` was done, as far as the steps tell."""
+        return max((one.tokens for one in self.steps if one.step <= step), default=0)
+
+    def line(self, field: str, log: bool = False, smoothed: bool = True) -> Line:
+        """A field of the steps over tokens; `log` as for the chart that it goes into."""
+        return self.series(lambda step: getattr(step, field), self.name, self.colour, log, smoothed)
+
+    def series(
+        self,
+        value: Callable[[Step], float | None],
+        label: str,
+        colour: str,
+        log: bool = False,
+        smoothed: bool = True,
+        show_raw: bool = True,
+    ) -> Line:
+        """`value` of the steps that have it, smoothed within each phase, and unsmoothed behind it."""
+        found = [(step, number) for step in self.steps if (number := value(step)) is not None]
+        raw = [(step.tokens, number) for step, number in found]
+        if not smoothed:
+            return Line(label, colour, raw)
+        points = smooth_by_phase(raw, [step for step, _ in found], self.window, log)
+        return Line(label, colour, points, raw if show_raw else ())
+
+    def largest_sources(self, count: int) -> list[str]:
+        """The sources that the steps tell of, those with most tokens first."""
+        tokens: Counter[str] = Counter()
+        for step in self.steps:
+            tokens.update(step.tokens_by_source)
+            tokens.update(dict.fromkeys([*step.loss_by_source, *step.validation], 0))
+        return [source for source, _ in tokens.most_common(count)]
+
+
+def event_text(event: Event) -> str:
+    """What happened, for people."""
+    facts = event.model_extra or {}
+    told = facts.get("reason") or ", ".join(f"{key} {value}" for key, value in facts.items())
+    return f"step {event.step:,}, {event.what}" + (f": {told}" if told else "")
+
+
+def smooth_by_phase(points: Points, steps: list[Step], window: int, log: bool = False) -> list[tuple[float, float]]:
+    """`points` (one for each step) smoothed within each phase: what jumps at a boundary should be seen to jump.
+
+    With `log` the mean is the geometric one, which a single spike cannot lift for a whole window.
+    """
+    if log:
+        logs = [(x, math.log(y) if y > 0 else math.nan) for x, y in points]
+        return [(x, math.exp(y)) for x, y in smooth_by_phase(logs, steps, window)]
+    smoothed: list[tuple[float, float]] = []
+    for _, group in groupby(zip(points, steps, strict=True), key=lambda pair: pair[1].phase):
+        smoothed += smooth([point for point, _ in group], window)
+    return smoothed
+
+
+def read_run(folder: Path, name: str, colour: str) -> Run:
+    """Reads a run folder; raises UserError naming the file that is missing or does not fit, and the command that writes it."""
+    remedy = f"`mujina train` writes it: train the run, or check that {folder} is a run folder"
+    config_path = folder / "config.yaml"
+    config_text = read_text(config_path, remedy)
+    try:
+        values = yaml.safe_load(config_text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{config_path}: is not YAML ({error}): {remedy}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{config_path}: holds no keys: {remedy}")
+    config = parse(values, Config, str(config_path))
+
+    ledger_path = folder / "checkpoints" / "latest" / "ledger.json"
+    ledger_remedy = "`mujina train` writes it with the first checkpoint: wait for that, or lower train.checkpoint_interval"
+    ledger = parse(parse_object(read_text(ledger_path, ledger_remedy), str(ledger_path), ledger_remedy), Ledger, str(ledger_path))
+    steps = _read_lines(folder / "metrics.jsonl", Step, remedy)
+    if not steps:
+        raise UserError(f"{folder / 'metrics.jsonl'}: holds no finished step: wait for the first one, or start the run with `mujina train`")
+    events_path = folder / "events.jsonl"
+    events = _read_lines(events_path, Event, remedy) if events_path.exists() else []
+    # "update" is the verdict on a spike that is only logged: the step's update is made.
+    events = [event.model_copy(update={"what": "spike"}) if event.what == "update" else event for event in events]
+    saves = [event for event in events if event.what == "checkpoint"]
+    return Run(name, colour, config, config_text, steps, [event for event in events if event.what != "checkpoint"], saves, ledger)
+
+
+def _read_lines[T: Section](path: Path, model: type[T], remedy: str) -> list[T]:
+    # The run may be in the middle of writing its last line, which then has no end yet.
+    whole_lines = read_text(path, remedy).split("\n")[:-1]
+    remedy = "take the line out, or go on with `mujina train`, which tidies the file"
+    wheres = [f"{path}: line {number}" for number in range(1, len(whole_lines) + 1)]
+    return [parse(parse_object(line, where, remedy), model, where) for line, where in zip(whole_lines, wheres, strict=True)]

@@ -1,0 +1,67 @@
+"""The model that a run starts from, or that a mixture is made of: a checkpoint or a Hugging Face folder, opened and compared."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_jobs.checkpoints.checkpoint import Checkpoint
+from megatron_jobs.config import MoEConfig, RunConfig, differences
+from megatron_jobs.conversion.families import MOE_FIELDS
+from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
+from megatron_jobs.data.ledger import Origin
+from mujina.files import sha256_of
+from mujina.user_input import UserError
+
+Opened = Checkpoint | HuggingFaceFolder
+
+
+def open_weights(path: Path, config: RunConfig, field: str, moe: MoEConfig | None) -> Opened:
+    """A checkpoint or Hugging Face folder with the model of `config`, and with `moe` in the place of its mixture.
+
+    Raises UserError, in the name of the `field` that gave the path, on a model that computes something else: every such field is named,
+    with what to write. How the model was initialised and trained may differ.
+    """
+    found = HuggingFaceFolder(path) if (path / "config.json").exists() else Checkpoint(path)
+    has = found if isinstance(found, HuggingFaceFolder) else found.config
+    if (moe is None) != (has.moe is None):
+        is_one, wanted_one = ("a mixture" if of else "a dense model" for of in (has.moe, moe))
+        if moe:
+            remedy = "name a mixture, or upcycle it first (`mujina upcycle`, or moe.upcycle_from)"
+        else:
+            remedy = "name a dense model" if config.moe else f"write moe: {_as_yaml(has.moe)}"
+        raise UserError(f"{field} ({path}): is {is_one}, and {wanted_one} is needed: {remedy}")
+    problems = [
+        f"{name} ({mine}) must be that of {field} ({path}): write {name.partition('.')[2]}: {its}"
+        for name, mine, its in differences(config.model, moe, has.model, has.moe)
+    ]
+    window = found.sliding_window if isinstance(found, HuggingFaceFolder) else None
+    for phase in config.phases:
+        if window and phase.sequence_length > window:
+            problems.append(
+                f"phases.{phase.name}.sequence_length ({phase.sequence_length}) must not exceed the sliding_window of {field} ({path}): "
+                f"write at most {window}"
+            )
+    if problems:
+        raise UserError("\n".join(problems))
+    return found
+
+
+def origin_of(opened: Opened) -> Origin:
+    """For the ledgers of the run that starts from it. Of a Hugging Face folder every file is read, for its checksum."""
+    if isinstance(opened, Checkpoint):
+        return opened.ledger.origin_for(opened.identity)
+    return Origin(kind="imported", of=(identity_of(opened),))
+
+
+def identity_of(opened: Opened) -> dict[str, Any]:
+    """Tells a model from any other, by its checksums."""
+    if isinstance(opened, Checkpoint):
+        return opened.identity
+    files = [opened.folder / "config.json", *sorted(opened.folder.glob("*.safetensors"))]
+    return {
+        "folder": str(opened.folder),
+        "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files},
+    }
+
+
+def _as_yaml(moe: MoEConfig) -> str:
+    return "{" + ", ".join(f"{name}: {getattr(moe, name)}" for name in MOE_FIELDS) + "}"

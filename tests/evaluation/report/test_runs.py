@@ -1,0 +1,57 @@
+"""Run folders that are being written, and those that do not fit."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from evaluation.report.runs import read_run
+from mujina.user_input import UserError
+from tests.evaluation.report.pages import build, make_run
+
+
+def test_a_last_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", {"web": 5})
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "tokens": 24')
+    assert len(read_run(run, "run", "red").steps) == 5
+
+
+def test_phases_that_have_not_begun_are_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", {"web": 5})
+    path = run / "checkpoints" / "latest" / "ledger.json"
+    ledger = json.loads(path.read_text())
+    ledger["phases"].append({"name": "someday", "tokens": 0, "steps": 0, "sources": {"web_ja": {"tokens": 0, "samples": 0}}})
+    path.write_text(json.dumps(ledger))
+    assert "someday" not in build(tmp_path, run)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "checkpoints/latest/ledger.json"])
+def test_a_missing_file_names_itself_and_the_command(tmp_path: Path, name: str) -> None:
+    run = make_run(tmp_path / "run", {"web": 3})
+    (run / name).unlink()
+    with pytest.raises(UserError) as error:
+        build(tmp_path, run)
+    assert str(run / name) in str(error.value) and "mujina train" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.yaml", "model: [", "is not YAML"),
+        ("config.yaml", "", "holds no keys"),
+        ("config.yaml", "phases: []", "model is missing"),
+        ("metrics.jsonl", "", "holds no finished step"),
+        ("metrics.jsonl", '{"step": 1', "holds no finished step"),
+        ("metrics.jsonl", '{"step": 1\n{"step": 2}\n', "line 1: is not JSON"),
+        ("metrics.jsonl", '{"step": 1}\n', "line 1: tokens is missing"),
+        ("checkpoints/latest/ledger.json", "{", "is not JSON"),
+        ("checkpoints/latest/ledger.json", '{"tokens": 3}', "phases is missing"),
+    ],
+)
+def test_files_that_do_not_fit(tmp_path: Path, name: str, text: str, message: str) -> None:
+    run = make_run(tmp_path / "run", {"web": 3})
+    (run / name).write_text(text)
+    with pytest.raises(UserError) as error:
+        build(tmp_path, run)
+    assert str(run / name) in str(error.value) and message in str(error.value)

@@ -1,0 +1,147 @@
+"""The tokenizers that `tokenization.train` makes, and their Hugging Face side.
+
+The engine is sentencepiece (unigram with byte fallback, no normalisation, no dummy prefix), so `decode(encode(text)) == text`
+for every string of valid characters.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from mujina.user_input import UserError
+from tokenization.chat import ChatTemplate, Part
+from tokenization.tokenizer import CHAT_PIECES, CHAT_TEMPLATE, END_OF_TURN, SPACE_PIECE, Rendered
+
+
+class SentencePieceTokenizer:
+    """A `tokenization.tokenizer.Tokenizer`. Its `hash` is that of tokenizer.model; every dialogue is written by CHAT_TEMPLATE."""
+
+    def __init__(self, model_file: Path) -> None:
+        """Opens a sentencepiece model. Raises UserError when it is none, or was not trained as `tokenization.train` does."""
+        self._model_file, self._model = model_file, model_file.read_bytes()
+        self.hash = hashlib.sha256(self._model).hexdigest()
+        try:
+            self._engine = sentencepiece.SentencePieceProcessor(model_proto=self._model)
+        except RuntimeError:
+            raise UserError(f"{model_file}: is not a sentencepiece model: train one with python -m tokenization.train") from None
+        self.vocab_size: int = self._engine.vocab_size()
+        self.eod_id = self._id(self._engine.id_to_piece(self._engine.eos_id()))
+        self.end_of_turn_id = self._id(END_OF_TURN)
+        self._chat_ids = {piece: self._id(piece) for piece in CHAT_PIECES}
+        self._chat = ChatTemplate(CHAT_TEMPLATE.read_text(encoding="utf-8"), model_file.parent, dict.fromkeys(CHAT_PIECES, (False, False)))
+        # The engine takes a literal U+2581 for a space. Spelled in bytes it comes back as itself.
+        self._space_piece_ids = [self._id(f"<0x{byte:02X}>") for byte in SPACE_PIECE.encode()]
+        # Only the chat pieces are found in raw text by the engine; <s>, </s>, <unk> and <pad> never are.
+        self._guarded = re.compile("|".join(map(re.escape, (*CHAT_PIECES, SPACE_PIECE))))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text, never a control or chat id whatever the text spells."""
+        if not self._guarded.search(text):
+            return list(self._engine.encode(text))
+        return [token for part in self._safe_parts(text) for token in (self._engine.encode(part) if isinstance(part, str) else part)]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of every text as 1-D int32 arrays, on one core: who has more of them starts more processes."""
+        plain = [text for text in texts if not self._guarded.search(text)]
+        encoded = iter(self._engine.encode_as_numpy(plain, num_threads=1)) if plain else iter(())
+        return [
+            np.array(self.encode(text), dtype=np.int32) if self._guarded.search(text) else next(encoded).astype(np.int32, copy=False)
+            for text in texts
+        ]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids. Chat pieces come out as they are spelled, control pieces (</s> and so on) as nothing."""
+        return str(self._engine.decode([int(token) for token in ids]))
+
+    def piece(self, token: int) -> str:
+        """How the vocabulary spells one id."""
+        return str(self._engine.id_to_piece(token))
+
+    def bytes_of(self, token: int) -> bytes | None:
+        """What one piece stands for in a text (UTF-8, or a part of a character), None for control and chat pieces."""
+        piece = self.piece(token)
+        if self._engine.is_control(token) or self._engine.is_unknown(token) or piece in CHAT_PIECES:
+            return None
+        return bytes([int(piece[3:5], 16)]) if self._engine.is_byte(token) else piece.replace(SPACE_PIECE, " ").encode()
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """`encode` of what `bytes_of` gives, parts of characters included."""
+        try:
+            return self.encode(data.decode())
+        except UnicodeDecodeError:
+            return [self._id(f"<0x{byte:02X}>") for byte in data]
+
+    def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> Rendered:
+        """A dialogue as CHAT_TEMPLATE writes it; contents that spell a chat piece stay text. Raises UserError on an unknown role."""
+        return self._rendered(self._chat.parts(messages, add_generation_prompt))
+
+    def encode_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> np.ndarray:
+        """The ids of `render`, int32 [n]."""
+        return self._rendered(self._chat.parts(messages, add_generation_prompt, with_answers=False)).ids
+
+    def _rendered(self, parts: list[Part]) -> Rendered:
+        ids: list[int] = []
+        is_answer: list[bool] = []
+        for part in parts:
+            ids += [self._chat_ids[part.text]] if part.is_control else self.encode(part.text)
+            is_answer += [part.is_answer] * (len(ids) - len(is_answer))
+        return Rendered(np.array(ids, np.int32), np.array(is_answer, bool))
+
+    def save_hf(self, folder: str | Path) -> None:
+        """Writes what transformers.AutoTokenizer needs into `folder`, without remote code; `tokenizer.model` goes with it.
+
+        The two engines agree but for scores that differ by less than rounding: see `tokenization.train` for the measured share. And
+        Hugging Face turns text that spells a special piece into that piece unless it is called with split_special_tokens=True.
+        Training data is therefore always encoded by this class.
+        """
+        import tokenizers
+        from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        engine = self._engine
+        pieces = [engine.id_to_piece(token) for token in range(self.vocab_size)]
+        scores = [engine.get_score(token) for token in range(self.vocab_size)]
+        backend = tokenizers.Tokenizer(models.Unigram(list(zip(pieces, scores, strict=True)), unk_id=engine.unk_id(), byte_fallback=True))
+        # Our engine never finds bytes and special pieces by their spelling. This one does, unless the spelling is cut after its "<".
+        spelled = [piece for i, piece in enumerate(pieces) if piece in CHAT_PIECES or engine.is_control(i) or engine.is_byte(i)]
+        cut = tokenizers.Regex("<(?=" + "|".join(re.escape(piece[1:]) for piece in spelled) + ")")
+        backend.pre_tokenizer = pre_tokenizers.Split(cut, behavior="merged_with_previous")
+        backend.normalizer = normalizers.Replace(" ", SPACE_PIECE)
+        backend.decoder = decoders.Sequence([decoders.Replace(SPACE_PIECE, " "), decoders.ByteFallback(), decoders.Fuse()])
+        names = {"bos_token": engine.bos_id(), "eos_token": engine.eos_id(), "unk_token": engine.unk_id(), "pad_token": engine.pad_id()}
+        special = {name: engine.id_to_piece(token) for name, token in names.items()}
+        backend.add_special_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in (*special.values(), *CHAT_PIECES)])
+        backend.save(str(folder / "tokenizer.json"))
+        config = special | {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "additional_special_tokens": list(CHAT_PIECES),
+            "clean_up_tokenization_spaces": False,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shutil.copyfile(CHAT_TEMPLATE, folder / "chat_template.jinja")
+        (folder / "tokenizer.model").write_bytes(self._model)
+
+    def _safe_parts(self, text: str) -> Iterator[str | list[int]]:
+        """Cuts text after the first character of every chat piece it spells (so that none is left whole); a U+2581 becomes byte ids."""
+        start = 0
+        for match in self._guarded.finditer(text):
+            spelled_space = match.group() == SPACE_PIECE
+            cut = match.start() if spelled_space else match.start() + 1
+            yield text[start:cut]
+            if spelled_space:
+                yield self._space_piece_ids
+            start = match.end() if spelled_space else cut
+        yield text[start:]
+
+    def _id(self, piece: str) -> int:
+        token = self._engine.piece_to_id(piece)
+        if token == self._engine.unk_id() or token < 0:
+            raise UserError(f"{self._model_file}: has no piece {piece}: train the tokenizer with python -m tokenization.train")
+        return token
