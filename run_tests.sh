@@ -1,5 +1,9 @@
 #!/usr/bin/env bash
-# Sets up .venv and Slurm and runs the tests; arguments go to pytest.    ./run_tests.sh [tests/megatron_jobs/data/test_order.py …]
+# Sets up .venv and Slurm and runs the tests.
+#
+#     ./run_tests.sh                                           what proves each promise once
+#     ./run_tests.sh --all                                     also what proves it again on other cases (marked `repeats`)
+#     ./run_tests.sh tests/megatron_jobs/data/test_order.py …  some of them: arguments go to pytest
 set -euo pipefail
 cd "$(dirname "$0")"
 ./install.sh
@@ -41,4 +45,14 @@ if command -v apt-get >/dev/null; then
 fi
 
 .venv/bin/ruff check .
-exec .venv/bin/python -m pytest "$@"
+arguments=()
+if [[ ${1:-} == --all ]]; then
+    arguments+=(-m "")
+    shift
+fi
+# One worker more than there are cores: that of the tests on Slurm mostly waits. With more, memory is what would run out.
+if [[ $# == 0 ]]; then
+    cores=$(nproc)
+    arguments+=(-n $((cores < 4 ? cores + 1 : 5)) --dist loadgroup --no-loadscope-reorder)
+fi
+exec .venv/bin/python -m pytest "${arguments[@]}" "$@"

@@ -54,7 +54,17 @@ setup(
         # NVIDIA Apex is used where it is found and is built from source; the package called "apex" on PyPI is another project.
         "gpu": ["transformer-engine[core_cu13,pytorch]==2.20.2"],
         "ray": ["ray"],
-        "test": ["accelerate", "gguf", "grafana-foundation-sdk", "hypothesis", "jsonschema", "pytest", "ruff", "setuptools>=77"],
+        "test": [
+            "accelerate",
+            "gguf",
+            "grafana-foundation-sdk",
+            "hypothesis",
+            "jsonschema",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "setuptools>=77",
+        ],
         "wandb": ["wandb>=0.31"],
     },
 )

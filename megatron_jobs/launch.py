@@ -6,6 +6,7 @@ When one process dies, the others are taken down, and the error that came first 
 step with a checkpoint; a second one ends it at once. On a cluster the Slurm scripts start `python -m megatron_jobs.train` themselves.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -45,9 +47,10 @@ def main(
         print(f"{settings.run}: all {num_steps} steps are done")
         return
     before = len(failures.attempts(settings.run))
-    ranks = _start([sys.executable, "-m", "megatron_jobs.train", str(config), *(overrides or [])], processes)
-    stopping = _forward_signals(ranks)
-    failed = _first_to_fail(ranks)
+    with held_port() as port:
+        ranks = _start([sys.executable, "-m", "megatron_jobs.train", str(config), *(overrides or [])], processes, port)
+        stopping = _forward_signals(ranks)
+        failed = _first_to_fail(ranks)
     if failed is None:
         return
     attempt = next(iter(failures.attempts(settings.run)[before:]), None)
@@ -66,10 +69,19 @@ def main(
     sys.exit(status if status > 0 else 1)
 
 
-def _start(command: list[str], processes: int) -> list[subprocess.Popen[bytes]]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """A TCP port for MASTER_PORT that nobody else is given while the block runs, from before rank 0 listens on it.
+
+    It is bound and does not listen: the kernel then lets those listen who ask for SO_REUSEADDR and this very port, as torch's store does.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("", 0))  # at every address, as the store will be
+        yield holder.getsockname()[1]
+
+
+def _start(command: list[str], processes: int, port: int) -> list[subprocess.Popen[bytes]]:
     common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     common["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", max(1, len(os.sched_getaffinity(0)) // processes))
     environments = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]

@@ -40,7 +40,7 @@ class Attempt:
 
 # done       all steps are trained
 # time       the time limit came near, and the run was saved
-# stopped    told to by another than the time limit: scancel, scontrol requeue, preemption, another node was lost
+# stopped    told to by another than the time limit, and saved or not: scancel, scontrol requeue, preemption, another node was lost
 # mistake    an error that the user has to mend, NaN included: status 2
 # crash      anything else that ended the processes
 # preflight  too few healthy nodes

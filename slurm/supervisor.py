@@ -4,9 +4,9 @@
 
     how the training ended                       what follows
     all steps done                               the job ends well, and what depends on it starts
-    USR1: the time limit is near                 saved, and requeued at once; so after a signal to the steps alone, as by preemption
-    SIGTERM: scancel, requeue, preemption,       saved where there is time; Slurm starts the job again, but for scancel
-    another node was lost
+    USR1: the time limit is near                 saved, and requeued at once; so after a signal to the steps alone
+    SIGTERM: scancel, requeue, preemption,       saved where there is time; Slurm starts the job again, but for scancel. However the
+    another node was lost                        processes ended then: what Slurm ends is no crash, and none of those that are counted
     an error of the user's, NaN (status 2)       not requeued: it would come again
     a crash, a killed or hung rank               requeued, later and later, up to MAX_CRASHES in a row without a token gained
     the same crash at the same step, the third   not requeued: a diagnosis in its place
@@ -77,8 +77,9 @@ class Supervisor:
         self.needed = len(self.nodes) - int(os.environ.get("MUJINA_SPARE_NODES", 0))
         self.came: set[int] = set()  # signals
         self.is_told_to_stop = False
+        self.attempt: Attempt | None = None
         for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: self.came.add(number))
+            signal.signal(number, self._signalled)
 
     def run(self) -> int:
         """One attempt; returns the exit status of the job."""
@@ -86,6 +87,8 @@ class Supervisor:
         if before and before[-1].ended is None:
             _say(f"the attempt before this one (job {before[-1].job}) ended without a word: a node lost power, or Slurm ended it")
         self.attempt = attempt = history.began(self.folder, self.job, self.restart, self.nodes)
+        if signal.SIGTERM in self.came:
+            self._stopped()
         try:
             layouts.check(self.config, self.needed * self.tasks_per_node)
         except UserError as error:
@@ -102,18 +105,19 @@ class Supervisor:
         status = STOPPED if self.is_told_to_stop else self._train(attempt.nodes)
         attempt.extra["reached"] = (history.last_step(self.folder) or {}).get("step")
         first_error = _first_error(self.folder, logs)
+        if signal.SIGTERM in self.came:  # whatever the status: that of an srun which gave its tasks up at last is 0
+            self._stopped()
+            return STOPPED
         if status == 0:
             history.ended(self.folder, attempt, "done", "")
             return 0
-        if signal.SIGTERM in self.came:
-            self._stopped()
-            return STOPPED
         if signal.SIGUSR1 in self.came and status == STOPPED:
             return self._again("time", "the time limit is near")
-        # Preemption with a time of grace tells the steps only, and leaves the rest to a job that ends within it. What srun ends after a
-        # crash has the same status, but has not saved.
+        if status != MISTAKE and (slurms_doing := self._slurms_doing()):
+            return self._again("stopped", slurms_doing)
+        # What srun ends after a crash has the same status, but has not saved.
         if status == STOPPED and not first_error and history.standing(self.folder)[0] > attempt.step:
-            return self._again("stopped", "its steps were told to stop, as by preemption")
+            return self._again("stopped", "its steps were told to stop")
         written = first_error or "none was written down: see what srun says above"
         _say(f"{'-' * 100}\nfirst error: {written}\n\nall ranks' logs: {self.folder}/logs\n{'-' * 100}")
         if status == MISTAKE:
@@ -133,6 +137,9 @@ class Supervisor:
         if self.is_told_to_stop:  # so were the probes: that they are silent says nothing about their nodes
             return {}
         verdict = preflight.judge(folder, self.nodes, self.needed)
+        if verdict.bad and self._slurms_doing():
+            self.is_told_to_stop = True
+            return {}
         bad = {node: "; ".join(reasons) for node, reasons in verdict.bad.items()}
         for reasons in bad.values():
             _say(f"preflight failed: {reasons}")
@@ -154,8 +161,6 @@ class Supervisor:
         """Waits for a job step; a signal to this process reaches its tasks as SIGTERM."""
         deadline, next_signal = time.monotonic() + seconds, 0.0
         while step.poll() is None:
-            if signal.SIGTERM in self.came and self.attempt.ended is None:
-                self._stopped()  # at once, for Slurm ends this process when its time (KillWait) is over
             if self.came and time.monotonic() > next_signal:
                 next_signal = time.monotonic() + SIGNAL_SECONDS
                 # The steps, and not this process: that would need --batch. It fails where Slurm has ended the job itself.
@@ -168,11 +173,29 @@ class Supervisor:
         self.is_told_to_stop = bool(self.came) or status == STOPPED
         return status
 
+    def _signalled(self, number: int, frame: object) -> None:
+        self.came.add(number)
+        if number == signal.SIGTERM and self.attempt and self.attempt.ended is None:
+            self._stopped()  # before anything else: Slurm ends this process when its time (KillWait) is over
+
+    def _slurms_doing(self) -> str | None:
+        """Why the steps ended, where Slurm ends the job; None where it does not, or does not answer.
+
+        With a time of grace, preemption tells the steps only, and this process when that time is over. A requeue and the loss of a node
+        tell the steps first.
+        """
+        state, preempted = [*_slurm("squeue", "-h", "-j", self.job, "-O", "State,PreemptTime").stdout.split(), "", ""][:2]
+        if preempted not in ("", "N/A"):
+            return f"preempted at {preempted}"
+        return None if state in ("", "RUNNING") else f"Slurm is ending the job ({state})"
+
     def _stopped(self) -> None:
+        assert self.attempt is not None
         history.ended(self.folder, self.attempt, "stopped", "SIGTERM: scancel, scontrol requeue, preemption, or another node was lost")
 
     def _again(self, outcome: str, reason: str) -> int:
         """Ends the attempt and requeues the job, unless that has no prospect; returns the exit status."""
+        assert self.attempt is not None
         history.ended(self.folder, self.attempt, outcome, reason)
         # Those of this job: who submits a run anew thinks that it is worth it.
         attempts = [one for one in history.attempts(self.folder) if one.job == self.job]
@@ -228,7 +251,7 @@ def without_prospect(attempts: list[Attempt]) -> str | None:
         where = f", always with {', '.join(sorted(nodes))}: try without (sbatch --exclude)" if nodes else ""
         step = f"after step {last.extra['reached']:,}" if last.extra.get("reached") else "before the first step"
         return f"{len(same)} attempts ended {step} in the same way{where}: {last.reason}"
-    if sum(one.outcome in ("crash", "preflight", None) for one in fruitless) >= MAX_CRASHES:
+    if _failures(fruitless) >= MAX_CRASHES:
         return f"{MAX_CRASHES} attempts in a row gained no token, the last one because: {last.reason}"
     if sum(one.outcome == "time" for one in fruitless) >= TOO_SHORT:
         return (
@@ -239,9 +262,14 @@ def without_prospect(attempts: list[Attempt]) -> str | None:
 
 
 def pause_before_next(attempts: list[Attempt]) -> int:
-    """Seconds: MUJINA_RETRY_SECONDS (30), doubled with every attempt since the last one that gained tokens."""
+    """Seconds: MUJINA_RETRY_SECONDS (30), doubled with every failure since the last attempt that gained tokens."""
     first = int(os.environ.get("MUJINA_RETRY_SECONDS", 30))
-    return min(LONGEST_PAUSE, first * 2 ** max(0, len(_since_tokens_were_gained(attempts)) - 1))
+    return min(LONGEST_PAUSE, first * 2 ** max(0, _failures(_since_tokens_were_gained(attempts)) - 1))
+
+
+def _failures(attempts: list[Attempt]) -> int:
+    """How many count towards giving up: not those that Slurm or the time limit ended, whether or not they came to save."""
+    return sum(one.outcome in ("crash", "preflight", None) for one in attempts)
 
 
 def _since_tokens_were_gained(attempts: list[Attempt]) -> list[Attempt]:

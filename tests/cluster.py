@@ -9,14 +9,16 @@ is a power failure. The GPUs exist for the scheduler only: it counts them and se
 import getpass
 import os
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
+
+from megatron_jobs.launch import held_port
 
 NODES = [f"node{number}" for number in range(1, 5)]
 PATH = f"{os.environ['PATH']}:/usr/sbin"  # which Debian leaves out of a user's PATH
@@ -27,6 +29,7 @@ SLURM_CONF = """\
 ClusterName=tests
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={control_port}
+FirstJobId={control_port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/none
@@ -47,7 +50,8 @@ GresTypes=gpu
 JobRequeue=1
 KillWait=3
 MinJobAge=600
-SlurmdTimeout=10
+SlurmdTimeout=120
+MessageTimeout=60
 SchedulerParameters=bf_interval=2,batch_sched_delay=0,sched_min_interval=0
 {nodes}
 JobCompType=jobcomp/filetxt
@@ -91,37 +95,49 @@ class Cluster:
         return _output(self.environment, *command)
 
     def power_off(self, node: str) -> None:
-        """All that runs on the node is gone at once; Slurm is told, who would find out by itself half a minute later."""
+        """All that runs on the node stands still at once, and is gone; Slurm is told, who would find out by itself minutes later.
+
+        Told while the connections are silent, as they are when power fails: were they closed first, it would depend on how busy the
+        machine is whether the job's other processes fail because of that before Slurm ends them.
+        """
+        for process in psutil.Process(self.processes[node].pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+        self.output("scontrol", "update", f"nodename={node}", "state=down", "reason=power")
         self.processes[node].kill()
         self.processes[node].wait()
-        self.output("scontrol", "update", f"nodename={node}", "state=down", "reason=power")
 
     def power_on(self, node: str) -> None:
         self.start(node, _node(node, self.folder))
         self.output("scontrol", "update", f"nodename={node}", "state=resume")
         wait_for(
-            lambda: self.output("sinfo", "-h", "-p", "main", "-n", node, "-o", "%T").strip() == "idle", 60, f"{self.folder}/{node}.log"
+            lambda: self.output("sinfo", "-h", "-p", "main", "-n", node, "-o", "%T").strip() == "idle", 300, f"{self.folder}/{node}.log"
         )
 
 
 @contextmanager
 def slurm_cluster(folder: Path, names: Sequence[str] = NODES, cpus: int = 16) -> Iterator[Cluster]:
-    """Runs a cluster of nodes with these names, whose files are in `folder` (a short path: it holds Unix sockets)."""
-    control_port, *ports = _free_ports(1 + len(names))
-    addresses = [f"127.0.0.{11 + number}" for number in range(len(names))]
-    nodes = "\n".join(
-        NODE.format(name=name, address=address, port=port, cpus=cpus) for name, address, port in zip(names, addresses, ports, strict=True)
-    )
-    conf = folder / "slurm.conf"
-    conf.write_text(SLURM_CONF.format(folder=folder, user=getpass.getuser(), control_port=control_port, nodes=nodes, grace=GRACE_SECONDS))
-    (folder / "gres.conf").write_text(f"NodeName={','.join(names)} Name=gpu Type=h100 File={folder}/nvidia[0-7]\n")
-    for number in range(8):
-        (folder / f"nvidia{number}").symlink_to("/dev/null")  # any character device will do
-    hosts = "\n".join(f"{address} {name}" for name, address in zip(names, addresses, strict=True))
-    (folder / "hosts").write_text(f"{Path('/etc/hosts').read_text()}\n{hosts}\n")
-    (folder / "state").mkdir()
+    """Runs a cluster of nodes with these names, whose files are in `folder` (a short path: it holds Unix sockets).
 
+    Its jobs are counted from the controller's port, for the number of a job chooses the port at which its ranks meet (slurm/supervisor.py):
+    two clusters on one machine then have different ones.
+    """
     with ExitStack() as stack:
+        control_port, *ports = (stack.enter_context(held_port()) for _ in range(1 + len(names)))
+        addresses = [f"127.0.0.{11 + number}" for number in range(len(names))]
+        nodes = "\n".join(
+            NODE.format(name=name, address=address, port=port, cpus=cpus)
+            for name, address, port in zip(names, addresses, ports, strict=True)
+        )
+        conf = SLURM_CONF.format(folder=folder, user=getpass.getuser(), control_port=control_port, nodes=nodes, grace=GRACE_SECONDS)
+        (folder / "slurm.conf").write_text(conf)
+        (folder / "gres.conf").write_text(f"NodeName={','.join(names)} Name=gpu Type=h100 File={folder}/nvidia[0-7]\n")
+        for number in range(8):
+            (folder / f"nvidia{number}").symlink_to("/dev/null")  # any character device will do
+        hosts = "\n".join(f"{address} {name}" for name, address in zip(names, addresses, strict=True))
+        (folder / "hosts").write_text(f"{Path('/etc/hosts').read_text()}\n{hosts}\n")
+        (folder / "state").mkdir()
+
         cluster = Cluster(folder, stack)
         cluster.start("slurmctld", ["slurmctld", "-D"])
         for name in names:
@@ -132,11 +148,11 @@ def slurm_cluster(folder: Path, names: Sequence[str] = NODES, cpus: int = 16) ->
             assert all(process.poll() is None for process in cluster.processes.values()), f"Slurm does not start here:\n{logs}"
             return cluster.output("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split() == ["idle"] * len(names)
 
-        wait_for(is_up, 60, f"{folder}/*.log")
+        wait_for(is_up, 300, f"{folder}/*.log")
         yield cluster
 
 
-def wait_for_job(environment: dict[str, str], job: str, timeout: float = 60) -> list[str]:
+def wait_for_job(environment: dict[str, str], job: str, timeout: float = 600) -> list[str]:
     """Waits for a job to end; returns its state, or those of all tasks of an array (COMPLETED, FAILED, …), in order."""
 
     def states() -> list[str]:
@@ -183,11 +199,3 @@ def _process(folder: Path, environment: dict[str, str], name: str, command: list
 
 def _output(environment: dict[str, str], *command: str) -> str:
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True).stdout
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("", 0))
-        return [one.getsockname()[1] for one in sockets]

@@ -15,6 +15,15 @@ from tokenization.train import TrainConfig, train
 WORDS = "山 川 東京 データ 学習 言語 the of model token data train phase expert router and is 1 2 3 + = def return self".split()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers (pytest -n --dist loadgroup): one for those on Slurm, which start first and mostly wait; else one a file."""
+    for item in items:
+        is_on_slurm = "cluster" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("slurm" if is_on_slurm else item.path.stem))
+    items.sort(key=lambda item: "cluster" not in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `tokenizer` (about 320 pieces) and `data` (sources web, code and chat)."""

@@ -283,7 +283,7 @@ def test_opening_does_not_read_the_corpus(tmp_path: Path) -> None:
         stream.truncate(20 * documents)
     update = {"num_documents": documents, "num_tokens": 10 * documents}
     (tmp_path / "a.json").write_text(manifest.model_copy(update=update).model_dump_json())
-    started = time.monotonic()
+    started = time.process_time()  # other work on the machine does not count
     binary = open_binary(tmp_path / "a")
     assert binary.document(documents - 1).size == 10
-    assert time.monotonic() - started < 0.5
+    assert time.process_time() - started < 0.5

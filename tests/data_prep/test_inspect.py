@@ -45,7 +45,7 @@ def test_channels_are_shown(tmp_path: Path) -> None:
 
 def inspect(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "data_prep.inspect", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "data_prep.inspect", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
 
 

@@ -20,6 +20,7 @@ from data_prep.executors import prepare
 from data_prep.indexed import open_binary
 from mujina.files import read_rows
 from mujina.user_input import UserError, read_yaml
+from tests.cluster import wait_for
 from tests.data_prep.steps.test_extract import PAGE
 from tokenization.load import load
 
@@ -105,7 +106,7 @@ def test_a_killed_run_goes_on_at_the_ranks_that_did_not_finish(tmp_path: Path, s
     markers = killed / "code/stages" / stage / "completions"
     line = command(tmp_path, values(documents, killed, processes=2))
     process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list(markers.glob("*")):
         assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed midway"
         time.sleep(0.002)
@@ -188,8 +189,8 @@ def test_pages_are_extracted_by_either_engine(tmp_path: Path) -> None:
         done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"MARK": str(tmp_path)})
         assert done.returncode == 0, done.stderr
         assert ["茶を振る舞う行為である。" in row["text"] for row in rows_of(tmp_path / engine / "code/documents")] == [True] * 4
-    time.sleep(0.2)
-    assert not [path for path in Path("/proc").glob("[0-9]*/environ") if _holds(path, f"MARK={tmp_path}")], "a process is left"
+    left = f"MARK={tmp_path}"
+    wait_for(lambda: not [path for path in Path("/proc").glob("[0-9]*/environ") if _holds(path, left)], 60, f"processes with {left}")
 
 
 def _holds(path: Path, text: str) -> bool:

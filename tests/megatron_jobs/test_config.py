@@ -160,7 +160,7 @@ def test_plan_counts_what_the_model_has(prepared, tmp_path):
 
 
 def mujina(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "mujina", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-m", "mujina", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_the_command_and_its_verbs():

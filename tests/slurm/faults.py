@@ -32,7 +32,7 @@ class Job:
     run: Path
     number: str
 
-    def wait(self, seconds: float = 600) -> str:
+    def wait(self, seconds: float = 900) -> str:
         """The state in which it ends."""
         [state] = wait_for_job(self.cluster.environment, self.number, seconds)
         return state
@@ -171,7 +171,7 @@ def soak(job: Job, count: int, seed: int, steps_between: tuple[int, int] = (3, 9
     for kind in kinds:
         _, attempt, _ = _goes_on(job, len(struck))
         due = attempt.step + draw.randint(*steps_between)
-        wait_for(lambda due=due: records(job.run)[-1]["step"] >= due, 120, f"{job.run}/job.log")
+        wait_for(lambda due=due: records(job.run)[-1]["step"] >= due, 300, f"{job.run}/job.log")
         time.sleep(draw.uniform(0, 1))  # in the middle of a step, or of a save
         at = time.time()
         kind(job)

@@ -123,7 +123,7 @@ def test_a_task_of_an_array_goes_on_where_it_was_stopped(cluster, links, tmp_pat
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     options = [*OPTIONS.split(), f"--output={tmp_path}/%a.log", "--array=0-1"]
     array = sbatch(cluster, *options, "slurm/tokenize.sh", str(tmp_path / "data.yaml"))
-    wait_for(lambda: (tmp_path / "data/web/stages").exists(), 120, f"{tmp_path}/0.log")
+    wait_for(lambda: (tmp_path / "data/web/stages").exists(), 300, f"{tmp_path}/0.log")
     cluster.output("scontrol", "requeue", f"{array}_0")
     assert wait_for_job(cluster.environment, array, 300) == ["COMPLETED"] * 2
     for name in links["data"]["sources"]:

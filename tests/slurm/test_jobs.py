@@ -120,7 +120,7 @@ def test_an_end_by_sigterm_before_anything_is_saved_is_a_crash(cluster, prepared
 def test_time_limits_too_short_to_save_are_diagnosed(cluster, prepared, tmp_path):
     job = submit(cluster, config_of(prepared, tmp_path / "run"))
     for number in (1, 2, 3):
-        wait_for(lambda number=number: len(history.attempts(job.run)) == number and job.processes(), 120, f"{job.run}/job.log")
+        wait_for(lambda number=number: len(history.attempts(job.run)) == number and job.processes(), 300, f"{job.run}/job.log")
         faults.near_the_limit(job)
     assert job.wait() == "FAILED"
     assert [attempt.outcome for attempt in history.attempts(job.run)] == ["time"] * 3
@@ -148,9 +148,9 @@ def test_a_node_that_fails_the_preflight_is_left_out(cluster, prepared, undistur
 
 def test_a_signal_during_the_preflight_says_nothing_about_the_nodes(cluster, prepared, tmp_path):
     job = submit(cluster, config_of(prepared, tmp_path / "run"), MUJINA_TASK_PYTHON="sh -c 'sleep 3; exec \"$@\"' sh " + sys.executable)
-    wait_for(lambda: bool(history.attempts(job.run)), 60, f"{job.run}/job.log")
+    wait_for(lambda: bool(history.attempts(job.run)), 300, f"{job.run}/job.log")
     faults.near_the_limit(job)
-    wait_for(lambda: len(history.attempts(job.run)) == 2, 60, f"{job.run}/job.log")
+    wait_for(lambda: len(history.attempts(job.run)) == 2, 300, f"{job.run}/job.log")
     cluster.output("scancel", job.number)
     assert history.attempts(job.run)[0].outcome == "time" and not history.excluded(job.run), job.log()
 

@@ -1,18 +1,23 @@
-"""Twenty faults, one after the other, in one run on a real Slurm: losses, ledger and checkpoint are those of a run without any."""
+"""One fault after the other in one run on a real Slurm: losses, ledger and checkpoint are those of a run without any."""
+
+import pytest
 
 from slurm import history
 from tests.slurm import faults
 from tests.slurm.faults import FAULTS, submit
 
 pytest_plugins = ["tests.cluster"]
-COUNT, INTERVAL, TOKENS_PER_STEP = 20, 4, 8 * 128
-TRAIN = dict(micro_batch_size=4, checkpoint_interval=INTERVAL, hang_minutes=0.25)
+INTERVAL, TOKENS_PER_STEP = 4, 8 * 128
+TRAIN = dict(micro_batch_size=4, checkpoint_interval=INTERVAL, hang_minutes=0.5)
 
 
-def test_twenty_faults_leave_no_trace(cluster, prepared, tmp_path):
-    struck_run, undisturbed = (faults.quickstarts_model(prepared, tmp_path / name, 170, **TRAIN) for name in ("struck", "undisturbed"))
+@pytest.mark.parametrize("count", [len(FAULTS), pytest.param(20, marks=pytest.mark.repeats)])
+def test_faults_leave_no_trace(cluster, prepared, tmp_path, count):
+    """One of each kind, in a random order."""
+    steps = 10 * count
+    struck_run, undisturbed = (faults.quickstarts_model(prepared, tmp_path / name, steps, **TRAIN) for name in ("struck", "undisturbed"))
     job = submit(cluster, struck_run, tasks_per_node=1)
-    struck = faults.soak(job, COUNT, seed=1, steps_between=(2, 6))
+    struck = faults.soak(job, count, seed=1, steps_between=(2, 6))
     assert job.wait() == "COMPLETED", job.log()
     other = submit(cluster, undisturbed, tasks_per_node=1)
     assert other.wait() == "COMPLETED", other.log()

@@ -1,8 +1,11 @@
 """When a run that keeps ending is given up, how long it waits before it is tried again, and what its log is to those who watch."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,14 @@ def test_nodes_that_lose_power_again_and_again_do_not_stop_a_run_that_gets_on():
     assert "gained no token" in without_prospect(standing)
 
 
+def test_preempted_work_does_not_count_towards_giving_up():
+    """However often it came to save nothing, and between how many crashes."""
+    mixed = [*["crash", "stopped"] * (MAX_CRASHES - 1), *["stopped"] * 20]
+    assert without_prospect(attempts(*mixed)) is None
+    assert pause_before_next(attempts("crash", *["stopped"] * 5)) == pause_before_next(attempts("crash"))
+    assert "gained no token" in without_prospect(attempts(*mixed, "crash"))
+
+
 def test_the_same_crash_is_diagnosed_with_the_nodes_that_were_always_there():
     same = attempts("crash", "crash", "crash", tokens=(0, 3, 3, 3))  # the first has saved something, and came no farther
     for one, nodes in zip(same, (["node1", "node2"], ["node2", "node3"], ["node2", "node4"]), strict=True):
@@ -78,18 +89,84 @@ def test_pauses_double_up_to_half_an_hour(monkeypatch):
 
 
 @pytest.fixture
-def supervisor(prepared, tmp_path, monkeypatch) -> Supervisor:
+def supervisor(prepared, tmp_path, monkeypatch) -> Iterator[Supervisor]:
     """Of a job on node1 to node3, one of which is spare; Slurm is asked nothing."""
     for name, value in (("JOB_ID", "7"), ("JOB_NODELIST", "node[1-3]"), ("JOB_PARTITION", "main")):
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("MUJINA_SPARE_NODES", "1")
     monkeypatch.setattr("slurm.supervisor._hostnames", lambda nodes: {"node[1-3]": NODES[:3], "node[1,4]": ["node1", "node4"]}[nodes])
-    return Supervisor(tiny(prepared, tmp_path / "run"), [])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    yield Supervisor(tiny(prepared, tmp_path / "run"), [])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def slurm_says(supervisor, tmp_path, monkeypatch):
+    """Puts stand-ins of Slurm's commands on the path: srun is a line of shell, squeue's answer is given. The nodes are healthy."""
+
+    def commands(srun: str, squeue: str = "RUNNING N/A") -> None:
+        (tmp_path / "bin").mkdir()
+        for name, line in (("srun", srun), ("squeue", f"echo {squeue}"), ("scontrol", "exit 1"), ("scancel", "exit 1")):
+            (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+            (tmp_path / "bin" / name).chmod(0o755)
+
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setattr(supervisor, "_preflight", lambda attempt: {})
+    return commands
+
+
+@pytest.mark.parametrize(
+    ("squeue", "outcome"),
+    [
+        ("RUNNING 2026-01-31T12:00:00", "stopped"),  # in its time of grace
+        ("COMPLETING 2026-01-31T12:00:20", "stopped"),  # over
+        ("COMPLETING N/A", "stopped"),  # requeued, or a node was lost: this process will be told after its steps
+        ("RUNNING N/A", "crash"),
+        ("", "crash"),  # Slurm does not know
+    ],
+)
+@pytest.mark.parametrize("status", [143, 137, 1])
+def test_what_slurm_ends_is_no_crash_though_it_came_not_to_save(supervisor, slurm_says, squeue, outcome, status):
+    """143: ended by SIGTERM, perhaps before it was ready for it; 137: killed while it saved; 1: as a rank whose neighbour is gone."""
+    slurm_says(f"exit {status}", squeue)
+    supervisor.run()
+    [attempt] = history.attempts(supervisor.folder)
+    assert attempt.outcome == outcome and attempt.tokens_after == 0
+    assert ("preempted at 2026" in attempt.reason) == ("2026" in squeue)
+
+
+@pytest.mark.parametrize("status", [0, 1, 143])
+def test_after_sigterm_no_status_is_a_crash_or_the_end(supervisor, slurm_says, status):
+    slurm_says(f"kill -TERM $PPID; exit {status}")
+    assert supervisor.run() == 143
+    [attempt] = history.attempts(supervisor.folder)
+    assert attempt.outcome == "stopped"
+
+
+def test_sigterm_is_written_down_before_anything_else(supervisor):
+    """It may be all that there is time for."""
+    supervisor.attempt = history.began(supervisor.folder, "7", 0, supervisor.nodes)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert history.attempts(supervisor.folder)[0].outcome is None
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert history.attempts(supervisor.folder)[0].outcome == "stopped"
+
+
+def test_preemption_in_the_preflight_says_nothing_about_the_nodes(supervisor, monkeypatch):
+    """The probes are ended as the training would be, and tell nothing."""
+    monkeypatch.setattr(supervisor, "_wait", lambda step, seconds: 0)
+    monkeypatch.setattr("subprocess.Popen", lambda command: None)
+    answer = "RUNNING 2026-01-31T12:00:00"
+    monkeypatch.setattr("slurm.supervisor._slurm", lambda *command: subprocess.CompletedProcess(command, 0, answer, ""))
+    assert supervisor._preflight(history.began(supervisor.folder, "7", 0, supervisor.nodes)) == {}
+    assert supervisor.is_told_to_stop and not history.excluded(supervisor.folder)
 
 
 def test_the_first_node_in_slurms_order_has_rank_0(supervisor, monkeypatch):
     """However fast the others are: the processes meet there."""
     monkeypatch.setattr(supervisor, "_wait", lambda step, seconds: 0)
+    monkeypatch.setattr(supervisor, "_slurms_doing", lambda: None)
     monkeypatch.setattr("subprocess.Popen", lambda command: None)
     monkeypatch.setattr("slurm.preflight.judge", lambda *arguments: Verdict(["node3", "node1"], [], {"node2": ["slow"]}))
     attempt = history.began(supervisor.folder, "7", 0, supervisor.nodes)

@@ -90,4 +90,4 @@ for piece in "a a. a@ a@a. @ [at] 1 1- 03- (03) +1_ +1-1 1. a: 1:1: TEL 0_ ãƒžã‚
     piece = piece.replace("_", " ")
     Pii().start()(Document(text=piece * (1_000_000 // len(piece)), id=""))
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)

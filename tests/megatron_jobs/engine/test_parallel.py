@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,22 @@ def name(case: Any) -> str:
     return f"{'mixture' if moe else 'dense'}-{world}" + "".join(f"-{key}{size}" for key, size in sizes.items())
 
 
+def cases(are_repeats: Callable[[str], bool]) -> list[Any]:
+    """All layouts. Those that prove again what the others do are left to ./run_tests.sh --all: there every test has every layout."""
+    return [pytest.param(case, id=name(case), marks=pytest.mark.repeats if are_repeats(name(case)) else ()) for case in LAYOUTS]
+
+
+# Each parallelism of these is there alone, or in a pair with the same other one, without them.
+COVERED = {"dense-4-tensor2-pipeline2", "mixture-2-tensor2", "mixture-2-pipeline2", "mixture-2-tensor2-expert2"}
+# What divides the matrices, their optimizer's state and the experts in every way, and chunks of stages, with as few runs as will do.
+TELLING = {
+    "dense-2",
+    "dense-4-tensor2-pipeline2-virtual_pipeline2",
+    "mixture-4-tensor2-expert2-expert_tensor2",
+    "mixture-4-context2-pipeline2-virtual_pipeline2-expert_tensor2",
+}
+
+
 def gradient_norms(run: Path) -> list[float]:
     return [json.loads(line)["grad_norm"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -75,7 +92,7 @@ def stopped_at_6(run: Path, to: Path) -> None:
         shutil.rmtree(to / "checkpoints" / later)
 
 
-@pytest.mark.parametrize("case", LAYOUTS, ids=name)
+@pytest.mark.parametrize("case", cases(COVERED.__contains__))
 def test_every_layout_follows_one_process(trained, case):
     alone, run = trained(1, {}, case[2]), trained(*case)
     expected = losses(alone)
@@ -84,7 +101,7 @@ def test_every_layout_follows_one_process(trained, case):
     assert gradient_norms(run) == pytest.approx(gradient_norms(alone), rel=1e-4)
 
 
-@pytest.mark.parametrize("case", LAYOUTS, ids=name)
+@pytest.mark.parametrize("case", cases(lambda layout: layout not in TELLING))
 def test_a_checkpoint_of_one_process_goes_on_at_every_layout(prepared, tmp_path, trained, case):
     """Also the optimizer's state: without it the losses behind the restart would differ by far more.
 
@@ -96,14 +113,14 @@ def test_a_checkpoint_of_one_process_goes_on_at_every_layout(prepared, tmp_path,
     assert losses(tmp_path) == pytest.approx(losses(trained(1, {}, moe)), rel=1e-4)
 
 
-@pytest.mark.parametrize("case", LAYOUTS, ids=name)
+@pytest.mark.parametrize("case", cases(lambda layout: layout not in TELLING))
 def test_a_checkpoint_of_every_layout_goes_on_in_one_process(prepared, tmp_path, trained, case):
     stopped_at_6(trained(*case), tmp_path)
     run_ranks(1, train_here, tiny(prepared, tmp_path, moe=case[2]))
     assert losses(tmp_path) == pytest.approx(losses(trained(1, {}, case[2])), rel=1e-4)
 
 
-@pytest.mark.parametrize("case", LAYOUTS, ids=name)
+@pytest.mark.parametrize("case", cases(lambda layout: layout not in TELLING))
 def test_a_restart_at_the_same_layout_is_bit_identical(prepared, tmp_path, trained, case):
     """Stopped in the middle of a phase and again at the phase boundary; losses and final weights and moments are equal."""
     world, sizes, moe = case

@@ -108,8 +108,8 @@ def watched(config: RunConfig, stop_after: int | None = None, pause: float = 0.0
 
 
 def free_port() -> int:
-    """The first of 17 free ports, below those that the system gives to whoever asks for any."""
-    for port in range(20000 + os.getpid() % 500 * 20, 32000, 20):
+    """The first of 17 free ports, below those that the system gives to whoever asks for any, and above those of slurm/supervisor.py."""
+    for port in range(30000 + os.getpid() % 90 * 20, 32000, 20):
         with contextlib.suppress(OSError), contextlib.ExitStack() as taken:
             for number in range(port, port + 17):
                 taken.enter_context(socket.create_server(("", number)))

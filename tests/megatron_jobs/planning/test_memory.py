@@ -30,8 +30,8 @@ CASES = {
 }
 
 
-def run_of(**sections: Any) -> RunConfig:
-    """A dense model of 27 million parameters, a mixture of 51."""
+def run_of(sequences: int = 12, **sections: Any) -> RunConfig:
+    """A dense model of 27 million parameters, a mixture of 51, in steps of so many sequences."""
     return from_dict(
         {
             "run": "x",
@@ -44,9 +44,9 @@ def run_of(**sections: Any) -> RunConfig:
             "phases": [
                 dict(
                     name="web",
-                    tokens=12 * 256,
+                    tokens=sequences * 256,
                     sequence_length=256,
-                    global_batch_size=12,
+                    global_batch_size=sequences,
                     sources={"web": 1.0},
                     learning_rate=dict(start=1e-3, end=1e-4),
                 )
@@ -60,6 +60,7 @@ def run_of(**sections: Any) -> RunConfig:
 def allocated(config: RunConfig) -> dict[str, int]:
     """Bytes of a rank: what stays from step to step, and the most that a step adds to it."""
     import torch
+    import torch.distributed as dist
     from megatron.core import parallel_state
 
     from megatron_jobs.checkpoints.weights import InitialWeights
@@ -88,7 +89,7 @@ def allocated(config: RunConfig) -> dict[str, int]:
         storages = [thing.untyped_storage() for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
         stays = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         peaks = []
-        for _ in range(3):
+        for _ in range(1 if dist.get_world_size() == 1 else 3):
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
                 step()
             now = most = 0
@@ -103,7 +104,9 @@ def allocated(config: RunConfig) -> dict[str, int]:
 @pytest.mark.parametrize("case", CASES)
 def test_memory_of_a_real_step(case):
     world_size, sections = CASES[case]
-    config = run_of(**sections)
+    parallel = sections.get("parallel", {})
+    whole_model = world_size == parallel.get("tensor", 1) * parallel.get("context", 1)
+    config = run_of(6 if whole_model else 12, **sections)  # two micro-batches; twice as many over data ranks and stages
     phase = config.phases[0]
     for rank, found in enumerate(run_ranks(world_size, allocated, config)):
         stage = rank if config.parallel.pipeline > 1 else 0
