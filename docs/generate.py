@@ -36,6 +36,7 @@ FORMATS = {  # the module whose docstring says what is in the files
     "A tokenizer's folder": "tokenization/train.py",
     "Metrics and events of a run": "megatron_jobs/monitoring/metrics.py",
     "Checkpoints": "megatron_jobs/checkpoints/checkpoint.py",
+    "The ledger of a checkpoint": "megatron_jobs/data/ledger.py",
     "The names of the matrices": "megatron_jobs/engine/placement.py",
     "Logs of a run": "megatron_jobs/failures.py",
     "Rollbacks": "megatron_jobs/stability.py",
@@ -43,7 +44,9 @@ FORMATS = {  # the module whose docstring says what is in the files
     "A node's preflight": "slurm/preflight.py",
     "An imported model": "megatron_jobs/conversion/import_hf.py",
     "An exported model": "megatron_jobs/conversion/convert.py",
-    "Prompts and results of the arithmetic suite": "evaluation/arithmetic.py",
+    "Chains of verbs": "mujina/chain.py",
+    "Results of an evaluation": "evaluation/result.py",
+    "Prompts of the arithmetic suite": "evaluation/suites/arithmetic.py",
 }
 
 

@@ -31,6 +31,7 @@ CONFIGURATIONS = {
     "prepare": "data_prep.config:PrepareConfig",
     "tokenizer": "tokenization.train:TrainConfig",
     "extend-vocabulary": "tokenization.extend:ExtendConfig",
+    "chain": "mujina.stations:Chain",
 }
 BOUNDS = {Gt: ("above", "gt"), Ge: ("at least", "ge"), Lt: ("below", "lt"), Le: ("at most", "le")}
 PLAIN = {bool: "true or false", int: "whole number", float: "number", str: "text", Path: "path", type(None): "null"}

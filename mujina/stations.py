@@ -35,6 +35,7 @@ class StationConfig(Section):
     """One verb with its arguments, or one for every value of `for_each`. All texts may have {variables}."""
 
     name: str
+    """Stands in the journal and the summary; every name once."""
     run: str | list[str]
     """Verb and arguments: a text that is split as a shell would, or a list. A word that is nothing but {variable} becomes as many words
     as the variable has values."""
@@ -45,12 +46,14 @@ class StationConfig(Section):
     outputs: list[str] = []
     """Files or folders that are there when the station is done."""
     slurm: JobConfig = JobConfig()
+    """How the station becomes a Slurm job."""
 
 
 class Chain(Section):
     """A chain. key=value on the command line sets a variable or one of these fields."""
 
     name: str
+    """Stands in the names of its Slurm jobs."""
     folder: str
     """For the journal, the summary and the logs."""
     variables: dict[str, Scalar | list[Scalar] | None] = {}
@@ -59,6 +62,7 @@ class Chain(Section):
     sbatch: list[str] = []
     """Options of sbatch for every job."""
     stations: list[StationConfig] = pydantic.Field(min_length=1)
+    """In order; each waits for what it needs."""
 
     @pydantic.field_validator("variables")
     @classmethod
