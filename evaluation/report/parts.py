@@ -30,7 +30,7 @@ def small_section(title: str, runs: list[Run], charts: list[str], note: str = ""
     return f'<h2>{title}</h2>{note}{run_legend(runs)}<div class="columns small">{panels}</div>' if panels else ""
 
 
-def by_source(runs: list[Run], field: str, title: str, note: str, smoothed: bool) -> str:
+def by_source(runs: list[Run], field: str, title: str, note: str, smoothed: bool, axis: str = "Loss, nats per token") -> str:
     """A field that has a number for each source, one panel a run."""
     colours, charts = source_colours(runs), []
     runs = [run for run in runs if any(getattr(step, field) for step in run.steps)]
@@ -40,7 +40,7 @@ def by_source(runs: list[Run], field: str, title: str, note: str, smoothed: bool
         charts.append((run, [line for line in lines if line.points]))
     y_range = limits([line for _, lines in charts for line in lines])
     drawn = [
-        (run, line_legend(lines) + line_chart("Loss, nats per token", lines, x_range(runs), y_range, run.bands, size=panel_size(runs, 280)))
+        (run, line_legend(lines) + line_chart(axis, lines, x_range(runs), y_range, run.bands, size=panel_size(runs, 280)))
         for run, lines in charts
     ]
     return f'<h2>{title}</h2><p class="note">{note}</p>{side_by_side(drawn)}' if drawn else ""

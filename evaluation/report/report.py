@@ -18,6 +18,7 @@ from evaluation.report.sections import (
     overview,
     speed,
     validation,
+    weight_by_source,
 )
 from mujina.page import page
 
@@ -25,6 +26,7 @@ SECTIONS = (
     overview,
     loss,
     loss_by_source,
+    weight_by_source,
     validation,
     gradient_norm,
     speed,

@@ -64,6 +64,7 @@ class Step(_Part):
     expert_similarity: list[float] | None = None
     loss_by_source: dict[str, float] = {}
     tokens_by_source: dict[str, int] = {}
+    weight_by_source: dict[str, float] = {}
     z_loss: float | None = None
     load_balancing_loss: float | None = None
     router_z_loss: float | None = None
