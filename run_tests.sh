@@ -53,6 +53,6 @@ fi
 # One worker more than there are cores: that of the tests on Slurm mostly waits. With more, memory is what would run out.
 if [[ $# == 0 ]]; then
     cores=$(nproc)
-    arguments+=(-n $((cores < 4 ? cores + 1 : 5)) --dist loadgroup --no-loadscope-reorder)
+    arguments+=(-n $((cores < 4 ? cores + 1 : 5)) --no-loadscope-reorder)
 fi
 exec .venv/bin/python -m pytest "${arguments[@]}" "$@"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from data_prep.prepare import PrepareConfig, prepare
 from megatron_jobs.config import RunConfig, from_dict
@@ -15,13 +16,23 @@ from tokenization.train import TrainConfig, train
 WORDS = "山 川 東京 データ 学習 言語 the of model token data train phase expert router and is 1 2 3 + = def return self".split()
 
 
-@pytest.hookimpl(tryfirst=True)
+# One worker runs what is on Slurm, which mostly waits, and starts with it; the others take a file at a time.
+ON_SLURM = ("tests/slurm/", "tests/data_prep/test_executors.py")
+
+
+class ByFile(LoadScopeScheduling):
+    """With several workers (pytest -n). (xdist's own `loadgroup` goes by a name that pytest 9.2 does not hand on.)"""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "slurm" if nodeid.startswith(ON_SLURM) else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers (pytest -n --dist loadgroup): one for those on Slurm, which start first and mostly wait; else one a file."""
-    for item in items:
-        is_on_slurm = "cluster" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("slurm" if is_on_slurm else item.path.stem))
-    items.sort(key=lambda item: "cluster" not in getattr(item, "fixturenames", ()))
+    items.sort(key=lambda item: not item.nodeid.startswith(ON_SLURM))
 
 
 @pytest.fixture(scope="session")
