@@ -24,10 +24,10 @@ from tests.ranks import run_ranks, start_ranks
 
 def train_unhurried(config: RunConfig) -> None:
     """Steps that last long enough for this test to come in time, on a busy machine as well."""
-    from megatron_jobs.engine.passes import Objective
+    from megatron_jobs.engine.passes import Passes
 
-    gradients = Objective.gradients
-    Objective.gradients = lambda *arguments: (time.sleep(0.2), gradients(*arguments))[1]
+    gradients = Passes.gradients
+    Passes.gradients = lambda *arguments: (time.sleep(0.2), gradients(*arguments))[1]
     train_here(config)
 
 
