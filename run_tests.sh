@@ -45,6 +45,8 @@ if command -v apt-get >/dev/null; then
 fi
 
 .venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
 arguments=()
 if [[ ${1:-} == --all ]]; then
     arguments+=(-m "")

@@ -10,6 +10,7 @@ setup(
     python_requires=">=3.12",
     packages=[name for room in ROOMS for name in find_packages(include=(room, f"{room}.*"))],
     package_data={
+        "": ["py.typed"],
         "tokenization": ["chat_template.jinja"],
         "data_prep": ["configs/*.yaml", "steps/*.ftz", "steps/words/*.txt"],
         "megatron_jobs": ["configs/*.yaml"],
@@ -60,10 +61,13 @@ setup(
             "grafana-foundation-sdk",
             "hypothesis",
             "jsonschema",
+            "mypy",
             "pytest",
             "pytest-xdist",
             "ruff",
             "setuptools>=77",
+            "types-psutil",  # what mypy knows psutil by, which has no types of its own; PyYAML likewise
+            "types-pyyaml",
         ],
         "wandb": ["wandb>=0.31"],
     },

@@ -215,8 +215,8 @@ def _bar(step: StepCounts, whole: StepCounts) -> str:
     """The documents kept and dropped, the characters kept, and the legend of the reasons."""
     dropped = [(reason, count) for reason, count in step.dropped if count]
     if len(dropped) > len(RUN_COLOURS):
-        named, others = dropped[: len(RUN_COLOURS) - 1], dropped[len(RUN_COLOURS) - 1 :]
-        dropped = [*named, (f"{len(others)} others", sum(count for _, count in others))]
+        first, others = dropped[: len(RUN_COLOURS) - 1], dropped[len(RUN_COLOURS) - 1 :]
+        dropped = [*first, (f"{len(others)} others", sum(count for _, count in others))]
     parts = list(zip(RUN_COLOURS, dropped, strict=False))
     segments = [(KEPT_COLOUR, ("kept", step.documents_out)), *parts]
     bar = "".join(_segment(colour, count, whole.documents_in, f"{label}: {count:,} documents") for colour, (label, count) in segments)

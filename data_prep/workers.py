@@ -1,5 +1,6 @@
 """Processes that share one stream of tasks; their results come back in the order of the tasks."""
 
+import functools
 import multiprocessing
 import multiprocessing.connection
 import signal
@@ -48,7 +49,7 @@ class Workers:
             # Tasks first, then results: what the caller does with a result must not keep a process waiting.
             while upcoming is not None and idle and len(ready) + len(busy) < ahead * len(self._processes):
                 (number, task), connection = upcoming, idle.pop()
-                self._talk(connection, lambda connection=connection, task=task: connection.send((work, task)))
+                self._talk(connection, functools.partial(connection.send, (work, task)))
                 busy[connection] = number
                 upcoming = next(numbered, None)
             while taken in ready:
@@ -60,9 +61,10 @@ class Workers:
             if not busy and upcoming is None:
                 return
             # None may be busy: all that was given out may have come back before the oldest result was taken.
-            for connection in multiprocessing.connection.wait(list(busy)) if busy else ():
-                ready[busy.pop(connection)] = self._talk(connection, connection.recv)
-                idle.append(connection)
+            for answered in multiprocessing.connection.wait(list(busy)) if busy else ():
+                assert isinstance(answered, Connection)  # wait() would take sockets as well
+                ready[busy.pop(answered)] = self._talk(answered, answered.recv)
+                idle.append(answered)
 
     def _talk(self, connection: Connection, say: Callable[[], Any]) -> Any:
         try:

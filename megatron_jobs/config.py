@@ -394,6 +394,7 @@ class Phase(Section):
         assert self.tokens is not None
         stretches, rest = [], self.tokens
         for size in self.batch_sizes[:-1]:
+            assert self.batch_ramp is not None  # else there is one size
             steps = -(-self.batch_ramp.tokens // (len(self.batch_sizes[:-1]) * size * self.sequence_length))
             stretches.append((size, steps))
             rest -= steps * size * self.sequence_length

@@ -142,7 +142,9 @@ class Watchdog:
 
 def _place() -> str:
     """Where the main thread is: its innermost frame, and the innermost one of this package."""
-    frame = sys._current_frames()[threading.main_thread().ident]
+    main = threading.main_thread().ident
+    assert main is not None  # it has begun
+    frame = sys._current_frames()[main]
     innermost = frame
     while frame.f_back and frame.f_globals.get("__package__") != __package__:
         frame = frame.f_back
@@ -159,6 +161,7 @@ def _redirect(log: Path, rank: int) -> int:
         # In a session of its own: a signal to the run's processes must not end what tells of it.
         for number in (1, 2):
             tee = subprocess.Popen(["tee", "-a", log], stdin=subprocess.PIPE, stdout=number, start_new_session=True)
+            assert tee.stdin is not None  # a pipe
             os.dup2(tee.stdin.fileno(), number)
             tee.stdin.close()
     else:

@@ -27,7 +27,7 @@ class GroupedExperts(MegatronModule):
     def _weight(self, rows: int, columns: int, split: int) -> torch.nn.Parameter:
         weight = torch.nn.Parameter(torch.empty(rows, columns, dtype=self.config.params_dtype))
         # What megatron-core's own expert linears say of their weights: their gradients are summed in the experts' groups.
-        weight.allreduce = False
+        weight.allreduce = False  # type: ignore[attr-defined]  # a mark that torch's stubs do not know
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=split, stride=1)
         return weight
 

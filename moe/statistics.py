@@ -28,14 +28,14 @@ class Alarms:
 
     def __init__(self, layers: Sequence[int], top_k: int, window: int) -> None:
         """`layers` are the numbers of the layers that are mixtures; `window` is in steps."""
-        self.layers, self.top_k = layers, top_k
+        self.layers, self.top_k, self.window = layers, top_k, window
         self._loads: deque[list[list[float]]] = deque(maxlen=window)
         self._sounding: dict[str, str] = {}  # what is wrong, by its place
 
     def look(self, load_NE: list[list[float]]) -> list[str]:
         """What is new after a step, whose routed tokens went to the experts in these shares (they sum to 1 over a layer)."""
         self._loads.append(load_NE)
-        if len(self._loads) < self._loads.maxlen:
+        if len(self._loads) < self.window:
             return []
         before, self._sounding = self._sounding, {}
         for number, *loads in zip(self.layers, *self._loads, strict=True):

@@ -44,7 +44,8 @@ def configuration(verb: str) -> type[Section]:
     if verb not in CONFIGURATIONS:
         raise UserError(f"--of ({verb}): no verb with a configuration: {nearest(verb, list(CONFIGURATIONS))}")
     module, _, name = CONFIGURATIONS[verb].partition(":")
-    return getattr(importlib.import_module(module), name)
+    found: type[Section] = getattr(importlib.import_module(module), name)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,7 @@ def tag(section: type[Section]) -> str | None:
 
 def schema(model: type[Section]) -> dict[str, Any]:
     """JSON Schema of a file: nothing is required, for a file may leave it to the one that it extends."""
-    made = _without_required(model.model_json_schema())
+    made: dict[str, Any] = _without_required(model.model_json_schema())
     files = {"type": "array", "items": {"type": "string"}}
     about = "The file, or files, that this one is laid over; relative to this file."
     for name in model.from_file:

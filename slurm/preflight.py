@@ -153,7 +153,8 @@ def judge(folder: Path, nodes: list[str], needed: int) -> Verdict:
     `folder` is a new one for each preflight. Clocks are compared where it holds a file `started` with the time (seconds since 1970)
     before the preflight was started; judge as soon as that has ended.
     """
-    answers, bad = {}, {node: [] for node in nodes}
+    answers: dict[str, dict[str, Any]] = {}
+    bad: dict[str, list[str]] = {node: [] for node in nodes}
     for node in nodes:
         try:
             answers[node] = json.loads((folder / f"{node}.json").read_bytes())

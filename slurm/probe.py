@@ -78,7 +78,7 @@ def ask(nvml: Any, number: str, questions: dict[str, Callable[[Any], Any]]) -> d
     except nvml.NVMLError as error:
         return {"errors": [str(error)]}
     answers: dict[str, Any] = {}
-    errors = {}
+    errors: dict[str, None] = {}
     for name, question in questions.items():
         try:
             answers[name] = question(gpu)
@@ -90,7 +90,7 @@ def ask(nvml: Any, number: str, questions: dict[str, Callable[[Any], Any]]) -> d
 
 
 def ecc(nvml: Any, gpu: Any, since: int) -> int:
-    return nvml.nvmlDeviceGetTotalEccErrors(gpu, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, since)
+    return int(nvml.nvmlDeviceGetTotalEccErrors(gpu, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, since))
 
 
 def nvlinks(nvml: Any, gpu: Any) -> list[bool]:

@@ -8,6 +8,7 @@ Needs no torch.
 import re
 import shlex
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -108,7 +109,7 @@ def _check_disk(config: RunConfig) -> None:
     print(f"disk                    {kept} checkpoints of {BYTES_PER_PARAMETER * parameters / 1e9:,.1f} GB, {free / 1e9:,.1f} GB free")
 
 
-def _tell(config: RunConfig, nodes: int, spare: int, processes: int, left_out: dict[str, object]) -> None:
+def _tell(config: RunConfig, nodes: int, spare: int, processes: int, left_out: Iterable[str]) -> None:
     step, tokens = history.standing(config.run)
     all_tokens = phases.consumed_tokens(config.phases, phases.num_steps(config.phases))
     start = f"goes on from step {step:,}" if step else "starts"

@@ -264,7 +264,8 @@ def without_prospect(attempts: list[Attempt]) -> str | None:
 def pause_before_next(attempts: list[Attempt]) -> int:
     """Seconds: MUJINA_RETRY_SECONDS (30), doubled with every failure since the last attempt that gained tokens."""
     first = int(os.environ.get("MUJINA_RETRY_SECONDS", 30))
-    return min(LONGEST_PAUSE, first * 2 ** max(0, _failures(_since_tokens_were_gained(attempts)) - 1))
+    pause: int = first * 2 ** max(0, _failures(_since_tokens_were_gained(attempts)) - 1)
+    return min(LONGEST_PAUSE, pause)
 
 
 def _failures(attempts: list[Attempt]) -> int:

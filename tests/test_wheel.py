@@ -14,7 +14,7 @@ import yaml
 from tests.conftest import tiny
 from tests.test_layering import ROOMS, ROOT
 
-DATA = (".sh", ".yaml", ".ftz", ".txt", ".jinja", ".json", ".example")
+DATA = (".sh", ".yaml", ".ftz", ".txt", ".jinja", ".json", ".example", ".typed")
 
 # Runs the script at once, as Slurm does: a copy of it, in the folder from which it was submitted.
 SBATCH = """#!/usr/bin/env bash

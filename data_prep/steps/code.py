@@ -71,7 +71,7 @@ class CodeQuality(Step):
 
         characters = code_points(text)
         kinds = _kinds().take(characters)
-        letters, digits = np.count_nonzero(kinds == 1), np.count_nonzero(kinds == 2)
+        letters, digits = int(np.count_nonzero(kinds == 1)), int(np.count_nonzero(kinds == 2))
         yield "alphanumeric_ratio", (letters + digits) / len(text), self.min_alphanumeric_ratio, NO_LIMIT
         yield "alphabetic_ratio", letters / max(letters + digits, 1), self.min_alphabetic_ratio, NO_LIMIT
         yield "repeated_lines", duplicates(lines)[1] / max(sum(lengths), 1), 0, self.max_repeated_lines

@@ -65,7 +65,7 @@ class Decontaminate(Step):
         return judge
 
     def _files(self) -> list[Path]:
-        files = []
+        files: list[Path] = []
         for pattern in self.sets:
             paths = sorted(glob.glob(pattern, recursive=True))
             if not paths:

@@ -51,7 +51,7 @@ class _Finder:
     def find(self, text: str, characters: NDArray[np.uint16]) -> dict[str, list[str]]:
         """The occurrences, by the reason that they count for."""
         places = self.begins.take(self._pairs(characters)).nonzero()[0].tolist()
-        words = [found[0] for place in places if (found := self.word.match(text, place))]
+        words = [match[0] for place in places if (match := self.word.match(text, place))]
         found = {reason: [word for word in words if word in known] for reason, known in self.lists.items()}
         if "board" in found:
             found["board"] += BOARD_MARK.findall(text)

@@ -46,12 +46,12 @@ def repeated_ngrams(symbols: NDArray[np.generic], sizes: range) -> Iterator[tupl
     An n-gram can only repeat where its beginning does, so only the first size sorts all of the text. N-grams are compared by their
     hashes, which with the position fill 64 bits: at a million symbols one pair in 10^13 is taken for equal.
     """
-    symbols = symbols.astype(np.uint64)
-    length, n = len(symbols), sizes.start
+    codes = symbols.astype(np.uint64)
+    length, n = len(codes), sizes.start
     low = np.uint64((1 << length.bit_length()) - 1)
-    hashes = symbols[: max(length - n + 1, 0)].copy()
+    hashes = codes[: max(length - n + 1, 0)].copy()
     for offset in range(1, n):
-        hashes = hashes * ODD + symbols[offset : offset + len(hashes)]
+        hashes = hashes * ODD + codes[offset : offset + len(hashes)]
     keys = hashes * ODD & ~low | np.arange(len(hashes), dtype=np.uint64)
     for n in sizes:
         keys.sort()
@@ -62,5 +62,5 @@ def repeated_ngrams(symbols: NDArray[np.generic], sizes: range) -> Iterator[tupl
         yield n, positions, (~as_before[:-1][repeated]).nonzero()[0]
 
         positions = positions[positions < length - n]
-        hashes[positions] = longer = hashes[positions] * ODD + symbols[positions + n]
+        hashes[positions] = longer = hashes[positions] * ODD + codes[positions + n]
         keys = longer * ODD & ~low | positions.view(np.uint64)

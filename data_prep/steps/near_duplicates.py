@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
 from data_prep.steps.ngrams import letters, ngram_hashes
-from data_prep.steps.records import POSITIONS, Records, group_starts, id_file, id_of, number_of, read_range, record_file, slices, whole_file
+from data_prep.steps.records import POSITIONS, Records, group_starts, id_file, id_of, number_of, read_range, record_file, slices
 from data_prep.steps.step import CorpusStep, Judge, texts_of
+from mujina.files import whole_file
 
 NUM_HASHES = 512
 NUM_BANDS = 20

@@ -25,16 +25,16 @@ def ngram_hashes(codes: NDArray[np.uint32], n: int) -> NDArray[np.uint64]:
     A polynomial in the code points, built by doubling: a hash of 2m characters is that of the first m times BASE^m plus that of the next
     m. Its bits are mixed at the end (Stafford's variant 13 of the finisher of MurmurHash3).
     """
-    codes = codes.astype(np.uint64)
-    n = min(n, len(codes))
+    symbols = codes.astype(np.uint64)
+    n = min(n, len(symbols))
     if n == 0:
-        return codes
-    hashes, length = codes, 1
+        return symbols
+    hashes, length = symbols, 1
     for bit in f"{n:b}"[1:]:
         hashes = hashes[:-length] * np.uint64(pow(BASE, length, 1 << 64)) + hashes[length:]
         length *= 2
         if bit == "1":
-            hashes = hashes[:-1] * np.uint64(BASE) + codes[length:]
+            hashes = hashes[:-1] * np.uint64(BASE) + symbols[length:]
             length += 1
     hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

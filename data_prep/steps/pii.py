@@ -143,7 +143,8 @@ class Pii(Step):
         found = sorted(self._find(text))
         if not found:
             return text
-        pieces, end = [], 0
+        pieces: list[str] = []
+        end = 0
         for start, minus_length, kind, replacement in found:
             if start >= end:  # of two that overlap the first one, of two that begin together the longer one
                 pieces += text[end:start], replacement

@@ -236,6 +236,7 @@ def _decode(page: bytes, charset: str | None) -> str:
         except UnicodeDecodeError:
             pass
     found = detect_encoding(page, from_html_meta=True)
+    assert found is not None  # UTF-8 where it finds nothing, as long as the names are those of HTML 5
     named = map_encoding_to_html5(charset, fallback_utf8=False) if charset else None
     # Latin-1 (WHATWG's windows-1252) is what servers say that were told nothing, and any bytes are some text in it.
     encoding = found if named in (None, "windows-1252", "cp1252") else named

@@ -239,7 +239,12 @@ class Writer:
         """As `add_rank_file`, of boxes that are read one at a time; `seen` is called with every part that is written."""
         path = self.temporary / f"rank-{rank:05d}.safetensors"
         digest = hashlib.sha256()
-        write_safetensors(path, boxes, seen=lambda part: (digest.update(part), seen(part)))
+
+        def digested(part: Any) -> None:
+            digest.update(part)
+            seen(part)
+
+        write_safetensors(path, boxes, seen=digested)
         facts = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
         write_whole(path.with_suffix(".json"), json.dumps(facts).encode())
 

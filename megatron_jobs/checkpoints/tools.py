@@ -226,9 +226,10 @@ def summary(source: "Checkpoint") -> list[str]:
     for phase in ledger.phases:
         consumed = ", ".join(f"{name} {share.tokens:,}" for name, share in phase.sources.items())
         lines.append(f"phase {phase.name}: {phase.steps:,} steps, {phase.tokens:,} tokens: {consumed}")
-    while ledger and ledger.origin:
-        lines.append(f"origin: {ledger.origin}")
-        ledger = ledger.origin.ledger
+    origin = ledger.origin
+    while origin:
+        lines.append(f"origin: {origin}")
+        origin = origin.ledger.origin if origin.ledger else None
     return lines
 
 

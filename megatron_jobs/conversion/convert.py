@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megatron_jobs.conversion.families import FAMILIES, config_values, family_of, hugging_face_name, older_spellings
-from megatron_jobs.conversion.model_card import model_card
+from megatron_jobs.conversion.model_card import Exportable, model_card
 from mujina.files import whole_folder
 from mujina.matrices import Box
 from mujina.user_input import UserError, run
@@ -26,7 +26,6 @@ from mujina.user_input import UserError, run
 if TYPE_CHECKING:
     import torch
 
-    from megatron_jobs.checkpoints.checkpoint import Checkpoint
     from mujina.tensor_files import Planned
 
 RECORD = "conversion.json"  # where a folder comes from, and how well it agrees
@@ -80,7 +79,7 @@ class Exported:
     the family's name, in the types and with the configuration that it had.
     """
 
-    def __init__(self, checkpoint: "Checkpoint") -> None:
+    def __init__(self, checkpoint: Exportable) -> None:
         """Raises UserError when no stock architecture can hold the model."""
         self.checkpoint, self.model, self.moe = checkpoint, checkpoint.config.model, checkpoint.config.moe
         if self.moe:  # inference drops no tokens

@@ -5,17 +5,34 @@ Nothing else: what is not known there is left out.
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import yaml
 
 from data_prep.indexed import Manifest
+from megatron_jobs.config import RunConfig
+from megatron_jobs.data.ledger import Ledger
+from mujina.matrices import TensorSource
 
-if TYPE_CHECKING:
-    from megatron_jobs.checkpoints.checkpoint import Checkpoint
+
+class Exportable(TensorSource, Protocol):
+    """What can become a folder: a checkpoint, or the mixture that `upcycle.py` makes of a dense model."""
+
+    config: RunConfig
+    shapes: dict[str, tuple[int, int]]
+    step: int
+    tokens: int
+
+    @property
+    def ledger(self) -> Ledger: ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Tells the model from any other."""
+        ...
 
 
-def model_card(checkpoint: "Checkpoint", architecture: str, agreement: dict[str, Any] | None) -> str:
+def model_card(checkpoint: Exportable, architecture: str, agreement: dict[str, Any] | None) -> str:
     """Markdown; `agreement` is that of the gate, None where the logits were not compared."""
     run = checkpoint.config
     manifests = {
@@ -35,7 +52,7 @@ def model_card(checkpoint: "Checkpoint", architecture: str, agreement: dict[str,
     return "\n\n".join(parts) + "\n"
 
 
-def _model(checkpoint: "Checkpoint", architecture: str) -> str:
+def _model(checkpoint: Exportable, architecture: str) -> str:
     model, moe = checkpoint.config.model, checkpoint.config.moe
     padding = (model.padded_vocab_size - model.vocab_size) * model.hidden_size * (1 if model.tie_embeddings else 2)
     facts = {
@@ -55,7 +72,7 @@ def _model(checkpoint: "Checkpoint", architecture: str) -> str:
     return _table(["model", ""], facts.items())
 
 
-def _training(checkpoint: "Checkpoint", manifests: dict[str, Manifest]) -> str:
+def _training(checkpoint: Exportable, manifests: dict[str, Manifest]) -> str:
     ledger = checkpoint.ledger
     told = f"Step {checkpoint.step:,}, {checkpoint.tokens:,} tokens" if checkpoint.step else "Not trained"
     if ledger.origin:

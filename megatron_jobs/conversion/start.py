@@ -26,8 +26,11 @@ def open_weights(path: Path, config: RunConfig, field: str, moe: MoEConfig | Non
         is_one, wanted_one = ("a mixture" if of else "a dense model" for of in (has.moe, moe))
         if moe:
             remedy = "name a mixture, or upcycle it first (`mujina upcycle`, or moe.upcycle_from)"
+        elif config.moe:
+            remedy = "name a dense model"
         else:
-            remedy = "name a dense model" if config.moe else f"write moe: {_as_yaml(has.moe)}"
+            assert has.moe is not None  # one of the two is a mixture
+            remedy = f"write moe: {_as_yaml(has.moe)}"
         raise UserError(f"{field} ({path}): is {is_one}, and {wanted_one} is needed: {remedy}")
     problems = [
         f"{name} ({mine}) must be that of {field} ({path}): write {name.partition('.')[2]}: {its}"

@@ -56,6 +56,7 @@ def main(
     else:
         written = _write_checkpoint(mixture, agreement, output)
     model, moe = mixture.config.model, mixture.config.moe
+    assert moe is not None  # Mixture has refused a configuration without it
     print(f"{written}: {moe.num_experts} experts in {flops.num_mixtures(model, moe)} of {model.num_layers} layers")
 
 

@@ -133,9 +133,7 @@ class Feeder:
         Any step may be asked for; only the one after the last is there at once. Raises what the reading raised.
         """
         began = time.perf_counter()
-        number, future = self._ahead or (None, None)
-        if number != step:
-            future = self._begin(step)
+        future = self._ahead[1] if self._ahead and self._ahead[0] == step else self._begin(step)
         batches = future.result()
         waited = time.perf_counter() - began
         self._ahead = (step + 1, self._begin(step + 1)) if step + 1 < num_steps(self._config.phases) else None

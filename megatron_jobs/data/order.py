@@ -87,7 +87,7 @@ class DataOrder:
         self._quotas = [np.array([share.num_samples for share in row], np.int64) for row in self.shares]
         self._window = lru_cache(maxsize=8)(self._window_order)
 
-    def samples(self, step: int, numbers: Sequence[int]) -> list[tuple[str, int]]:
+    def samples(self, step: int, numbers: Sequence[int] | np.ndarray) -> list[tuple[str, int]]:
         """(source, offset of the first token) of the samples with `numbers` (from 0, ascending) in the batch of step `step`.
 
         A sample of sequence length L reads tokens offset … offset + L; the last one serves as a label only.

@@ -4,7 +4,7 @@ Everything here is a pure function of the phases and of the step number (or of t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -182,6 +182,7 @@ def training_blocks(source: Source, data: DataConfig) -> int:
 def _quotas(phase: Phase, data: DataConfig, sources: dict[str, Source]) -> dict[str, int]:
     """Samples of each source in all steps of the phase, by name. Weights share what the amounts leave."""
     asked, total = _asked(phase, data, sources), phase.num_samples(phase.num_steps)
+    assert phase.tokens is not None  # or it would have no num_steps
     rest = total - sum(asked.values())
     weights = {name: weight for name in phase.sources if (weight := phase.portion(name).weight) is not None}
     tokens = sum(asked.values()) * phase.sequence_length
@@ -208,7 +209,11 @@ def _asked(phase: Phase, data: DataConfig, sources: dict[str, Source]) -> dict[s
     for name in phase.sources:
         if (amount := phase.portion(name)).is_amount:
             _admitted(phase, name, sources)
-            tokens = amount.tokens or int(amount.epochs * training_blocks(sources[name], data) * data.block_length)
+            if amount.tokens is not None:
+                tokens = amount.tokens
+            else:
+                assert amount.epochs is not None  # an amount is one of the two
+                tokens = int(amount.epochs * training_blocks(sources[name], data) * data.block_length)
             if tokens < phase.sequence_length:
                 raise UserError(
                     f"phases.{phase.name}.sources.{name}: its amount is {tokens:,} tokens, and must hold at least one sample of "
@@ -236,7 +241,7 @@ def _admitted(phase: Phase, name: str, sources: dict[str, Source]) -> None:
             )
 
 
-def _largest_remainder(total: int, weights: dict[str, float]) -> dict[str, int]:
+def _largest_remainder(total: int, weights: Mapping[str, float]) -> dict[str, int]:
     """Integers by name that add up to `total`, as near to proportional to `weights` as can be (Hamilton's method)."""
     names = sorted(weights)
     exact = np.array([weights[name] for name in names])

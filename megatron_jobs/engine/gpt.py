@@ -95,10 +95,12 @@ def forward(
     position's document) keeps attention within documents; with Transformer Engine the B sequences then lie in one row.
     """
     shape_BW, packed = tokens_BW.shape, None
-    tokens, labels = (x if x is None else attention.this_part(x) for x in (tokens_BW, labels_BW))
+    tokens = attention.this_part(tokens_BW)
+    labels = None if labels_BW is None else attention.this_part(labels_BW)
     if documents_BW is not None and has_transformer_engine():
         packed, documents_BW = attention.packed(documents_BW), None
-        tokens, labels = (x if x is None else x.reshape(1, -1) for x in (tokens, labels))
+        tokens = tokens.reshape(1, -1)
+        labels = None if labels is None else labels.reshape(1, -1)
     output = core.forward(gpt, tokens, labels, documents_BW, packed, output_processor)
     return output if packed is None or output.shape[0] != 1 else output.view(shape_BW[0], -1, *output.shape[2:])
 
@@ -228,7 +230,8 @@ class Norm(torch.nn.RMSNorm):
 
     def __init__(self, *, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        # torch's stubs know a parameter without megatron-core's marks
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def _layer_spec(config: TransformerConfig, moe: MoEConfig | None, vp_stage: int | None) -> TransformerBlockSubmodules:

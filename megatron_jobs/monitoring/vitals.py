@@ -145,8 +145,8 @@ def over_ranks(
         if told := [(value, rank) for rank, value in enumerate(values) if not math.isnan(value)]:
             fields[name], rank = worst(told)
             fields[name.split("_")[0] + "_rank"] = rank
-    if told := [count for count in errors if not math.isnan(count)]:
-        fields["ecc_errors"] = int(sum(told))
+    if counts := [count for count in errors if not math.isnan(count)]:
+        fields["ecc_errors"] = int(sum(counts))
     slowed = {str(rank): words for rank, bits in enumerate(reasons) if (words := in_words(bits))}
     return fields | ({"slowed": slowed} if slowed else {})
 

@@ -135,6 +135,7 @@ def layer(config: RunConfig, tokens: float, fused: bool, mixture: bool) -> float
         result += 4 * tokens * model.head_size * size / config.train.micro_batch_size  # cosine and sine, for queries and keys
     if not mixture:
         return result + tokens * model.ffn_hidden_size * size * 3 / config.parallel.tensor
+    assert moe is not None  # where a layer is a mixture
     result += tokens * moe.shared_ffn_hidden_size * size * 3 / config.parallel.tensor
     routed = tokens * moe.top_k / config.parallel.tensor  # a copy keeps the experts' input as well
     ffn = moe.expert_width(model) * size * (3 if fused else 5)

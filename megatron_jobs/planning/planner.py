@@ -202,7 +202,7 @@ class _Timing:
 
     def _layer(self, mixture: bool) -> tuple[float, float]:
         """(computation, exchange that is not hidden) of a micro-batch in a layer, with or without experts, both ways, in seconds."""
-        moe, parallel, stack = self.config.moe, self.config.parallel, self.stack
+        moe, parallel, stack = self.config.moe if mixture else None, self.config.parallel, self.stack
         tokens, tensor = self._tokens, parallel.tensor
         model = self.config.model.split_over(tensor)
         hidden, head = model.hidden_size, model.head_size
@@ -210,16 +210,16 @@ class _Timing:
 
         products = self._product(tokens, hidden, (heads + 2 * groups) * head) + self._product(tokens, heads * head, hidden)
         values = stack.hidden_passes * tokens / tensor * hidden
-        kernels = stack.kernels
+        kernels: float = stack.kernels
         exchange = 0.0
         collectives = 8  # gather and scatter around attention and around the FFN, both ways
-        ffn = moe.shared_ffn_hidden_size if mixture else model.ffn_hidden_size  # that every token goes through
+        ffn = moe.shared_ffn_hidden_size if moe else model.ffn_hidden_size  # that every token goes through
         if ffn:
             products += self._product(tokens, hidden, 2 * ffn / tensor) + self._product(tokens, ffn / tensor, hidden)
             values += stack.ffn_passes * tokens * ffn / tensor
         else:
             collectives = 4
-        if mixture:
+        if moe:
             local, width = moe.num_experts / parallel.expert, moe.expert_width(model) / parallel.expert_tensor
             routed = tokens / tensor * moe.top_k  # copies of this rank's tokens
             rows = routed * parallel.expert_tensor / local  # of an expert, when the load is balanced
