@@ -80,7 +80,7 @@ def measure(folder: Path) -> tuple[float, dict[str, list[float]]]:
         for name, saver in savers.items():
             shutil.rmtree(saver.folder, ignore_errors=True)
             os.sync()
-            pieces = state.pieces()
+            pieces = state.boxes()
             if name == "waiting":
                 note("save", saver.save, step, 0, step, pieces, {})
             else:

@@ -26,6 +26,7 @@ from benchmarks.checkpoints import dd, forget, timed
 from megatron_jobs.checkpoints.checkpoint import Writer, box_key
 from megatron_jobs.checkpoints.weights import drawn, shapes
 from megatron_jobs.config import RunConfig, from_dict
+from megatron_jobs.data.ledger import Ledger
 from mujina.matrices import Box
 from mujina.tensor_files import Planned
 from tokenization.load import load as load_tokenizer
@@ -93,7 +94,7 @@ def save(settings: RunConfig, folder: Path) -> Path:
     ]
     for rank in range(2):
         writer.stream_rank_file(rank, pieces[rank::2], lambda part: None)
-    return writer.finish(settings, 0, 0, wanted, {"tokens": 0, "phases": []})
+    return writer.finish(settings, 0, wanted, Ledger())
 
 
 def child(python: str, way: str, source: Path, output: Path, its_config: Path) -> tuple[float, float]:

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mujina.user_input import run
+from mujina.user_input import command_line
 from slurm import history
 from tests.cluster import slurm_cluster
 from tests.slurm import faults
@@ -93,4 +93,4 @@ def _preflight(job: Job) -> float:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

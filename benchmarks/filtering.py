@@ -25,7 +25,7 @@ import numpy as np
 import typer
 
 from mujina.files import read_rows
-from mujina.user_input import run
+from mujina.user_input import command_line
 
 ROOT = Path(__file__).parents[1]
 DATATROVE_MEGABYTES = 2
@@ -158,4 +158,4 @@ def _print_row(name: str, megabytes: float, parts: list[float], total: float, pe
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

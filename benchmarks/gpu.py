@@ -32,7 +32,7 @@ from megatron_jobs.engine.gpt import has_transformer_engine
 from megatron_jobs.engine.passes import Passes
 from megatron_jobs.engine.state import TrainingState
 from megatron_jobs.planning import flops
-from mujina.user_input import run
+from mujina.user_input import command_line
 
 CONFIGS = Path(__file__).parents[1] / "megatron_jobs/configs"
 SHAPES = {"8B": ("tanuki_8b.yaml", 4), "8x8B": ("tanuki_8x8b.yaml", 2)}  # layers that fit with gradients and optimizer in 80 GB
@@ -154,4 +154,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_prep.indexed import Channel, TokenBinary, open_binary
-from mujina.user_input import UserError, run
+from mujina.user_input import UserError, command_line
 from tokenization.load import load
 from tokenization.tokenizer import Tokenizer
 
@@ -116,4 +116,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

@@ -19,7 +19,7 @@ from data_prep.config import PrepareConfig
 from data_prep.executors import prepare, run_on_ray, submit_to_slurm
 from data_prep.indexed import Manifest
 from data_prep.report import table
-from mujina.user_input import UserError, read_yaml, run
+from mujina.user_input import UserError, command_line, read_yaml
 
 
 def _print_tables(config: PrepareConfig, manifests: list[Manifest]) -> None:
@@ -73,4 +73,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

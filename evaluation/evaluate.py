@@ -14,7 +14,7 @@ from evaluation.result import Result
 from evaluation.suites import arithmetic
 from mujina.answers import open_answerer
 from mujina.files import write_whole
-from mujina.user_input import run
+from mujina.user_input import command_line
 
 
 def main(
@@ -45,4 +45,4 @@ def show(result: Result) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

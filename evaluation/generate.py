@@ -11,7 +11,7 @@ import typer
 
 from evaluation.progress import answered
 from mujina.answers import Sampling, open_answerer, question
-from mujina.user_input import run
+from mujina.user_input import command_line
 
 
 def main(
@@ -29,4 +29,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

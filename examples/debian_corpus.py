@@ -39,7 +39,7 @@ from warcio.warcwriter import WARCWriter
 
 from data_prep.synthetic import rules
 from mujina.files import whole_folder
-from mujina.user_input import run
+from mujina.user_input import command_line
 
 ARCHIVE_BYTES = 8 << 20  # of the pages in one archive: small enough that a trial has several for each process
 STRENGTHS = (0.0, 0.01, 0.03, 0.1, 0.3)  # of the planted copies: the share of their words that is edited
@@ -334,4 +334,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

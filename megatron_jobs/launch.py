@@ -26,7 +26,7 @@ from megatron_jobs.data import feeder, phases
 from megatron_jobs.planning import layouts
 from mujina.exits import MISTAKE, STOPPED
 from mujina.processes import end_with_parent
-from mujina.user_input import run
+from mujina.user_input import command_line
 
 TAIL = 15  # lines of a traceback or log that are shown
 
@@ -148,4 +148,4 @@ def _how(status: int) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

@@ -37,7 +37,7 @@ from megatron_jobs.planning import layouts
 from megatron_jobs.stability import Guard, Verdict
 from mujina.exits import STOPPED
 from mujina.matrices import TensorSource
-from mujina.user_input import UserError, run
+from mujina.user_input import UserError, command_line
 
 
 def train(
@@ -147,8 +147,7 @@ class Trainer:
             "interventions": self.guard.to_ledger(),
             "expert_load": self.passes.routing.to_ledger() if self.passes.routing else None,
         }
-        tokens = phases.consumed_tokens(self.config.phases, step)
-        self.saver.save(step, tokens, self.state.updates, self.state.pieces(), self.order.ledger(step).model_copy(update=remembered))
+        self.saver.save(step, self.state.updates, self.state.boxes(), self.order.ledger(step).model_copy(update=remembered))
 
     def _tell_of_saves(self) -> None:
         saved = self.saver.check()
@@ -256,4 +255,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

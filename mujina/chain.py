@@ -39,7 +39,7 @@ from mujina.exits import MISTAKE, STOPPED
 from mujina.files import sha256_of, write_whole
 from mujina.processes import end_with_parent
 from mujina.stations import Plan, Station, files_named, read_chain
-from mujina.user_input import UserError, run
+from mujina.user_input import UserError, command_line
 
 
 @dataclass
@@ -307,4 +307,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

@@ -24,7 +24,7 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
-from mujina.user_input import Section, UserError, nearest, run
+from mujina.user_input import Section, UserError, command_line, nearest
 
 CONFIGURATIONS = {
     "train": "megatron_jobs.config:RunConfig",
@@ -293,4 +293,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

@@ -67,7 +67,7 @@ def parse(values: dict[str, Any], model: type[T], where: str) -> T:
         raise UserError("\n".join(f"{where}: {problem}" for problem in problems)) from None
 
 
-def run(*mains: Callable[..., None]) -> None:
+def command_line(*mains: Callable[..., None]) -> None:
     """Runs `main` as a command line (typer reads its annotations); a UserError or a full disk ends it with one line and status MISTAKE.
 
     Of several, the first argument chooses one by its name.

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from megatron_jobs import failures
-from mujina.user_input import UserError, run
+from mujina.user_input import UserError, command_line
 from slurm.status import folder_of
 
 LINES = 40
@@ -59,4 +59,4 @@ def _print(folder: Path, path: Path | None, rank: int, lines: int, follow: bool)
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

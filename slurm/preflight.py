@@ -27,7 +27,7 @@ from typing import Annotated, Any
 import typer
 
 from mujina.files import write_whole
-from mujina.user_input import run
+from mujina.user_input import command_line
 
 TIME_LIMIT = 120.0  # seconds for a look that takes about ten; first contact with a GPU and with torch on a cold file system is slow
 THERMAL_MARGIN = 10  # °C below the slowdown, at rest: data center GPUs rest at 30 to 50 °C and slow down at about 90
@@ -287,4 +287,4 @@ def _free(path: str | Path) -> float:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from megatron_jobs import config as configuration
 from megatron_jobs import failures
-from mujina.user_input import UserError, run
+from mujina.user_input import UserError, command_line
 from slurm import history
 
 SHOWN = 10  # attempts
@@ -116,4 +116,4 @@ def _clock(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

@@ -19,7 +19,7 @@ from megatron_jobs.config import RunConfig
 from megatron_jobs.data import feeder, phases
 from megatron_jobs.planning import layouts, plan, planner
 from mujina import sbatch
-from mujina.user_input import UserError, run
+from mujina.user_input import UserError, command_line
 from slurm import history
 
 BYTES_PER_PARAMETER = 12  # of a checkpoint: float32 weights and two moments
@@ -124,4 +124,4 @@ def _tell(config: RunConfig, nodes: int, spare: int, processes: int, left_out: I
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

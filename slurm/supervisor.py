@@ -40,7 +40,7 @@ from megatron_jobs.planning import layouts
 from mujina import sbatch
 from mujina.exits import MISTAKE, STOPPED
 from mujina.files import write_whole
-from mujina.user_input import UserError, run
+from mujina.user_input import UserError, command_line
 from slurm import history, preflight
 from slurm.history import Attempt
 
@@ -334,4 +334,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

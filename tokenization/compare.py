@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mujina.files import read_rows, write_whole
-from mujina.user_input import UserError, run
+from mujina.user_input import UserError, command_line
 from tokenization.load import load
 
 COLUMNS = ("tokenizer", "texts", "kind", "language", "documents", "chars/token", "bytes/token", "tokens", "byte tokens", "exact")
@@ -160,4 +160,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

@@ -24,7 +24,7 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 from tokenizers import pre_tokenizers
 
 from mujina.files import whole_folder
-from mujina.user_input import Section, UserError, read_yaml, run
+from mujina.user_input import Section, UserError, command_line, read_yaml
 from tokenization.embeddings import extend_embeddings
 from tokenization.merges import continue_merges
 from tokenization.presplit import mecab
@@ -248,4 +248,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from mujina.files import read_rows, sha256_of, whole_folder
-from mujina.user_input import Section, UserError, read_yaml, run
+from mujina.user_input import Section, UserError, command_line, read_yaml
 from tokenization.presplit import mecab
 from tokenization.sentence_piece import SentencePieceTokenizer
 from tokenization.tokenizer import CHAT_PIECES
@@ -184,4 +184,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

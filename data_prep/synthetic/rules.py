@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from mujina.files import write_whole
-from mujina.user_input import UserError, run
+from mujina.user_input import UserError, command_line
 
 LICENCE = "CC0-1.0"
 LANGUAGES = ("ja", "en")
@@ -233,4 +233,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

@@ -17,7 +17,7 @@ from evaluation.report.report import build
 from evaluation.report.runs import read_run
 from mujina.files import write_whole
 from mujina.page import RUN_COLOURS
-from mujina.user_input import run
+from mujina.user_input import command_line
 
 
 def main(
@@ -40,4 +40,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mujina import chain
-from mujina.user_input import run
+from mujina.user_input import command_line
 
 RUN = Path("runs/quickstart")
 
@@ -63,4 +63,4 @@ def _json(path: str) -> Any:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

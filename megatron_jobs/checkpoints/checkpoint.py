@@ -252,7 +252,7 @@ class Writer:
         """How many files are written to the end."""
         return sum(1 for _ in self.temporary.glob("rank-*.json"))
 
-    def finish(self, config: RunConfig, tokens: int, updates: int, shapes: dict[str, tuple[int, int]], ledger: Ledger) -> Path:
+    def finish(self, config: RunConfig, updates: int, shapes: dict[str, tuple[int, int]], ledger: Ledger) -> Path:
         """Writes the description, gives the folder its name, and points `latest` at it. `updates` are the optimizer's so far."""
         files = {"ledger.json": _write(self.temporary / "ledger.json", [ledger.to_json().encode()])}
         for path in sorted(self.temporary.glob("rank-*.json")):
@@ -261,7 +261,7 @@ class Writer:
         about = {
             "format": FORMAT,
             "step": self.step,
-            "tokens": tokens,
+            "tokens": ledger.tokens,
             "updates": updates,
             "shapes": shapes,
             "files": files,
@@ -296,7 +296,7 @@ def write_weights(
     with progress(description, sum(planned.nbytes for boxes in files for planned in boxes)) as advance:
         for number, boxes in enumerate(files):
             writer.stream_rank_file(number, boxes, lambda part: advance(len(part)))
-    return writer.finish(config, 0, 0, shapes, ledger)
+    return writer.finish(config, 0, shapes, ledger)
 
 
 def _point_latest_at(final: Path) -> None:

@@ -48,8 +48,8 @@ class Saver:
         self.wait()
         return newest_whole(self.folder, keeps, dist.get_rank(), ranks.gathered)
 
-    def save(self, step: int, tokens: int, updates: int, boxes: dict[str, torch.Tensor], ledger: Ledger) -> None:
-        """Saves the boxes that this rank owns (`TrainingState.pieces`), which may change when this returns. Collective.
+    def save(self, step: int, updates: int, boxes: dict[str, torch.Tensor], ledger: Ledger) -> None:
+        """Saves the boxes that this rank owns (`TrainingState.boxes`), which may change when this returns. Collective.
 
         Waits for the save before it, and for this one too without `train.asynchronous_save`. Raises as `wait` does.
         """
@@ -63,7 +63,7 @@ class Saver:
             boxes = self._copied(boxes)
         else:
             boxes = {key: values.cpu() for key, values in boxes.items()}
-        self._save = _Save(self, writer, tokens, updates, boxes, ledger, began)
+        self._save = _Save(self, writer, updates, boxes, ledger, began)
         if not self.config.train.asynchronous_save:
             self.wait()
 
@@ -119,14 +119,13 @@ class _Save:
         self,
         saver: Saver,
         writer: Writer,
-        tokens: int,
         updates: int,
         boxes: dict[str, torch.Tensor],
         ledger: Ledger,
         began: float,
     ) -> None:
         self.saver, self.writer = saver, writer
-        self.tokens, self.updates, self.boxes, self.ledger = tokens, updates, boxes, ledger
+        self.updates, self.boxes, self.ledger = updates, boxes, ledger
         self.began, self.stood_still = began, time.monotonic() - began
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
         self.written, self.given_up = threading.Event(), threading.Event()
@@ -149,7 +148,7 @@ class _Save:
             if self.given_up.wait(POLL_SECONDS):
                 return
         config = self.saver.config
-        self.writer.finish(config, self.tokens, self.updates, dict(shapes(config.model, config.moe)), self.ledger)
+        self.writer.finish(config, self.updates, dict(shapes(config.model, config.moe)), self.ledger)
         train, ends = config.train, self.saver.phase_ends
         prune(
             self.saver.folder, train.keep_checkpoints, lambda step: step in ends or bool(train.keep_every and step % train.keep_every == 0)

@@ -21,7 +21,7 @@ import typer
 from megatron_jobs.config import differences
 from megatron_jobs.data.ledger import Ledger, Origin
 from mujina.files import whole_folder
-from mujina.user_input import UserError, run
+from mujina.user_input import UserError, command_line
 
 if TYPE_CHECKING:
     import torch
@@ -288,10 +288,10 @@ def _write(
         writer.clear()
         for rank, boxes in enumerate(files):
             writer.stream_rank_file(rank, boxes, lambda part: advance(len(part)))
-        final = writer.finish(like.config, like.tokens, like.updates, like.shapes, ledger)
+        final = writer.finish(like.config, like.updates, like.shapes, ledger)
         Checkpoint(final).verify()
     return output / final.name
 
 
 if __name__ == "__main__":
-    run(inspect, average, reshape)
+    command_line(inspect, average, reshape)

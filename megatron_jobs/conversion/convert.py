@@ -21,7 +21,7 @@ from megatron_jobs.conversion.families import FAMILIES, config_values, family_of
 from megatron_jobs.conversion.model_card import Exportable, model_card
 from mujina.files import whole_folder
 from mujina.matrices import Box
-from mujina.user_input import UserError, run
+from mujina.user_input import UserError, command_line
 
 if TYPE_CHECKING:
     import torch
@@ -166,4 +166,4 @@ def origin_of(folder: Path) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

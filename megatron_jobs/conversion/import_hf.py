@@ -24,7 +24,7 @@ from megatron_jobs.config import from_dict
 from megatron_jobs.conversion import gguf
 from megatron_jobs.data.ledger import Ledger, Origin
 from mujina.files import whole_folder
-from mujina.user_input import UserError, run
+from mujina.user_input import UserError, command_line
 from tokenization.embeddings import extend_embeddings, respell
 from tokenization.hf import HfTokenizer
 from tokenization.load import load as load_tokenizer
@@ -140,4 +140,4 @@ def _preset(source: "HuggingFaceFolder", model: Path, output: Path, weights: Pat
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

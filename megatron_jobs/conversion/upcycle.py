@@ -22,7 +22,7 @@ from megatron_jobs.data.ledger import Ledger, Origin
 from megatron_jobs.planning import flops
 from mujina.files import write_whole
 from mujina.matrices import Box
-from mujina.user_input import UserError, run
+from mujina.user_input import UserError, command_line
 
 if TYPE_CHECKING:
     import torch
@@ -139,4 +139,4 @@ def _write_checkpoint(mixture: Mixture, agreement: "Agreement | None", output: P
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, box_key, boxes_of_range
@@ -64,16 +65,20 @@ class TrainingState:
             if not isinstance(local.parameter, torch.nn.Parameter)
         ]
         self.optimizer = get_megatron_optimizer(_optimizer_config(config, dtype, overlap), self.chunks, use_gloo_process_groups=False)
-        self._clip_grad = config.optimizer.clip_grad
-        for gpt in gpts:
-            gpt.config.finalize_model_grads_func = self._finalize
-            gpt.config.grad_scale_func = self.optimizer.scale_loss
-            no_sync = [chunk.no_sync for chunk in self.chunks]
-            gpt.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        self._groups = list(dict.fromkeys(_group(name) for name, _ in shapes(config.model, config.moe)))
         core.set_up_adamw(self.optimizer, config.optimizer.weight_decay)
         for owned in core.owned_ranges(self.optimizer):
             owned.state.update({key: torch.zeros_like(owned.main, requires_grad=False) for key in STATES[1:]})
+        self._clip_grad = config.optimizer.clip_grad
+        self._groups = list(dict.fromkeys(_group(name) for name, _ in shapes(config.model, config.moe)))
+        self._hook_into(gpts)
+
+    def _hook_into(self, gpts: list[GPTModel]) -> None:
+        """What megatron-core's schedules call of ours."""
+        no_sync = [chunk.no_sync for chunk in self.chunks]
+        for gpt in gpts:
+            gpt.config.finalize_model_grads_func = self._finalize
+            gpt.config.grad_scale_func = self.optimizer.scale_loss
+            gpt.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     def start_from(self, weights: TensorSource) -> None:
         """Takes the weights, and forgets all updates."""
@@ -107,7 +112,7 @@ class TrainingState:
         core.set_updates(self.optimizer, updates)
         self.updates = updates
 
-    def pieces(self) -> dict[str, torch.Tensor]:
+    def boxes(self) -> dict[str, torch.Tensor]:
         """What this rank owns, as boxes for `saver.Saver.save`: views of the state itself, on its device."""
         return {box_key(state, name, box): values for is_first, state, name, box, values in self._boxes() if is_first}
 

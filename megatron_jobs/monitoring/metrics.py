@@ -55,8 +55,8 @@ from mujina.files import write_whole
 class Log:
     """Only rank 0 has one."""
 
-    def __init__(self, config: RunConfig, first_step: int, device: str, layers: str) -> None:
-        """`first_step` is the last step that is done: lines of later steps, from before a restart, are cut off.
+    def __init__(self, config: RunConfig, last_step: int, device: str, layers: str) -> None:
+        """`last_step` is the last one that is done: lines of later steps, from before a restart, are cut off.
 
         `device` is what a process computes on, `layers` whose layers the model is made of: for the first line, and for the MFU.
         """
@@ -71,16 +71,16 @@ class Log:
         self._wandb = WandbRun(config, self._console.say) if config.wandb else None
         is_restart = (config.run / "metrics.jsonl").exists()
         self._prometheus: Any = None
-        self._open(first_step)
+        self._open(last_step)
         if config.prometheus:
             from megatron_jobs.monitoring.prometheus import Endpoint  # its library is imported for those who want it
 
-            self._prometheus = Endpoint(config, self._work, first_step, lambda why: self.event(first_step, "prometheus", reason=why))
+            self._prometheus = Endpoint(config, self._work, last_step, lambda why: self.event(last_step, "prometheus", reason=why))
         self._console.say(f"{config.run}: {dist.get_world_size()} processes on {device}; {layers} layers")
-        if first_step:
-            self._console.say(f"{config.run}: goes on at step {first_step} of {self._work.num_steps}")
+        if last_step:
+            self._console.say(f"{config.run}: goes on at step {last_step} of {self._work.num_steps}")
         if is_restart:
-            self._record_event(first_step, "restart")
+            self._record_event(last_step, "restart")
 
     def step(self, step: int, told: dict[str, Any], vitals: Vitals) -> None:
         """A step is done. `told` are its phase, loss, lr, grad_norm, seconds, and all else that the loss, the routers and the trainer have

@@ -16,7 +16,7 @@ from megatron_jobs.config import Phase, RunConfig
 from megatron_jobs.data import feeder, phases
 from megatron_jobs.data.phases import Source
 from megatron_jobs.planning import flops, layouts, memory, planner
-from mujina.user_input import UserError, run
+from mujina.user_input import UserError, command_line
 
 
 def main(
@@ -159,4 +159,4 @@ def _billions(count: int) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main)

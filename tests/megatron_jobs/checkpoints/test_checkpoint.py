@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from megatron_jobs.checkpoints import checkpoint
 from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, Writer, box_key, newest_whole, prune, seal
+from megatron_jobs.data.ledger import Ledger
 from mujina.matrices import Box
 from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
@@ -40,7 +41,7 @@ def save(config: Any, folder: Path, step: int, num_ranks: int = 1) -> Path:
     writer.clear()
     for rank in range(num_ranks):
         writer.add_rank_file(rank, pieces_of(step, rank, num_ranks))
-    return writer.finish(config, 0, step, {"a": (ROWS, COLUMNS)}, {"consumed": step})
+    return writer.finish(config, step, {"a": (ROWS, COLUMNS)}, Ledger(tokens=step))
 
 
 def is_whole(found: Checkpoint, step: int) -> bool:
@@ -201,11 +202,11 @@ def saves_in_a_row(config: Any) -> None:
     checkpoint._write = lambda *arguments: may_write.wait() and write(*arguments)
     saver = Saver(config, set())
     pieces = pieces_of(1, dist.get_rank(), 2)
-    saver.save(1, 0, 1, pieces, {})
+    saver.save(1, 1, pieces, Ledger())
     for piece in pieces.values():
         piece.fill_(2)
     threading.Timer(0.5, may_write.set).start()
-    saver.save(2, 0, 2, pieces, {})  # waits for the first, whose buffers it takes
+    saver.save(2, 2, pieces, Ledger())  # waits for the first, whose buffers it takes
     for piece in pieces.values():
         piece.fill_(3)
     saver.wait()
@@ -240,12 +241,12 @@ def full_disk_on_rank_1(config: Any) -> None:
 
     rank = dist.get_rank()
     saver = Saver(config, set())
-    saver.save(1, 0, 1, pieces_of(1, rank, 2), {})
+    saver.save(1, 1, pieces_of(1, rank, 2), Ledger())
     saver.wait()
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, resource.RLIM_INFINITY))
     try:
-        saver.save(2, 0, 2, pieces_of(2, rank, 2), {})
+        saver.save(2, 2, pieces_of(2, rank, 2), Ledger())
         if rank == 1:
             saver._save.thread.join()
             with pytest.raises(OSError, match="File too large"):  # at the next step
@@ -268,7 +269,7 @@ def save_step_2(config: Any) -> None:
 
     saver = Saver(config, set())
     assert saver.newest().step == 1
-    saver.save(2, 0, 2, pieces_of(2, dist.get_rank(), 2), {})
+    saver.save(2, 2, pieces_of(2, dist.get_rank(), 2), Ledger())
     saver.wait()
 
 
@@ -324,7 +325,7 @@ def load_save_and_go_on(config: Any) -> None:
     state = TrainingState(config)
     state.restore(start)
     saver = Saver(config.model_copy(update={"run": config.run / "again"}), set())
-    saver.save(start.step, start.tokens, state.updates, state.pieces(), start.ledger)
+    saver.save(start.step, state.updates, state.boxes(), start.ledger)
     saver.wait()
     train.train(config, last_step=4)
 

@@ -57,7 +57,7 @@ def written(config, folder: Path, step: int, seed: int = 0, shapes=SHAPES, **cha
     writer = Writer(folder, step)
     writer.clear()
     writer.add_rank_file(0, pieces)
-    return Checkpoint(writer.finish(config, 7 * step, step, shapes, LEDGER))
+    return Checkpoint(writer.finish(config, step, shapes, LEDGER.model_copy(update={"tokens": 7 * step})))
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +275,7 @@ def test_a_conversion_holds_little_more_than_the_largest_matrix(prepared, tmp_pa
                 read = partial(ramp, box)
                 pieces.append(Planned(box_key("master", name, box), (box.rows, box.columns), torch.float32, read))
             writer.stream_rank_file(rank, pieces, lambda part: None)
-        return writer.finish(config, 0, 1, dict(shapes(config.model, None)), LEDGER)
+        return writer.finish(config, 1, dict(shapes(config.model, None)), LEDGER)
 
     small, large = save(tmp_path / "small", 1), save(tmp_path / "large", 24)
     ended = subprocess.run([sys.executable, "-c", MEASURE, small, large, tmp_path], capture_output=True, text=True)

@@ -96,7 +96,7 @@ def values_that_agree(configs: dict[str, RunConfig], starts: Path) -> list[int]:
             state = TrainingState(config)
             state.start_from(upcycle.Mixture(config, config.moe.upcycle_from))
             owned = 0
-            for key, values in state.pieces().items():
+            for key, values in state.boxes().items():
                 kind, matrix, row, column = key.split("/")
                 if kind == "master":
                     box = Box(int(row), int(row) + values.shape[0], int(column), int(column) + values.shape[1])
