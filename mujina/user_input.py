@@ -96,7 +96,7 @@ def explain(error: BaseException) -> str | None:
 
 def nearest(name: str, known: list[str]) -> str:
     """The remedy clause for a name that is not among the `known` ones."""
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(known)) or 'none'}"
 
 
@@ -142,8 +142,7 @@ def _explain(problem: Any, model: type[pydantic.BaseModel]) -> str:
     field = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = list(_section_at(model, problem["loc"][:-1]).model_fields)
-        nearest = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
-        return f"unknown key {field}: " + (f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(known)}")
+        return f"unknown key {field}: {nearest(str(problem['loc'][-1]), known)}"
     if problem["type"] == "missing":
         return f"{field} is missing: add it"
     value = "" if isinstance(problem["input"], (dict, pydantic.BaseModel)) else f" ({problem['input']!r})"
