@@ -231,7 +231,7 @@ def test_a_run_of_another_model_is_told_what_to_write(prepared, folders, tmp_pat
         ("model", "rope_theta", 500_000.0),
         ("model", "norm_epsilon", 1e-6),
         ("model", "rope_scaling", dict(factor=8.0)),
-        ("moe", "top_k", 1),
+        ("moe", "top_k", 3),
         ("moe", "scores", "softmax_topk"),
         ("moe", "normalize_logits", True),
     ],

@@ -94,7 +94,7 @@ def values_that_agree(configs: dict[str, RunConfig], starts: Path) -> list[int]:
         for name, config in configs.items():
             offline = Checkpoint(starts / name / "latest")
             state = TrainingState(config)
-            state.start_from(upcycle.Mixture(config, config.moe.upcycle_from))
+            state.start_from(upcycle.Mixture(config, config.moe.upcycle_from, "moe.upcycle_from"))
             owned = 0
             for key, values in state.boxes().items():
                 kind, matrix, row, column = key.split("/")
@@ -170,7 +170,7 @@ def test_what_is_there_is_left_alone_unless_it_is_another(prepared, dense, start
 def test_another_model_is_refused(prepared, dense, starts, tmp_path):
     config = written(tiny(prepared, tmp_path, moe=MOE, model=dict(num_layers=2)), tmp_path / "moe.yaml")
     for path in dense.values():
-        with pytest.raises(UserError, match=r"model.num_layers \(2\) must be that of .*: write 4"):
+        with pytest.raises(UserError, match=r"model.num_layers \(2\) must be that of .*: write num_layers: 4"):
             upcycle.main(config, path, tmp_path / "start")
     with pytest.raises(UserError, match="is a mixture, and a dense model is needed: name a dense model"):
         upcycle.main(config, starts / "copy/latest", tmp_path / "start")

@@ -250,7 +250,7 @@ def _own_names() -> set[str]:
                 names.add(node.attr)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 names.add(node.id)
-    return names | {"_replace"}  # of named tuples
+    return names | {"_replace", "_asdict"}  # of named tuples
 
 
 def _files() -> list[Path]:

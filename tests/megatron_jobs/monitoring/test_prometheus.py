@@ -29,7 +29,7 @@ from tests.conftest import MOE, tiny
 from tests.megatron_jobs.monitoring.test_metrics import lines, logged, nvml
 from tests.megatron_jobs.test_stability import train_with_faults
 from tests.ranks import run_ranks
-from tests.test_layering import imports_of
+from tests.test_layering import imported_by, modules
 
 ROOT = Path(__file__).parents[3]
 DASHBOARD = json.loads((ROOT / "slurm/grafana.json").read_text())
@@ -259,8 +259,8 @@ def imported(config: RunConfig) -> bool:
 def test_without_the_section_nothing_is_imported(prepared, tmp_path):
     """And no other file imports the library."""
     assert run_ranks(1, imported, tiny(prepared, tmp_path)) == [False]
-    importers = [path.name for path in (ROOT / "megatron_jobs").rglob("*.py") if "prometheus_client" in imports_of(path)]
-    assert importers == ["prometheus.py"]
+    importers = [module for module in modules() if any(name.startswith("prometheus_client") for name, _ in imported_by(module))]
+    assert importers == ["megatron_jobs.monitoring.prometheus"]
 
 
 def test_the_dashboard_shows_what_there_is(texts):
