@@ -52,9 +52,9 @@ if [[ ${1:-} == --all ]]; then
     arguments+=(-m "")
     shift
 fi
-# One worker more than there are cores: that of the tests on Slurm mostly waits. With more, memory is what would run out.
+# Two workers more than there are cores: those of the tests on Slurm mostly wait. With more, memory is what would run out.
 if [[ $# == 0 ]]; then
     cores=$(nproc)
-    arguments+=(-n $((cores < 4 ? cores + 1 : 5)) --no-loadscope-reorder)
+    arguments+=(-n $((cores < 4 ? cores + 2 : 6)) --no-loadscope-reorder)
 fi
 exec .venv/bin/python -m pytest "${arguments[@]}" "$@"

@@ -41,7 +41,7 @@ def main(
 
         def started(name: str, num_steps: int, *options: str, **train: Any) -> Job:
             config = faults.quickstarts_model(DATA, Path(folder) / name, num_steps, micro_batch_size=4, hang_minutes=0.25, **train)
-            return submit(cluster, config, *options, tasks_per_node=1, **nvml)
+            return submit(cluster, config, *options, **nvml)
 
         def completed(*arguments: Any, **train: Any) -> Job:
             job = started(*arguments, **train)

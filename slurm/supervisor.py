@@ -243,13 +243,13 @@ def without_prospect(attempts: list[Attempt]) -> str | None:
     """Why the last of these attempts should not be followed by another; None when it should."""
     last = attempts[-1]
     fruitless = _since_tokens_were_gained(attempts)
-    same = [
-        one for one in attempts if (one.outcome, one.reason, one.extra.get("reached")) == ("crash", last.reason, last.extra.get("reached"))
-    ]
+    # A rank that fails at a step may take the run down before rank 0 has written down the step before: one more or less is the same.
+    same = [one for one in attempts if (one.outcome, one.reason) == ("crash", last.reason) and abs(_reached(one) - _reached(last)) <= 1]
     if last.outcome == "crash" and len(same) >= SAME_CRASHES:
         nodes = set.intersection(*(set(one.nodes) for one in same))
         where = f", always with {', '.join(sorted(nodes))}: try without (sbatch --exclude)" if nodes else ""
-        step = f"after step {last.extra['reached']:,}" if last.extra.get("reached") else "before the first step"
+        reached = max(map(_reached, same))
+        step = f"after step {reached:,}" if reached else "before the first step"
         return f"{len(same)} attempts ended {step} in the same way{where}: {last.reason}"
     if _failures(fruitless) >= MAX_CRASHES:
         return f"{MAX_CRASHES} attempts in a row gained no token, the last one because: {last.reason}"
@@ -259,6 +259,11 @@ def without_prospect(attempts: list[Attempt]) -> str | None:
             "more often (train.checkpoint_interval)"
         )
     return None
+
+
+def _reached(attempt: Attempt) -> int:
+    """The last step that it has trained, as far as rank 0 came to write it down; 0 before the first."""
+    return attempt.extra.get("reached") or 0
 
 
 def pause_before_next(attempts: list[Attempt]) -> int:

@@ -16,15 +16,16 @@ from tokenization.train import TrainConfig, train
 WORDS = "山 川 東京 データ 学習 言語 the of model token data train phase expert router and is 1 2 3 + = def return self".split()
 
 
-# One worker runs what is on Slurm, which mostly waits, and starts with it; the others take a file at a time.
+# One worker runs what is on Slurm, which mostly waits, and one the faults, and they start with it; the others take a file at a time.
 ON_SLURM = ("tests/slurm/", "tests/data_prep/test_executors.py")
+SOAK = "tests/slurm/test_soak.py"
 
 
 class ByFile(LoadScopeScheduling):
     """With several workers (pytest -n). (xdist's own `loadgroup` goes by a name that pytest 9.2 does not hand on.)"""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "slurm" if nodeid.startswith(ON_SLURM) else nodeid.partition("::")[0]
+        return "slurm" if nodeid.startswith(ON_SLURM) and not nodeid.startswith(SOAK) else nodeid.partition("::")[0]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:

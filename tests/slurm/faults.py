@@ -68,7 +68,7 @@ def quickstarts_model(prepared: Path, run: Path, num_steps: int, **train: Any) -
     return configuration.load(ROOT / "examples/quickstart/dense.yaml", [f"{key}={value}" for key, value in values.items()])
 
 
-def submit(cluster: Cluster, config: RunConfig, *options: str, tasks_per_node: int = 2, **environment: str) -> Job:
+def submit(cluster: Cluster, config: RunConfig, *options: str, tasks_per_node: int = 1, **environment: str) -> Job:
     """Submits slurm/pretrain_8b.sh for 2 nodes without GPUs, if `options` do not say otherwise."""
     config.run.mkdir(parents=True, exist_ok=True)
     path = config.run / "run.yaml"

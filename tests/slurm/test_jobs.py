@@ -23,7 +23,7 @@ FAULTY = Path(__file__).parent / "faulty.py"
 
 
 def config_of(prepared: Path, run: Path, **sections: Any) -> RunConfig:
-    """A run of 10 and 6 steps, on 4 processes, with a checkpoint every 3 steps."""
+    """A run of 10 and 6 steps with a checkpoint every 3 steps."""
     phases = [phase.model_dump(mode="json") for phase in tiny(prepared, run).phases]
     phases[0] |= dict(tokens=10 * 8 * 32)
     phases[1] |= dict(tokens=6 * 4 * 64)
@@ -65,7 +65,7 @@ def test_the_quickstarts_model_on_four_nodes(cluster, prepared, tmp_path):
 
 
 def test_a_cancelled_job_saves_and_does_not_come_back(cluster, prepared, tmp_path):
-    job = submit(cluster, config_of(prepared, tmp_path / "run"))
+    job = submit(cluster, config_of(prepared, tmp_path / "run"), tasks_per_node=2)
     wait_for_step(job, 4)
     cluster.output("scancel", job.number)
     assert job.wait() == "CANCELLED"
@@ -160,7 +160,7 @@ def test_a_job_with_too_few_nodes_left_says_so(cluster, prepared, tmp_path):
     lost = {"nvmlDeviceGetTotalEccErrors 0 1 0": 7}
     (tmp_path / "planted.json").write_text(json.dumps({node: lost for node in NODES[:2]}))
     variables = {"PYTHONPATH": str(Path(__file__).parent / "nvml"), "NVML_STAND_IN": str(tmp_path / "planted.json")}
-    job = submit(cluster, config_of(prepared, tmp_path / "run"), "--nodes=4", "--gpus-per-node=1", tasks_per_node=1, **variables)
+    job = submit(cluster, config_of(prepared, tmp_path / "run"), "--nodes=4", "--gpus-per-node=1", **variables)
     assert job.wait() == "FAILED"
     assert "not requeued: 2 of the 4 nodes of partition main are left out, and the job needs 4" in job.log()
 

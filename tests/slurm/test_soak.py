@@ -16,10 +16,10 @@ def test_faults_leave_no_trace(cluster, prepared, tmp_path, count):
     """One of each kind, in a random order."""
     steps = 10 * count
     struck_run, undisturbed = (faults.quickstarts_model(prepared, tmp_path / name, steps, **TRAIN) for name in ("struck", "undisturbed"))
-    job = submit(cluster, struck_run, tasks_per_node=1)
+    job = submit(cluster, struck_run)
     struck = faults.soak(job, count, seed=1, steps_between=(2, 6))
     assert job.wait() == "COMPLETED", job.log()
-    other = submit(cluster, undisturbed, tasks_per_node=1)
+    other = submit(cluster, undisturbed)
     assert other.wait() == "COMPLETED", other.log()
     assert faults.differences(job.run, other.run) == []
 

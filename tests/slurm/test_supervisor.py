@@ -70,7 +70,9 @@ def test_the_same_crash_is_diagnosed_with_the_nodes_that_were_always_there():
     )
     same[0].nodes = ["node5"]
     assert without_prospect(same) == "3 attempts ended after step 4 in the same way: CUDA error: out of luck"
-    same[0].extra = {"reached": 3}
+    same[0].extra = {"reached": 3}  # taken down before rank 0 had written down step 4
+    assert without_prospect(same).startswith("3 attempts ended after step 4 in the same way")
+    same[0].extra = {"reached": 2}
     assert without_prospect(same) is None
     same[0].extra, same[1].reason = {"reached": 4}, "another"
     assert without_prospect(same) is None
