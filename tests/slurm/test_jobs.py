@@ -77,7 +77,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(cluster, prepared, tmp_pat
 @pytest.mark.parametrize(
     ("sections", "python", "message"),
     [
-        (dict(parallel=dict(tensor=4)), [], "parallel.tensor (4) is too much for model.num_query_groups (2)"),
+        (dict(parallel=dict(pipeline=3)), [], "parallel.context (3) must divide the number of processes (2)"),
         (dict(stability=dict(max_rollbacks=0)), [sys.executable, FAULTY, "nan", 5], "step 5 of phase web"),
         ({}, ["prlimit", "--fsize=100000", sys.executable], "make space on the disk"),  # as a full one, for large files
     ],
