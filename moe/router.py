@@ -3,10 +3,11 @@
 Tanuki's normalised logits; a capacity and a balance over the global batch that mean the same at every layout; and a tally for the
 statistics of `statistics.py`.
 
-Shapes: T tokens of a micro-batch on this rank, E experts.
+Shapes: T tokens of a micro-batch on this rank, S positions (this rank's part of the sequence) × B sequences; E experts; C the capacity.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,14 +20,22 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 class Router(TopKRouter):
     """Takes the place of megatron-core's router in the layers."""
 
-    def __init__(self, config: TransformerConfig, *args: Any, normalize_logits: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        normalize_logits: bool,
+        part_of_sequence: Callable[[int, int, int], torch.Tensor],
+        **kwargs: Any,
+    ) -> None:
+        """`part_of_sequence`: the positions that a context-parallel rank holds, of (length, rank, size); see `engine/attention.py`."""
         # megatron-core's router drops what is too much of a rank's tokens, and so more or less with tensor or context parallelism;
         # this one does it for a whole micro-batch. The dispatcher still learns from its configuration that tokens may be missing.
         without_capacity = copy.copy(config)
         without_capacity.moe_expert_capacity_factor = None
         super().__init__(without_capacity, *args, **kwargs)
         self.capacity_factor = config.moe_expert_capacity_factor
-        self.normalize_logits = normalize_logits
+        self.normalize_logits, self.part_of_sequence = normalize_logits, part_of_sequence
         # the share of each expert in the tokens of the step before, for `global_aux_loss`; who trains keeps it up to date
         even_E = torch.full((self.num_experts,), 1 / self.num_experts, device=torch.cuda.current_device())
         self.register_buffer("load_E", even_E, persistent=False)
@@ -46,7 +55,7 @@ class Router(TopKRouter):
         weights_TE, is_chosen_TE = super().routing(logits, padding_mask)
         is_kept_TE = is_chosen_TE
         if self.capacity_factor is not None:
-            is_kept_TE = is_chosen_TE & self._fits(weights_TE.detach())
+            is_kept_TE = is_chosen_TE & self._fits(weights_TE.detach(), logits.shape[1])
             weights_TE = weights_TE * is_kept_TE
         if torch.is_grad_enabled():  # once where activations are recomputed, never in validation
             with torch.no_grad():
@@ -54,14 +63,25 @@ class Router(TopKRouter):
                 self.tally_3E += torch.stack([is_chosen_TE.sum(0), is_kept_TE.sum(0), scores_TE.sum(0)])
         return weights_TE, is_kept_TE
 
-    def _fits(self, weights_TE: torch.Tensor) -> torch.Tensor:
-        """Which tokens are among the `capacity` with the largest weights for an expert, in the whole micro-batch."""
+    def _fits(self, weights_TE: torch.Tensor, B: int) -> torch.Tensor:
+        """Which tokens are among the C with the largest weights for an expert, in the whole micro-batch.
+
+        Of equal weights, which equal tokens have, those that stand first, whatever rank holds them.
+        """
         group = self.tp_cp_group
         whole = weights_TE.new_empty(group.size() * len(weights_TE), self.num_experts)
         dist.all_gather_into_tensor(whole, weights_TE.contiguous(), group=group)
-        capacity = min(get_capacity(len(whole) * self.topk, self.num_experts, self.capacity_factor), len(whole))
-        fits = torch.zeros_like(whole, dtype=torch.bool).scatter_(0, whole.topk(capacity, dim=0).indices, True)
+        C = min(get_capacity(len(whole) * self.topk, self.num_experts, self.capacity_factor), len(whole))
+        rows_T = self._rows_by_place(len(whole) // B, B).to(whole.device)
+        first_CE = rows_T[whole[rows_T].sort(dim=0, descending=True, stable=True).indices[:C]]
+        fits = torch.zeros_like(whole, dtype=torch.bool).scatter_(0, first_CE, True)
         return fits.chunk(group.size())[group.rank()]
+
+    def _rows_by_place(self, length: int, B: int) -> torch.Tensor:
+        """Where in the ranks' tokens, one rank's after the other's, those of the micro-batch stand: sequence by sequence, by position."""
+        size = self.cp_group.size()  # a rank's sequence-parallel ranks, which follow one another, divide its part from front to back
+        positions_S = torch.cat([self.part_of_sequence(length, rank, size) for rank in range(size)])
+        return (positions_S.argsort() * B + torch.arange(B)[:, None]).flatten()
 
     def _apply_global_aux_loss(
         self, probs: torch.Tensor, scores_for_aux_loss: torch.Tensor, routing_map: torch.Tensor, with_padding_mask: bool = False

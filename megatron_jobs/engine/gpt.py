@@ -237,7 +237,7 @@ class Norm(torch.nn.RMSNorm):
 def _layer_spec(config: TransformerConfig, moe: MoEConfig | None, vp_stage: int | None) -> TransformerBlockSubmodules:
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=has_transformer_engine(), normalization="RMSNorm", vp_stage=vp_stage)
     if moe is not None:
-        router = partial(Router, normalize_logits=moe.normalize_logits)
+        router = partial(Router, normalize_logits=moe.normalize_logits, part_of_sequence=attention.part_of_sequence)
         core.replace_router(block, router, None if has_transformer_engine() else GroupedExperts)
     if not has_transformer_engine():
         core.replace_attention_and_norms(block, attention.FusedAttention, Norm, config.qk_layernorm)

@@ -1,5 +1,7 @@
 """The routing of each option against a few lines of torch on the same logits."""
 
+import itertools
+import math
 from typing import Any
 
 import pytest
@@ -118,3 +120,37 @@ def _gradient_of_equal_logits() -> list[list[float]]:
         weights, _ = router(hidden)
         weights.square().sum().backward()
         return router.weight.grad.tolist()
+
+
+@pytest.mark.parametrize("parallel", [{}, dict(context=2), dict(tensor=2), dict(context=2, tensor=2)], ids=str)
+def test_of_equal_tokens_the_first_have_room(parallel):
+    """By their place in the sequence, whatever rank holds them: a token of each sequence is the best, all others are equal."""
+    kept = [0, 1, 2, 3, 4, 7]
+    world = math.prod(parallel.values())
+    for sequence, of_ranks in enumerate(zip(*run_ranks(world, _kept_of_equal_tokens, parallel), strict=True)):
+        assert sorted(itertools.chain(*of_ranks)) == (kept if sequence == 0 else [7])
+
+
+def _kept_of_equal_tokens(parallel: dict[str, int]) -> list[list[int]]:
+    """The places, in each sequence, of the tokens that an expert keeps on this rank."""
+    from megatron.core import parallel_state
+
+    from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig
+    from megatron_jobs.engine import groups
+    from megatron_jobs.engine.attention import this_part
+    from megatron_jobs.engine.gpt import build
+
+    shape = ModelConfig(num_layers=1, hidden_size=HIDDEN, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=2, vocab_size=16)
+    layout = ParallelConfig(**parallel)
+    with groups.of_run(layout, 1):
+        # 7 of the 16 tokens of two sequences have room in the one expert that all want most
+        router = (
+            build(shape, MoEConfig(num_experts=4, top_k=2, capacity_factor=0.875), layout, torch.float32, 8).decoder.layers[0].mlp.router
+        )
+        router.weight.data.copy_(torch.tensor([[4.0], [2.0], [0.0], [0.0]]).expand(4, HIDDEN) / HIDDEN)
+        hidden = torch.ones(2, 8, HIDDEN)
+        hidden[:, 7] = 2.0
+        places = this_part(torch.arange(8).expand(2, 8)).chunk(layout.tensor, dim=1)[parallel_state.get_tensor_model_parallel_rank()]
+        with torch.no_grad():
+            _, kept = router(hidden[0, places[0]][:, None].expand(-1, 2, -1).contiguous())
+        return [places[0][kept.view(-1, 2, 4)[:, sequence, 0]].tolist() for sequence in range(2)]
