@@ -32,11 +32,18 @@ _PEER_IS_GONE = re.compile(r"Connection (reset|closed|refused)|Broken pipe|NCCL|
 
 def attempts(run: Path) -> list[Path]:
     """The log folders of a run's starts, oldest first."""
-    return sorted((run / "logs").glob("attempt-*"), key=lambda path: int(path.name.removeprefix("attempt-")))
+    return sorted(filter(_number, (run / "logs").glob("attempt-*")), key=_number)
+
+
+def _number(attempt: Path) -> int:
+    """0 where the name is not that of an attempt."""
+    number = attempt.name.removeprefix("attempt-")
+    return int(number) if number.isdecimal() else 0
 
 
 def new_attempt(run: Path) -> Path:
-    folder = run / "logs" / f"attempt-{len(attempts(run)) + 1}"
+    number = max((_number(path) for path in attempts(run)), default=0) + 1  # some may have been removed
+    folder = run / "logs" / f"attempt-{number}"
     folder.mkdir(parents=True)
     return folder
 
@@ -70,6 +77,17 @@ def supervised(attempt: Path, rank: int, world_size: int, hang_seconds: float) -
         _end(MISTAKE if explain(error) else 1)
     finally:
         watchdog.close()
+
+
+@contextlib.contextmanager
+def before_the_ranks_meet(attempt: Path | None) -> Iterator[None]:
+    """Writes down why rank 0, which makes the meeting place, could not (a port that is taken); the others have no `attempt` yet."""
+    try:
+        yield
+    except Exception:
+        if attempt:
+            claim(attempt, "rank 0", traceback.format_exc())
+        raise
 
 
 def stop_on_signal() -> Callable[[], bool]:

@@ -7,6 +7,7 @@ A run that was interrupted goes on from its newest whole checkpoint when it is s
 last bit; a run that is finished says so. After SIGTERM or SIGUSR1 it finishes its step, saves and ends with status 143 (`mujina.exits`).
 """
 
+import contextlib
 import itertools
 import time
 from collections import Counter
@@ -99,7 +100,7 @@ class Trainer:
                     continue
                 now_and_then = self._looked_at(phase, batches)
                 if verdict.action == "update":
-                    state.update(learning_rate)
+                    self.passes.update(measured, learning_rate)
                 seconds = time.perf_counter() - began
                 vitals = self.watch.vitals(waited, state.gradients_at - began - waited)
                 if config.data.validation_tokens and self._is_due(config.train.validation_interval, or_phase_end=True):
@@ -248,8 +249,11 @@ def main(
     """One process of a training run; `mujina train` starts as many as are needed."""
     settings = configuration.load(config, overrides)
     layouts.check(settings, ranks.world_size())
-    with ranks.hold(settings.run), groups.of_run(settings.parallel, settings.seed):
-        attempt = ranks.from_rank_0(failures.new_attempt(settings.run) if ranks.rank() == 0 else None)
+    with ranks.hold(settings.run), contextlib.ExitStack() as stack:
+        first = failures.new_attempt(settings.run) if ranks.rank() == 0 else None
+        with failures.before_the_ranks_meet(first):
+            stack.enter_context(groups.of_run(settings.parallel, settings.seed))
+        attempt = ranks.from_rank_0(first)
         with failures.supervised(attempt, ranks.rank(), ranks.world_size(), settings.train.hang_minutes * 60) as watchdog:
             train(settings, watchdog.mark, failures.stop_on_signal())
 

@@ -35,6 +35,7 @@ class Router(TopKRouter):
         without_capacity.moe_expert_capacity_factor = None
         super().__init__(without_capacity, *args, **kwargs)
         self.capacity_factor = config.moe_expert_capacity_factor
+        self.frozen_expert_bias = True  # for megatron-core, which would move it before it is known whether the step makes an update
         self.normalize_logits, self.part_of_sequence = normalize_logits, part_of_sequence
         # the share of each expert in the tokens of the step before, for `global_aux_loss`; who trains keeps it up to date
         even_E = torch.full((self.num_experts,), 1 / self.num_experts, device=torch.cuda.current_device())
@@ -97,6 +98,9 @@ class Router(TopKRouter):
         return self.attach_and_log_load_balancing_loss(probs, coefficient, loss, "load_balancing_loss", self.tp_cp_group)
 
     def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
-        """What megatron-core has compiled, although it is one sum; the bias itself moves in `finalize_model_grads`, once a step."""
-        if self.enable_expert_bias and torch.is_grad_enabled():
-            self.local_tokens_per_expert += routing_map.sum(0)
+        """Not megatron-core's count of tokens, which is in the tally."""
+
+    def move_bias(self, load_E: torch.Tensor, rate: float) -> None:
+        """Up by the rate where an expert got less than the mean of the global batch, down where it got more (DeepSeek-V3)."""
+        if self.enable_expert_bias:
+            self.expert_bias += rate * (load_E.mean() - load_E).sign().to(self.expert_bias)

@@ -18,7 +18,8 @@ What counts as progress are the tokens of the newest checkpoint. RUN/slurm keeps
 
 From the environment: MUJINA_SPARE_NODES (nodes of the job that are not trained on), MUJINA_RETRY_SECONDS (after a crash),
 MUJINA_SRUN_OPTIONS (for every srun, such as Pyxis' --container-image), MUJINA_TASK_PYTHON (what the tasks run, such as "apptainer exec --nv
-mujina.sif python"; else this Python).
+mujina.sif python"; else this Python), MASTER_ADDR (where the ranks meet, with {node} for the first node trained on: {node}-ib0; else
+Slurm's address of that node), MASTER_PORT (else one that is another at each attempt).
 """
 
 import os
@@ -50,6 +51,8 @@ TOO_SHORT = 3  # time limits in a row, without a token gained
 LONGEST_PAUSE = 1800  # seconds before a crashed job may start again
 PREFLIGHT_SECONDS = 300  # for all of it on all nodes
 CONTROLLER_SECONDS = 300  # for Slurm's controller to answer
+FIRST_PORT, NUM_PORTS = 20_000, 10_000  # below those that the system gives to whoever asks for any
+LOOPBACK = ("localhost", "127.0.0.1", "::1")  # what a shell has left over from training on one machine
 SIGNAL_SECONDS = 10  # between two signals to a step, which may not have begun when the first one came
 
 
@@ -102,7 +105,7 @@ class Supervisor:
         attempt.extra["preflight_seconds"] = round(time.time() - attempt.began, 1)
         _say(f"attempt {len(before) + 1}, job {self.job}: {len(attempt.nodes)} nodes × {self.tasks_per_node}, from step {attempt.step:,}")
         logs = len(failures.attempts(self.folder))
-        status = STOPPED if self.is_told_to_stop else self._train(attempt.nodes)
+        status = STOPPED if self.is_told_to_stop else self._train(attempt.nodes, number=len(before))
         attempt.extra["reached"] = (history.last_step(self.folder) or {}).get("step")
         first_error = _first_error(self.folder, logs)
         if signal.SIGTERM in self.came:  # whatever the status: that of an srun which gave its tasks up at last is 0
@@ -150,12 +153,21 @@ class Supervisor:
         attempt.nodes = sorted(verdict.good, key=self.nodes.index)  # Slurm's order, in which the first has rank 0
         return bad
 
-    def _train(self, nodes: list[str]) -> int:
-        """Starts one process a task and waits for all; returns the first bad exit status."""
-        port = os.environ.get("MASTER_PORT", str(20_000 + int(self.job) % 10_000))
-        environment = os.environ | {"MASTER_ADDR": nodes[0], "MASTER_PORT": port}
+    def _train(self, nodes: list[str], number: int) -> int:
+        """Starts one process a task and waits for all; returns the first bad exit status. `number` counts the run's attempts."""
+        # One that is taken is taken in the next attempt as well: by a process that was left over, or by something else that stays.
+        port = os.environ.get("MASTER_PORT") or str(FIRST_PORT + (int(self.job) + 1_009 * number) % NUM_PORTS)
+        environment = os.environ | {"MASTER_ADDR": self._address(nodes[0]), "MASTER_PORT": port}
         command = [*_srun(nodes, self.tasks_per_node), "--kill-on-bad-exit=1", "--wait=60", *_python(), *self.command]
         return self._wait(subprocess.Popen(command, env=environment))
+
+    def _address(self, node: str) -> str:
+        """Where the ranks find the first one. A script that wrote down its first node's name, say node1-ib0, means that of any node."""
+        given = os.environ.get("MASTER_ADDR", "")
+        if given and (given not in LOOPBACK or len(self.nodes) == 1):
+            return re.sub(rf"(?<!\w)({'|'.join(map(re.escape, self.nodes))})(?!\w)", node, given.replace("{node}", node))
+        found = re.search(r"\bNodeAddr=(\S+)", _slurm("scontrol", "show", "node", node).stdout)
+        return found[1] if found else node
 
     def _wait(self, step: subprocess.Popen[bytes], seconds: float = float("inf")) -> int:
         """Waits for a job step; a signal to this process reaches its tasks as SIGTERM."""

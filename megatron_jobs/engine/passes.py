@@ -69,11 +69,13 @@ class Passes:
         self.state.zero_grad()
         # megatron-core divides what a micro-batch returns by their number, and the sum of the ranks by that of the data-parallel ones.
         shares = len(batches) * parallel_state.get_data_parallel_world_size()
-        measured = self._pass(phase, batches, len(batches), self._weight(phase, batches) / shares)
+        return self._pass(phase, batches, len(batches), self._weight(phase, batches) / shares)
+
+    def update(self, measured: Measured, learning_rate: float) -> None:
+        """One update with the gradients of the last pass; before it, nothing has changed that training goes on from."""
+        self.state.update(learning_rate)
         if self.routing and measured.routed:
-            load_NE = measured.routed.load_NE
-            self.routing.from_ledger((load_NE / load_NE.sum(1, keepdim=True)).tolist())
-        return measured
+            self.routing.update(measured.routed)
 
     def measure(self, phase: Phase, batches: Iterable[MicroBatch], num_micro_batches: int) -> Measured:
         """Forward only: nothing that training goes on from is touched. Samples of the number behind the last source do not count."""

@@ -59,6 +59,12 @@ class Routing:
         for router in self.routers:
             router.load_E.copy_(torch.tensor(self._load[self._place(router)]))
 
+    def update(self, routed: Routed) -> None:
+        """What an update changes of the routers that no gradient does: the load that is remembered, and the bias."""
+        self.from_ledger((routed.load_NE / routed.load_NE.sum(1, keepdim=True)).tolist())
+        for router in self.routers:
+            router.move_bias(routed.load_NE[self._place(router)], self.moe.bias_update_rate)
+
     def tally(self, num_micro_batches: int) -> torch.Tensor:
         """Clears and returns what is to be summed over all ranks, float64 [2 + 3NE]."""
         tally_3NE = torch.zeros(3, len(self.layers), self.moe.num_experts, device=torch.cuda.current_device())

@@ -58,7 +58,7 @@ class TrainingState:
         )
         # Only the first chunk is cut into buckets: its backward pass ends the step, and hides no exchange but its own.
         self.chunks = [DistributedDataParallel(gpt.config, ddp_config, gpt, disable_bucketing=n > 0) for n, gpt in enumerate(gpts)]
-        # A router's bias is moved by `finalize_model_grads`, once a step, and not by gradients: its moments are zero.
+        # A router's bias is moved by its load (`Router.move_bias`), and not by gradients: its moments are zero.
         self._biases = [
             (local, {"master": local.parameter} | {state: torch.zeros_like(local.parameter) for state in STATES[1:]})
             for local in self.parameters

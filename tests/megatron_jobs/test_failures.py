@@ -45,6 +45,14 @@ if os.environ.get("RANK") == "1":
 """
 
 
+def test_a_log_folder_that_is_gone_does_not_stop_the_next_start(tmp_path):
+    first, second = failures.new_attempt(tmp_path), failures.new_attempt(tmp_path)
+    first.rmdir()
+    (tmp_path / "logs/attempt-of-mine").mkdir()
+    third = failures.new_attempt(tmp_path)
+    assert [path.name for path in failures.attempts(tmp_path)] == [second.name, third.name] == ["attempt-2", "attempt-3"]
+
+
 def start(prepared: Path, folder: Path, fault: str | None, **sections) -> subprocess.Popen:
     config = tiny(prepared, folder / "run", **sections)
     (folder / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))

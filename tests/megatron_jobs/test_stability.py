@@ -11,7 +11,7 @@ from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint
 from megatron_jobs.config import RunConfig, StabilityConfig
 from megatron_jobs.stability import Guard, write_rollbacks
 from mujina.matrices import Box
-from tests.conftest import tiny
+from tests.conftest import MOE, tiny
 from tests.megatron_jobs.test_train import losses, train_here
 from tests.ranks import run_ranks
 
@@ -243,12 +243,16 @@ def test_a_rollback_is_a_run_that_never_saw_the_data(prepared, tmp_path, runs, n
     assert_same(told.run, run)
 
 
-def test_weights_and_moments_stay_when_a_step_is_skipped(prepared, tmp_path):
-    config = tiny(prepared, tmp_path, train=dict(checkpoint_interval=1, keep_checkpoints=10), stability=dict(on_not_finite="skip"))
+@pytest.mark.parametrize("moe", [None, dict(scores="sigmoid", balancing="bias"), dict(balancing="global_aux_loss")], ids=str)
+def test_a_skipped_step_changes_nothing(prepared, tmp_path, moe):
+    """Weights, moments, and what a router remembers."""
+    train = dict(checkpoint_interval=1, keep_checkpoints=10)
+    config = tiny(prepared, tmp_path, train=train, moe=moe and MOE | moe, stability=dict(on_not_finite="skip"))
     run_ranks(2, train_with_faults, config, {4: "nan"}, "step 6")
-    before, after = (Checkpoint(tmp_path / f"checkpoints/step-0000000{step}") for step in (3, 4))
+    earlier, before, after = (Checkpoint(tmp_path / f"checkpoints/step-0000000{step}") for step in (2, 3, 4))
     assert_same_values(before, after)
     assert (before.updates, after.updates) == (3, 3)
+    assert before.ledger.expert_load == after.ledger.expert_load and (not moe or earlier.ledger.expert_load != before.ledger.expert_load)
 
 
 @pytest.mark.parametrize("parallel", [dict(), dict(pipeline=2)], ids=["data2", "pipeline2"])

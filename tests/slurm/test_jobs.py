@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 
 from megatron_jobs.config import RunConfig
 from slurm import history
+from slurm.supervisor import FIRST_PORT, NUM_PORTS
 from tests.cluster import NODES, wait_for
 from tests.conftest import tiny
 from tests.slurm import faults
@@ -97,6 +99,15 @@ def test_the_same_crash_for_the_third_time_is_diagnosed(cluster, prepared, tmp_p
     assert job.wait(900) == "FAILED"
     assert [attempt.outcome for attempt in history.attempts(job.run)] == ["crash"] * 3
     assert "not requeued: 3 attempts ended after step 4 in the same way" in job.log() and "RuntimeError: planted" in job.log()
+
+
+def test_a_port_that_is_taken_costs_one_attempt_and_is_the_reason(cluster, prepared, tmp_path):
+    job = submit(cluster, config_of(prepared, tmp_path / "run"), "--hold")
+    with socket.create_server(("", FIRST_PORT + int(job.number) % NUM_PORTS)):
+        cluster.output("scontrol", "release", job.number)
+        assert job.wait() == "COMPLETED", job.log()
+    crash, done = history.attempts(job.run)
+    assert (crash.outcome, done.outcome) == ("crash", "done") and "EADDRINUSE" in crash.reason, crash
 
 
 def test_what_no_node_can_do_is_no_nodes_fault(cluster, prepared, tmp_path):

@@ -146,6 +146,35 @@ def test_after_sigterm_no_status_is_a_crash_or_the_end(supervisor, slurm_says, s
     assert attempt.outcome == "stopped"
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("{node}-ib0", "node2-ib0"),
+        ("node1-ib0.cluster", "node2-ib0.cluster"),  # of the first node of the job, which may not be the first that is trained on
+        ("node12-ib0", "node2-ib0"),
+        ("fast-node1", "fast-node2"),
+        ("node123", "node123"),  # none of the job's
+        ("10.1.2.3", "10.1.2.3"),
+        ("localhost", "127.0.0.12"),  # a shell's, and no place where two nodes meet
+        ("", "127.0.0.12"),
+    ],
+)
+def test_where_the_ranks_meet(supervisor, slurm_says, monkeypatch, tmp_path, given, expected):
+    slurm_says("exit 0")
+    (tmp_path / "bin/scontrol").write_text('#!/bin/sh\necho "NodeName=$3 Arch=x86_64\n   NodeAddr=127.0.0.1${3#node} NodeHostName=vm"\n')
+    supervisor.nodes = ["node1", "node2", "node12"]
+    monkeypatch.setenv("MASTER_ADDR", given)
+    assert supervisor._address("node2") == expected
+
+
+def test_each_attempt_meets_at_another_port(supervisor, slurm_says, tmp_path):
+    """One that is taken may stay so."""
+    slurm_says(f"echo $MASTER_PORT >> {tmp_path}/ports")
+    for number in range(10):
+        supervisor._train(["node1"], number)
+    assert len(set((tmp_path / "ports").read_text().split())) == 10
+
+
 def test_sigterm_is_written_down_before_anything_else(supervisor):
     """It may be all that there is time for."""
     supervisor.attempt = history.began(supervisor.folder, "7", 0, supervisor.nodes)
