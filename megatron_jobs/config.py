@@ -4,6 +4,7 @@
 Needs no torch. Counts start with `num_`, `tokens` are tokens, intervals are optimizer steps.
 """
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -493,7 +494,7 @@ class StabilityConfig(Section):
 
     A spike lies more than `deviations` median absolute deviations (scaled to a standard deviation) above the median of the last `window`
     steps. `skip` leaves the update out; `rollback` goes back to the newest checkpoint at or before `pass_over` steps ago and passes over
-    the data of those steps, the one that stood out included.
+    the data of those steps, the one that stood out included. Where no checkpoint of the phase is so old, fewer steps are passed over.
     """
 
     on_spike: Literal["log", "skip", "rollback"] = "log"
@@ -505,11 +506,19 @@ class StabilityConfig(Section):
     deviations: PositiveFloat = 6.0
     """A spike lies so many deviations above the median."""
     pass_over: PositiveInt = 8
-    """Steps whose data a rollback passes over."""
+    """Steps whose data a rollback passes over. The checkpoints that it can need are kept, whatever `train.keep_checkpoints` says."""
     max_rollbacks: NonNegativeInt = 3
     """After so many rollbacks the run stops with a diagnosis."""
     max_skips: PositiveInt = 8
     """After so many skipped updates, one after the other, it stops too."""
+
+    @property
+    def may_roll_back(self) -> bool:
+        return "rollback" in (self.on_spike, self.on_not_finite)
+
+    def checkpoints_needed(self, interval: int) -> int:
+        """How many are kept for the next rollback, with `interval` steps between them."""
+        return 1 + math.ceil((self.pass_over - 1) / interval) if self.may_roll_back else 1
 
 
 class WandbConfig(Section):

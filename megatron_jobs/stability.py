@@ -86,10 +86,15 @@ class Guard:
         elif verdict.action == "skip":
             self.skipped.append({"step": step, "reason": verdict.reason})
             self.skips_in_a_row += 1
-        elif verdict.action == "rollback":
-            first = max(1, step - self.config.pass_over + 1)
-            self.rollbacks = [*self.rollbacks, {"first": first, "last": step, "reason": verdict.reason}]
         return verdict
+
+    def back_to(self, step: int, step_in_phase: int) -> int:
+        """How many steps are done where a rollback of `step` goes back to: not behind the start of its phase (`step_in_phase` from 0)."""
+        return step - min(self.config.pass_over, step_in_phase + 1)
+
+    def go_back(self, step: int, back_to: int, done: int, reason: str | None) -> None:
+        """Remembers a rollback of `step` to a checkpoint at which `done` steps are done, `back_to` or more if there is none so old."""
+        self.rollbacks = [*self.rollbacks, {"first": max(back_to, done) + 1, "last": step, "reason": reason}]
 
     def _verdict(self, loss: float, gradient_norm: float) -> Verdict:
         if not math.isfinite(loss + gradient_norm):

@@ -96,7 +96,7 @@ class Trainer:
                 if verdict.action == "stop":
                     self._give_up(verdict, learning_rate)
                 if verdict.action == "rollback":
-                    self._roll_back()
+                    self._roll_back(verdict, step_in_phase)
                     continue
                 now_and_then = self._looked_at(phase, batches)
                 if verdict.action == "update":
@@ -163,11 +163,14 @@ class Trainer:
 
     def _newest(self) -> Checkpoint | None:
         """The checkpoint to go on from, the same on every rank. Those that were rolled back are gone afterwards."""
-        start = self.saver.newest(lambda candidate: self.guard.agrees(candidate.step, candidate.ledger.interventions))
+        start = self.saver.newest(self._agrees)
         if start:
             phases.check_resumable(start.config, self.config, start.step)
             self.order.check_continues(start.ledger)
         return start
+
+    def _agrees(self, checkpoint: Checkpoint) -> bool:
+        return self.guard.agrees(checkpoint.step, checkpoint.ledger.interventions)
 
     def _go_on_from(self, start: Checkpoint | None) -> int:
         """Takes everything from `start`, or begins anew; returns the number of steps that are done."""
@@ -184,13 +187,18 @@ class Trainer:
         self.state.start_from(weights)
         return 0
 
-    def _roll_back(self) -> None:
+    def _roll_back(self, verdict: Verdict, step_in_phase: int) -> None:
         """Back to before the steps that the guard passes over from now on."""
+        back_to = self.guard.back_to(self.step + 1, step_in_phase)
+        checkpoint = self.saver.before(back_to, self._agrees)
+        done = checkpoint.step if checkpoint else 0
+        self.guard.go_back(self.step + 1, back_to, done, verdict.reason)
         if self.log:
             # Written down before anything else: killed from here on, the run starts again as if it had just gone back.
             stability.write_rollbacks(self.config.run, self.guard.rollbacks)
         ranks.wait_for_all()
-        self.step = self._go_on_from(self._newest())
+        self.saver.remove_after(done)
+        self.step = self._go_on_from(checkpoint)
         self.mark()
         if self.log:
             self.log.rewind(self.step)

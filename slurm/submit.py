@@ -95,7 +95,8 @@ def _check_disk(config: RunConfig) -> None:
     folder = next(path for path in (config.run, *config.run.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(folder).free
     parameters, _ = plan.num_parameters(config)
-    kept = config.train.keep_checkpoints + len(config.phases) + 1  # the ends of phases stay, and one is being written
+    kept = max(config.train.keep_checkpoints, config.stability.checkpoints_needed(config.train.checkpoint_interval))
+    kept += len(config.phases) + 1  # the ends of phases stay, and one is being written
     if config.train.keep_every:
         kept += phases.num_steps(config.phases) // config.train.keep_every
     there = len(list((config.run / "checkpoints").glob("step-*")))
@@ -115,6 +116,7 @@ def _tell(config: RunConfig, nodes: int, spare: int, processes: int, left_out: I
     start = f"goes on from step {step:,}" if step else "starts"
     print(f"run                     {config.run}: {start}, {tokens:,} of {all_tokens:,} tokens")
     print(f"phases                  {', '.join(f'{phase.name} {phase.num_steps:,} steps' for phase in config.phases)}")
+    print(f"rollback                {plan.reach_of_rollbacks(config)}")
     print(f"processes               {processes} on {nodes} nodes" + (f", and {spare} spare" if spare else ""))
     for node in left_out:
         print(f"left out                {node}: {history.excluded(config.run)[node]['reason']}")

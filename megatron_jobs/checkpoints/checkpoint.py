@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -152,7 +153,7 @@ def _at_end_of_phase(named: Path) -> Path:
     names = [one.name for one in phases]
     if phase not in names:
         raise UserError(f"{named}: the run has no phase {phase}: {nearest(phase, names)}")
-    return checkpoints / f"step-{sum(one.num_steps for one in phases[: names.index(phase) + 1]):08d}"
+    return _folder(checkpoints, sum(one.num_steps for one in phases[: names.index(phase) + 1]))
 
 
 def _description(folder: Path) -> dict[str, Any]:
@@ -181,38 +182,71 @@ def newest_whole(
 ) -> Checkpoint | None:
     """The newest checkpoint in `folder` whose files are what was saved; says so when it passes over a damaged one.
 
-    Newer ones that `keeps` refuses (they were rolled back) are removed, and `latest` points at what is left. Called by all ranks of a run,
-    with `ranks.gathered`, it gives each of them a share of the files to verify, and the same answer.
-    Raises UserError when there are damaged checkpoints and none that is whole.
+    Newer ones that `keeps` refuses (they were rolled back) are removed once it is found, and `latest` points at what is left. Called by
+    all ranks of a run, with `ranks.gathered`, it gives each of them a share of the files to verify, and the same answer.
+    Raises UserError, and removes nothing, when there are checkpoints and none of them is whole and kept.
     """
-    names = gathered(sorted((path.name for path in _steps(folder)), reverse=True))
-    num_damaged = 0
-    for name in names[0]:
+    found, refused = _first_whole(folder, lambda step: -step, keeps, rank, gathered)
+    if rank == 0:
+        for step in refused:
+            _remove(_folder(folder, step))
+        if found and not (folder / "latest").exists():
+            _point_latest_at(found.folder)
+        elif not found:
+            (folder / "latest").unlink(missing_ok=True)
+    return found
+
+
+def whole_before(
+    folder: Path,
+    step: int,
+    keeps: Callable[[Checkpoint], bool],
+    rank: int,
+    gathered: Callable[[Any], list[Any]],
+) -> Checkpoint | None:
+    """The newest whole checkpoint of at most `step` steps, else the oldest of more; None where there is none at all. As `newest_whole`."""
+    return _first_whole(folder, lambda one: (one > step, abs(one - step)), keeps, rank, gathered)[0]
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Removes the checkpoints of more than `step` steps, which were rolled back, and lets `latest` point at that of `step`; 0: at none."""
+    for newer in filter(lambda one: _step(one) > step, sorted(_steps(folder), reverse=True)):
+        _remove(newer)
+    if step:
+        _point_latest_at(_folder(folder, step))
+    else:
+        (folder / "latest").unlink(missing_ok=True)
+
+
+def _first_whole(
+    folder: Path, order: Callable[[int], Any], keeps: Callable[[Checkpoint], bool], rank: int, gathered: Callable[[Any], list[Any]]
+) -> tuple[Checkpoint | None, list[int]]:
+    """The first one, in the `order` of steps, that is whole and kept, None where there are none; and what `keeps` refused before it."""
+    of_ranks = gathered(sorted(map(_step, _steps(folder)), key=order))
+    steps, refused = of_ranks[0], []
+    for step in steps:
         problem, is_kept = None, True
         try:
-            checkpoint = Checkpoint(folder / name)
+            checkpoint = Checkpoint(_folder(folder, step))
             is_kept = keeps(checkpoint)
             if is_kept:
-                checkpoint.verify(rank, len(names))
+                checkpoint.verify(rank, len(of_ranks))
         except UserError as error:
             problem = str(error)
         problems, kept = zip(*gathered((problem, is_kept)), strict=True)
         if not all(kept):
-            if rank == 0:
-                _remove(folder / name)
+            refused.append(step)
         elif found := next(filter(None, problems), None):
-            num_damaged += 1
             if rank == 0:
                 print(f"passing over a damaged checkpoint: {found}", flush=True)
         else:
-            if rank == 0 and not (folder / "latest").exists():
-                _point_latest_at(checkpoint.folder)
-            return checkpoint
-    if num_damaged:
-        raise UserError(f"{folder}: none of its {num_damaged} checkpoints is whole: bring one back, or remove the folder to start anew")
-    if rank == 0:
-        (folder / "latest").unlink(missing_ok=True)
-    return None
+            return checkpoint, refused
+    if steps:
+        raise UserError(
+            f"{folder}: none of its {len(steps)} checkpoints is whole ({len(refused)} were rolled back): bring one back, or remove the "
+            "folder to start anew"
+        )
+    return None, []
 
 
 class Writer:
@@ -220,14 +254,14 @@ class Writer:
 
     def __init__(self, folder: Path, step: int) -> None:
         self.folder = folder
-        self.temporary = folder / f".step-{step:08d}"
-        self.final = folder / f"step-{step:08d}"
+        self.final = _folder(folder, step)
+        self.temporary = self.final.with_name(f".{self.final.name}")
         self.step = step
 
     def clear(self) -> None:
         """Removes what interrupted saves have left; called by one rank, before any writes."""
         for left in [*self.folder.glob(".step-*"), *self.folder.glob(".removed-*")]:
-            shutil.rmtree(left)
+            _remove(left)
         self.temporary.mkdir(parents=True)
 
     def add_rank_file(self, rank: int, boxes: dict[str, torch.Tensor]) -> None:
@@ -306,22 +340,40 @@ def _point_latest_at(final: Path) -> None:
     os.replace(link, final.parent / "latest")
 
 
-def prune(folder: Path, keep: int, is_kept: Callable[[int], bool]) -> None:
-    """Removes all but the newest `keep` checkpoints and those whose step `is_kept`."""
-    for path in [path for path in sorted(_steps(folder)) if not is_kept(int(path.name[5:]))][:-keep]:
-        _remove(path)
+def prune(folder: Path, keep: int, is_kept: Callable[[int], bool], back_to: int) -> None:
+    """Removes all but the newest `keep` checkpoints, those whose step `is_kept`, and those that a rollback can need.
+
+    back_to    the step behind which the next rollback goes: the newest checkpoint of no more steps is kept, and all that are newer
+    """
+    steps = sorted(map(_step, _steps(folder)))
+    needed = max((step for step in steps if step <= back_to), default=0)
+    for step in [step for step in steps if not is_kept(step)][:-keep]:
+        if step < needed:
+            _remove(_folder(folder, step))
 
 
 def _steps(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+    return (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
-def _remove(checkpoint: Path) -> None:
-    # Renamed first: a folder that is half removed must not look like a checkpoint.
-    hidden = checkpoint.with_name(f".removed-{checkpoint.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    os.rename(checkpoint, hidden)
-    shutil.rmtree(hidden)
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name[5:])
+
+
+def _folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def _remove(folder: Path) -> None:
+    """Removes a checkpoint, or what is left of one. What cannot go now (on NFS, what somebody has open) is told and tried again at the
+    next save: what is old does not end a run."""
+    try:
+        if not folder.name.startswith(".removed-"):
+            # Renamed first: a folder that is half removed must not look like a checkpoint.
+            folder = folder.rename(folder.with_name(f".removed-{time.time_ns()}-{folder.name.removeprefix('.')}"))
+        shutil.rmtree(folder)
+    except OSError as error:
+        print(f"{folder}: could not be removed ({error}): tried again at the next save", flush=True)
 
 
 def box_key(state: str, name: str, box: Box) -> str:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_jobs import ranks
-from megatron_jobs.checkpoints.checkpoint import Checkpoint, Writer, newest_whole, prune
+from megatron_jobs.checkpoints.checkpoint import Checkpoint, Writer, newest_whole, prune, remove_after, whole_before
 from megatron_jobs.checkpoints.weights import shapes
 from megatron_jobs.config import RunConfig
 from megatron_jobs.data.ledger import Ledger
@@ -47,6 +47,17 @@ class Saver:
         """
         self.wait()
         return newest_whole(self.folder, keeps, dist.get_rank(), ranks.gathered)
+
+    def before(self, step: int, keeps: Callable[[Checkpoint], bool]) -> Checkpoint | None:
+        """The newest whole checkpoint of at most `step` steps that `keeps` does not refuse, else the oldest of more. As `newest`."""
+        self.wait()
+        return whole_before(self.folder, step, keeps, dist.get_rank(), ranks.gathered)
+
+    def remove_after(self, step: int) -> None:
+        """Removes the checkpoints of more than `step` steps. Collective."""
+        if dist.get_rank() == 0:
+            remove_after(self.folder, step)
+        dist.barrier()
 
     def save(self, step: int, updates: int, boxes: dict[str, torch.Tensor], ledger: Ledger) -> None:
         """Saves the boxes that this rank owns (`TrainingState.boxes`), which may change when this returns. Collective.
@@ -151,7 +162,10 @@ class _Save:
         self.writer.finish(config, self.updates, dict(shapes(config.model, config.moe)), self.ledger)
         train, ends = config.train, self.saver.phase_ends
         prune(
-            self.saver.folder, train.keep_checkpoints, lambda step: step in ends or bool(train.keep_every and step % train.keep_every == 0)
+            self.saver.folder,
+            train.keep_checkpoints,
+            lambda step: step in ends or bool(train.keep_every and step % train.keep_every == 0),
+            back_to=self.writer.step + 1 - config.stability.pass_over if config.stability.may_roll_back else self.writer.step,
         )
         whole_seconds = time.monotonic() - self.began
         stood_still = self.stood_still if train.asynchronous_save else whole_seconds

@@ -47,6 +47,7 @@ def main(
     sources = feeder.facts(feeder.open_sources(settings)) if settings.data.folder.is_dir() else None
     if sources is not None:
         settings = phases.resolve(settings, sources)
+    console.print(f"rollback          {reach_of_rollbacks(settings)}")
     console.print(_phase_table(settings))
     if tokens_per_day is not None:
         console.print(_calendar(settings, tokens_per_day, datetime.now()))
@@ -67,6 +68,17 @@ def num_parameters(config: RunConfig) -> tuple[int, int]:
         return active, active
     unused = (moe.num_experts - moe.top_k) * 3 * model.hidden_size * moe.expert_width(model)
     return active + flops.num_mixtures(model, moe) * unused, active
+
+
+def reach_of_rollbacks(config: RunConfig) -> str:
+    """How far a rollback goes back, and what is kept for it, in one line."""
+    stability, interval = config.stability, config.train.checkpoint_interval
+    if not stability.may_roll_back:
+        return "none: stability.on_spike and on_not_finite do not ask for it"
+    return (
+        f"passes over {stability.pass_over:,} steps (stability.pass_over) and goes back at most {stability.pass_over + interval - 1:,}, "
+        f"not behind the start of a phase: {stability.checkpoints_needed(interval)} checkpoints are kept for it"
+    )
 
 
 def _phase_table(config: RunConfig) -> Table:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint
+from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, prune
 from megatron_jobs.config import RunConfig, StabilityConfig
 from megatron_jobs.stability import Guard, write_rollbacks
 from mujina.matrices import Box
@@ -75,10 +75,41 @@ def test_memory_goes_through_json():
     again.from_ledger(memory)
     for loss in (2.05, 9.0, 2.0, math.nan):
         assert again.judge(6, "web", loss, 1.0) == here.judge(6, "web", loss, 1.0)
-    assert [back["first"] for back in again.rollbacks] == [1]
+    again.go_back(6, back_to=0, done=0, reason="NaN")
     again.from_ledger(memory)
     assert [back["first"] for back in again.rollbacks] == [1]
     assert not again.agrees(5, memory) and again.agrees(5, again.to_ledger()) and again.agrees(0, None)
+
+
+@pytest.mark.parametrize(
+    ("step", "step_in_phase", "done", "back_to", "first"),
+    [
+        (100, 99, 90, 92, 93),  # the usual: the eight steps to 100
+        (100, 99, 96, 92, 97),  # no checkpoint is so old
+        (5, 4, 0, 0, 1),
+        (62, 1, 60, 60, 61),  # not back into the phase before
+    ],
+)
+def test_what_a_rollback_passes_over(step, step_in_phase, done, back_to, first):
+    here = guard(pass_over=8)
+    assert here.back_to(step, step_in_phase) == back_to
+    here.go_back(step, back_to, done, "NaN")
+    assert here.rollbacks == [{"first": first, "last": step, "reason": "NaN"}]
+
+
+@pytest.mark.parametrize(("pass_over", "interval", "needed"), [(1, 10, 1), (8, 500, 2), (11, 10, 2), (12, 10, 3), (25, 10, 4)])
+def test_the_checkpoints_that_a_rollback_can_need_are_kept(tmp_path, pass_over, interval, needed):
+    """After any number of steps, however few are kept for other reasons, one is there that is old enough."""
+    stability = StabilityConfig(pass_over=pass_over)
+    assert stability.checkpoints_needed(interval) == needed
+    for step in range(interval, 20 * interval, interval):
+        (tmp_path / f"step-{step:08d}").mkdir()
+        prune(tmp_path, 1, lambda step: False, back_to=step + 1 - pass_over)
+        there = sorted(int(path.name[5:]) for path in tmp_path.glob("step-*"))
+        assert len(there) <= needed
+        for spike in range(step + 1, step + interval + 1):
+            if spike - pass_over >= interval:
+                assert there[0] <= spike - pass_over
 
 
 class Killed(BaseException):
@@ -95,15 +126,16 @@ def train_with_faults(config: RunConfig, faults: dict[int, str], killed_at: str 
 
     import torch.distributed as dist
 
+    from megatron_jobs.checkpoints.saver import Saver
     from megatron_jobs.engine.passes import Passes
     from megatron_jobs.train import Trainer
 
     now = {"step": 0}
-    originals = passes_over, gradients, go_on_from, newest = (
+    originals = passes_over, gradients, go_on_from, remove_after = (
         Guard.passes_over,
         Passes.gradients,
         Trainer._go_on_from,
-        Trainer._newest,
+        Saver.remove_after,
     )
 
     def at(moment: str) -> None:
@@ -128,23 +160,22 @@ def train_with_faults(config: RunConfig, faults: dict[int, str], killed_at: str 
                 local.parameter.main_grad.mul_(1000 if fault == "norm" else math.nan)
         return result
 
-    def newest_again(self: Trainer) -> Any:
-        if now["step"]:
-            at("rollback written down")
-        return newest(self)
+    def remove(self: Saver, step: int) -> None:
+        at("rollback written down")
+        remove_after(self, step)
 
     def go_on_again(self: Trainer, *arguments: Any) -> int:
         if now["step"]:
             at("later checkpoints gone")
         return go_on_from(self, *arguments)
 
-    Guard.passes_over, Passes.gradients, Trainer._go_on_from, Trainer._newest = with_step, with_fault, go_on_again, newest_again
+    Guard.passes_over, Passes.gradients, Trainer._go_on_from, Saver.remove_after = with_step, with_fault, go_on_again, remove
     try:
         train_here(config)
     except Killed:
         pass
     finally:
-        Guard.passes_over, Passes.gradients, Trainer._go_on_from, Trainer._newest = originals
+        Guard.passes_over, Passes.gradients, Trainer._go_on_from, Saver.remove_after = originals
 
 
 def several(runs: list[tuple[RunConfig, dict[int, str]]]) -> None:
@@ -190,8 +221,9 @@ def runs(prepared, tmp_path_factory):
         "skip norm": ({5: "norm"}, dict(on_spike="skip")),
         "skip nan": ({2: "nan", 7: "nan"}, dict(on_not_finite="skip")),
         "rollback loss": ({6: "loss"}, dict(on_spike="rollback")),
-        "rollback nan": ({7: "nan"}, dict()),  # steps 6 and 7: the last of a phase and the first of the next
+        "rollback nan": ({7: "nan"}, dict()),  # the first of a phase: only that one, and not back into the phase before
         "rollback to the start": ({3: "nan"}, dict(pass_over=3)),
+        "rollback as far as can be": ({5: "nan"}, dict(pass_over=4)),  # the first checkpoint is that of step 3
     }
     configs = {name: tiny(prepared, folder / name.replace(" ", "-"), stability=LOOSE | values) for name, (_, values) in cases.items()}
     run_ranks(1, several, [(configs[name], faults) for name, (faults, _) in cases.items()])
@@ -220,7 +252,13 @@ def test_a_skipped_step_makes_no_update(runs, name, skipped):
 
 
 @pytest.mark.parametrize(
-    ("name", "first", "last", "back_at"), [("rollback loss", 5, 6, 3), ("rollback nan", 6, 7, 3), ("rollback to the start", 1, 3, 0)]
+    ("name", "first", "last", "back_at"),
+    [
+        ("rollback loss", 5, 6, 3),
+        ("rollback nan", 7, 7, 6),
+        ("rollback to the start", 1, 3, 0),
+        ("rollback as far as can be", 4, 5, 3),
+    ],
 )
 def test_a_rollback_is_a_run_that_never_saw_the_data(prepared, tmp_path, runs, name, first, last, back_at):
     """It equals, to the last bit, a run that knows from the beginning which steps to pass over."""
@@ -257,7 +295,7 @@ def test_a_skipped_step_changes_nothing(prepared, tmp_path, moe):
 
 @pytest.mark.parametrize("parallel", [dict(), dict(pipeline=2)], ids=["data2", "pipeline2"])
 def test_killed_around_a_rollback(prepared, tmp_path, parallel):
-    """Both rollbacks leave a checkpoint behind that is newer than where they go back to (4 with back at 2, and 6 with back at 4).
+    """The first rollback leaves a checkpoint behind that is newer than where it goes back to (4 with back at 2).
 
     Ended just before the spike, with the rollback written down, with the later checkpoints gone, among the passed-over steps and
     behind them; each time started again. Losses, ledger and every value are those of the run that was not disturbed."""
@@ -277,7 +315,7 @@ def test_killed_around_a_rollback(prepared, tmp_path, parallel):
 @pytest.mark.parametrize(
     ("stability", "faults", "says"),
     [
-        (dict(max_rollbacks=1), {4: "nan", 8: "nan"}, ["step 8 of phase chat", "steps 3 to 4 were passed over", "4 of chat"]),
+        (dict(max_rollbacks=1), {4: "nan", 8: "nan"}, ["step 8 of phase chat", "steps 4 to 4 were passed over", "4 of chat"]),
         (dict(on_not_finite="skip", max_skips=2), {4: "nan", 5: "nan", 6: "nan"}, ["step 6 of phase web", "step 4 was skipped", "of code"]),
     ],
     ids=["rollbacks", "skips"],

@@ -102,8 +102,36 @@ def test_every_file_is_verified_by_exactly_one_share(prepared, tmp_path):
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(prepared, tmp_path):
     assert newest_whole(tmp_path) is None
     halve(save(tiny(prepared, tmp_path), tmp_path, 1) / "ledger.json")
-    with pytest.raises(UserError, match="none of its 1 checkpoints is whole: bring one back, or remove the folder to start anew"):
+    with pytest.raises(UserError, match="none of its 1 checkpoints is whole .* bring one back, or remove the folder to start anew"):
         newest_whole(tmp_path)
+
+
+def test_nothing_is_removed_where_nothing_would_be_left(prepared, tmp_path):
+    """Neither those that were rolled back nor the damaged one."""
+    for step in (1, 2):
+        save(tiny(prepared, tmp_path), tmp_path, step)
+    halve(tmp_path / "step-00000001/ledger.json")
+    with pytest.raises(UserError, match=r"none of its 2 checkpoints is whole \(1 were rolled back\)"):
+        newest_whole(tmp_path, lambda candidate: candidate.step < 2)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000001", "step-00000002"]
+
+
+def test_what_cannot_be_removed_is_told_and_tried_again(prepared, tmp_path, capsys, monkeypatch):
+    """As on NFS, where somebody has a file open."""
+
+    def refuse(path: Path) -> None:
+        raise OSError(39, "Directory not empty", ".nfs000001")
+
+    save(tiny(prepared, tmp_path), tmp_path, 1)
+    save(tiny(prepared, tmp_path), tmp_path, 2)
+    with monkeypatch.context() as busy:
+        busy.setattr(shutil, "rmtree", refuse)
+        prune(tmp_path, 1, lambda step: False, back_to=2)
+        assert "step-00000001: could not be removed" in capsys.readouterr().out
+        save(tiny(prepared, tmp_path), tmp_path, 3)
+    assert is_whole(newest_whole(tmp_path), 3) and not (tmp_path / "step-00000001").exists()
+    save(tiny(prepared, tmp_path), tmp_path, 4)
+    assert not list(tmp_path.glob(".removed-*"))
 
 
 # Writing
@@ -121,7 +149,7 @@ def test_a_rank_file_is_what_safetensors_reads(tmp_path):
 def test_the_rules_of_keeping(prepared, tmp_path):
     for step in range(1, 10):
         save(tiny(prepared, tmp_path), tmp_path, step)
-        prune(tmp_path, 2, lambda step: step == 4 or step % 3 == 0)
+        prune(tmp_path, 2, lambda step: step == 4 or step % 3 == 0, back_to=step)
     assert sorted(int(path.name[5:]) for path in tmp_path.glob("step-*")) == [3, 4, 6, 7, 8, 9]
     assert (tmp_path / "latest").resolve().name == "step-00000009"
 
@@ -149,7 +177,7 @@ def test_killed_at_every_change_of_the_disk(prepared, tmp_path):
         if child == 0:
             kill_at_change(number)
             save(config, folder, 2)
-            prune(folder, 1, lambda step: False)
+            prune(folder, 1, lambda step: False, back_to=2)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         for named in (*folder.glob("step-*"), folder / "latest"):
