@@ -70,6 +70,8 @@ def test_lists_of_links_are_menus_and_other_lists_are_not() -> None:
         ("春<p>夏", "春\n\n夏"),
         ("<dl><dt>語<dd>意</dl><x-y>者</x-y><details><summary>概</summary>要</details>", "語\n意\n者\n概要"),
         ("<p>会議は<time datetime=2024-05-01>5月</time>に開く。</p>", "会議は5月に開く。"),
+        ("<p><a rel=author>山田</a>が書いた<b itemprop='author'>夏目</b>の本。</p>", "山田が書いた夏目の本。"),
+        ("<blockquote><p>吾輩は</p><footer>— <cite>夏目</cite></footer></blockquote><p>後</p>", "吾輩は\n\n— 夏目\n\n後"),
         ("<figure><img alt=絵><figcaption>図</figcaption></figure><label>問</label><input value=答>", "図\n問"),
         ("<main><div><div><div><p class=x><a>東京</a>と<a>大阪</a>。</p></div></div></div></main>", "東京と大阪。"),
         ("<div class=a><div class=b><div class=c><a>東京</a>と<a>大阪</a>。</div></div></div>", "東京と大阪。"),
