@@ -16,9 +16,9 @@ import pyarrow
 from datatrove.data import Document
 from fastwarc.warc import ArchiveIterator, WarcRecord, WarcRecordType
 from pyarrow import parquet
-from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
 
 from data_prep.row import KEYS, LONGEST, Fields, fields_of, joined, known, row_of, too_long
+from data_prep.steps.decode import html_of
 from mujina.files import Stream, not_utf8
 from mujina.user_input import UserError
 
@@ -178,7 +178,8 @@ def _page_of(record: WarcRecord) -> Fields | str | None:
     url = headers.get("WARC-Target-URI")
     row = {"id": record.record_id or url, "url": url, "date": headers.get("WARC-Date")}
     if is_page:
-        return row | {"html": True, "text": _decode(data, record.http_charset)}
+        page = html_of(data, record.http_charset)
+        return page if isinstance(page, str) else row | page
     try:
         return row | {"text": data.decode().replace("\0", "")}
     except UnicodeDecodeError as wrong:
@@ -194,7 +195,8 @@ def _read_file(path: str) -> Found:
     if not data.strip():
         return
     if path.lower().endswith(PAGES):
-        yield 0, {"id": path, "url": path, "html": True, "text": _decode(data, None)}
+        page = html_of(data, None)
+        yield 0, page if isinstance(page, str) else {"id": path, "url": path} | page
         return
     try:
         yield 0, {"id": path, "text": data.decode("utf-8-sig")}
@@ -226,18 +228,3 @@ def _inputs_at(match: str) -> list[str]:
     endings = tuple(ending for endings, _, _ in FORMATS for ending in endings)
     files = (path for path in Path(match).rglob("*") if path.name.lower().endswith(endings) and path.is_file())
     return sorted(str(path) for path in files if not any(part.startswith(".") for part in path.relative_to(match).parts))
-
-
-def _decode(page: bytes, charset: str | None) -> str:
-    """A page as text: UTF-8 where it is, since nothing else looks like it but ISO-2022-JP; else by header, meta element or statistics."""
-    if b"\x1b$" not in page:
-        try:
-            return page.decode("utf-8-sig").replace("\0", "")
-        except UnicodeDecodeError:
-            pass
-    found = detect_encoding(page, from_html_meta=True)
-    assert found is not None  # UTF-8 where it finds nothing, as long as the names are those of HTML 5
-    named = map_encoding_to_html5(charset, fallback_utf8=False) if charset else None
-    # Latin-1 (WHATWG's windows-1252) is what servers say that were told nothing, and any bytes are some text in it.
-    encoding = found if named in (None, "windows-1252", "cp1252") else named
-    return bytes_to_str(page, encoding, fallback_encodings=[found]).replace("\0", "")

@@ -257,14 +257,14 @@ def test_encodings_of_pages(tmp_path: Path, encoding: str, meta: bool) -> None:
     assert document.text == page
 
 
-def test_one_bad_byte_and_a_server_that_knows_nothing(tmp_path: Path) -> None:
-    """A page is not lost, nor read as Latin-1, for one byte; nor for a header that says Latin-1 by default."""
+def test_a_page_in_no_encoding_is_told_and_a_server_that_knows_nothing_is_not_believed(tmp_path: Path) -> None:
     page = f"<meta charset=euc-jp><p>{TEXT * 5}</p>"
-    records = record(1, page.encode("euc-jp") + b"\xff", header="text/html; charset=EUC-JP")
+    records = record(1, page.encode("euc-jp").replace(b"<p>", b"<p>\xff<p>"), header="text/html; charset=EUC-JP")
     records += record(2, page.encode("euc-jp"), header="text/html; charset=ISO-8859-1")
     (tmp_path / "a.warc").write_bytes(records)
-    first, second = stop(tmp_path / "a.warc")
-    assert TEXT * 5 in first.text and second.text == page
+    assert_problem(tmp_path / "a.warc", "record 1: its bytes are text in no encoding .declared: euc-jp, euc-jp", [page])
+    (tmp_path / "a.html").write_bytes(page.encode("euc-jp").replace(b"<p>", b"<p>\xff<p>"))
+    assert_problem(tmp_path / "a.html", "a.html: its bytes are text in no encoding .declared: euc-jp.", [])
 
 
 LONG_LINE = """
