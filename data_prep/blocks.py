@@ -18,7 +18,6 @@ from mujina.user_input import UserError
 # Small blocks first, so that a small source keeps all cores busy; large ones later, so that a large source has few of them.
 FIRST_BLOCK, LAST_BLOCK = 1 << 19, 1 << 25  # bytes
 BLOCKS_OF_A_SIZE = 32
-LONGEST_LINE = 16 * LONGEST  # bytes held in search of its end: JSON may take 12 for a character
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ def read_blocks(path: str) -> Iterator[Block]:
     """
     first_line, anything = 1, False
     for lines in _cut(_lines_of_table(path)) if _is_table(path) else _cut_file(path):
-        if len(lines) > LONGEST_LINE:
+        if lines is None:
             raise UserError(f"{path} line {first_line}: {too_long('line')}")
         anything = anything or not lines.isspace()
         yield Block(path, first_line, lines)
@@ -66,19 +65,20 @@ def _is_table(path: str) -> bool:
     return path.startswith("datasets:") or path.endswith(".parquet")
 
 
-def _cut_file(path: str) -> Iterator[bytes]:
+def _cut_file(path: str) -> Iterator[bytes | None]:
+    """Yields blocks, and None where a line is too long to be held."""
     rest, sizes = b"", _sizes()
     try:
         with open_rows(path) as stream:
             while data := stream.read(next(sizes)):
                 head, newline, tail = data.rpartition(b"\n")
+                if len(rest) + (data.find(b"\n") if newline else len(data)) > LONGEST:  # other lines are shorter than a block
+                    yield None
                 if newline:
                     yield rest + head + newline
                     rest = tail
                 else:
                     rest += data  # a line longer than a block
-                    if len(rest) > LONGEST_LINE:
-                        break
     except OSError:
         for _ in read_rows(path):  # names what is wrong, and after which line
             pass

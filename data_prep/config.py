@@ -19,7 +19,7 @@ from data_prep.steps.near_duplicates import NearDuplicates
 from data_prep.steps.normalise import Normalise
 from data_prep.steps.pii import Pii
 from data_prep.steps.url import Url
-from mujina.user_input import Section
+from mujina.user_input import Name, Section
 
 AnyStep = Annotated[
     Extract
@@ -37,7 +37,6 @@ AnyStep = Annotated[
     | NearDuplicates,
     Field(discriminator="step"),
 ]
-Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 
 
 class SourceConfig(SourceFacts):
@@ -107,6 +106,9 @@ class PrepareConfig(Section):
         if self.tokenizer is None and not all(source.steps for source in self.sources.values()):
             raise ValueError("tokenizer is missing, and a source without steps has nothing else to be done: add it")
         for name, source in self.sources.items():
-            if source.answer_weights and f"{name}.weights" in self.sources:
-                raise ValueError(f"sources {name} and {name}.weights would both write {name}.weights.bin: give one of them another name")
+            files = {f"{name}.{end}": f"{name}.{end}" for end in ("bin", "idx", "json")}
+            if source.answer_weights:
+                files |= dict.fromkeys((f"{name}.weights", f"{name}.weights.bin"), f"{name}.weights.bin")
+            for other in files.keys() & self.sources.keys():
+                raise ValueError(f"sources {name} and {other} would both write {files[other]}: give one of them another name")
         return self

@@ -1,10 +1,11 @@
 """Where a preparation runs: on this machine's cores, or through datatrove's executors on a Slurm or Ray cluster."""
 
 import math
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from data_prep.report import write_report
 from data_prep.steps.read import find_inputs
 from data_prep.tokenize import tokenize, use
 from data_prep.workers import Workers
-from mujina.files import write_whole
+from mujina.files import hold, write_whole
 from mujina.user_input import UserError
 from tokenization.load import load
 
@@ -31,9 +32,13 @@ from tokenization.load import load
 def prepare(config: PrepareConfig) -> list[Manifest]:
     """Prepares all sources on this machine; returns the manifests of the binaries, in order (none without a tokenizer).
 
-    Raises UserError on unreadable files, sources without documents, and a full disk.
+    Raises UserError on unreadable files, sources without documents, a full disk, and sources that another process is at.
     """
-    stages = _check(config)
+    with _held(config):
+        return _prepare(config, _check(config))
+
+
+def _prepare(config: PrepareConfig, stages: dict[str, list[Stage]]) -> list[Manifest]:
     if config.tokenizer is not None:
         use(load(config.tokenizer))
     logger.remove()  # datatrove tells its story in the log files of the stages
@@ -62,22 +67,26 @@ def prepare(config: PrepareConfig) -> list[Manifest]:
 def submit_to_slurm(config: PrepareConfig) -> None:
     """Submits what is missing of each source as a chain of array jobs, and returns.
 
-    Raises UserError while jobs of an earlier call are still in the queue: two writers would share files.
+    Raises UserError while another process, or jobs of an earlier call, are at one of them.
     """
-    stages = _check(config)
-    assert config.slurm is not None
+    with _held(config):
+        stages = _check(config)
     for name in config.sources:
-        last_job = Path(config.output) / name / "stages" / "last_slurm_job"
-        _refuse_twice(name, last_job)
-        alone = config.model_copy(update={"processes": config.slurm.tokenizer_cpus})
-        finish = Stage("finish", 1, [Task(partial(_finish_alone, alone, name))])
-        executor: Any = None
-        for stage in [*stages[name], finish]:
-            executor = _slurm_executor(config, name, stage, executor)
-        executor.skip_completed = False  # the last one looks for itself what is left to do
-        executor.run()
-        write_whole(last_job, str(executor.job_id).encode())
-        print(f"{name}: {len(stages[name]) + 1} stages in the queue, the last is job {executor.job_id}")
+        with _held(config.model_copy(update={"sources": {name: config.sources[name]}})):  # its last job will want to hold it soon
+            _submit(config, name, stages[name])
+
+
+def _submit(config: PrepareConfig, name: str, stages: list[Stage]) -> None:
+    assert config.slurm is not None
+    alone = config.model_copy(update={"processes": config.slurm.tokenizer_cpus})
+    finish = Stage("finish", 1, [Task(partial(_finish_alone, alone, name))])
+    executor: Any = None
+    for stage in [*stages, finish]:
+        executor = _slurm_executor(config, name, stage, executor)
+    executor.skip_completed = False  # the last one looks for itself what is left to do
+    executor.run()
+    write_whole(_last_job(config, name), str(executor.job_id).encode())
+    print(f"{name}: {len(stages) + 1} stages in the queue, the last is job {executor.job_id}")
 
 
 def _slurm_executor(config: PrepareConfig, name: str, stage: Stage, before: SlurmPipelineExecutor | None) -> SlurmPipelineExecutor:
@@ -120,9 +129,30 @@ class After(PipelineStep):
         return data
 
 
-def _refuse_twice(name: str, last_job: Path) -> None:
+@contextmanager
+def _held(config: PrepareConfig) -> Iterator[None]:
+    """Keeps all other preparations away from the sources: two writers would share files."""
+    with ExitStack() as held:
+        for name in config.sources:
+            held.enter_context(_hold(config, name))
+            _refuse_queued(name, _last_job(config, name))
+        yield
+
+
+def _hold(config: PrepareConfig, name: str) -> AbstractContextManager[None]:
+    return hold(Path(config.output) / f".{name}.lock", f"source {name} of {config.output}")
+
+
+def _last_job(config: PrepareConfig, name: str) -> Path:
+    return Path(config.output) / name / "stages" / "last_slurm_job"
+
+
+def _refuse_queued(name: str, last_job: Path) -> None:
+    """A task of a job that waits or runs holds no lock."""
     job = last_job.read_text() if last_job.exists() else ""
-    if job and subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True).stdout.strip():
+    if not job or shutil.which("squeue") is None:  # the folder may have been copied from a cluster
+        return
+    if subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True).stdout.strip():
         raise UserError(f"source {name}: job {job} of an earlier call is still in the queue: wait for it, or scancel it first")
 
 
@@ -131,33 +161,38 @@ def run_on_ray(config: PrepareConfig) -> list[Manifest]:
     import ray
 
     root = str(Path(__file__).parents[1])
-    stages = _check(config)
-    ray.init(runtime_env={"env_vars": {"PYTHONPATH": root}}, include_dashboard=False, log_to_driver=False)
-    try:
-        for name in config.sources:
-            for stage in stages[name]:
-                executor = RayPipelineExecutor(stage.pipeline, tasks=stage.tasks, logging_dir=_logs(config, name, stage.name))
-                executor.run()
-                if missing := executor.get_incomplete_ranks():
-                    raise UserError(
-                        f"source {name}: {len(missing)} of {stage.tasks} tasks of stage {stage.name} failed: see "
-                        f"{executor.logging_dir.path}/logs, and start again: what has ended stays"
-                    )
-    finally:
-        ray.shutdown()
-    return prepare(config)
+    with _held(config):
+        stages = _check(config)
+        ray.init(runtime_env={"env_vars": {"PYTHONPATH": root}}, include_dashboard=False, log_to_driver=False)
+        try:
+            for name in config.sources:
+                for stage in stages[name]:
+                    executor = RayPipelineExecutor(stage.pipeline, tasks=stage.tasks, logging_dir=_logs(config, name, stage.name))
+                    executor.run()
+                    if missing := executor.get_incomplete_ranks():
+                        raise UserError(
+                            f"source {name}: {len(missing)} of {stage.tasks} tasks of stage {stage.name} failed: see "
+                            f"{executor.logging_dir.path}/logs, and start again: what has ended stays"
+                        )
+        finally:
+            ray.shutdown()
+        return _prepare(config, stages)
 
 
 def _check(config: PrepareConfig) -> dict[str, list[Stage]]:
     """The stages of each source. All names are resolved first, so that a misspelled path is not found out after hours."""
-    return {
-        name: pipeline.stages(name, source, Path(config.output) / name) if pipeline.is_needed(source) else _plain(source.documents)
-        for name, source in config.sources.items()
-    }
+    stages = {name: _stages(config, name) for name in config.sources}
+    for name in filter(stages.get, stages):
+        for path in pipeline.take_back(stages[name], Path(config.output) / name):
+            print(f"source {name}: {path} is gone, or is not what was written: its task runs again", file=sys.stderr)
+    return stages
 
 
-def _plain(documents: list[str]) -> list[Stage]:
-    find_inputs(documents)
+def _stages(config: PrepareConfig, name: str) -> list[Stage]:
+    source = config.sources[name]
+    if pipeline.is_needed(source):
+        return pipeline.stages(name, source, Path(config.output) / name)
+    find_inputs(source.documents)
     return []
 
 
@@ -174,8 +209,15 @@ def _finish_alone(config: PrepareConfig, name: str, _: int) -> None:
     """`_finish` as a task of its own on a cluster, with a core for each of its processes."""
     if config.tokenizer is not None:
         use(load(config.tokenizer))
-    with Workers(config.processes) as workers:
-        _finish(config, name, workers, print)
+    with Workers(config.processes) as workers, _hold(config, name):
+        manifest = _finish(config, name, workers, print)
+    for note in notes([manifest] if manifest else []):
+        print(note)
+
+
+def notes(manifests: list[Manifest]) -> list[str]:
+    """What is not in these binaries."""
+    return [f"source {one.name}: {one.num_empty:,} documents of nothing were left out" for one in manifests if one.num_empty]
 
 
 def _finish(config: PrepareConfig, name: str, workers: Workers, say: Callable[[str], None]) -> Manifest | None:

@@ -33,7 +33,11 @@ CHUNK = 1 << 20  # index entries held in memory at once
 
 
 class Labels(Section):
-    """What the writer of a binary knows about it. `languages`, `licences` and `teachers` count documents."""
+    """What the writer of a binary knows about it. `languages`, `licences` and `teachers` count documents.
+
+    Not written where there are none: `num_empty`, the documents without anything in them, which were left out, and `template_hash`, of
+    the chat template that wrote the dialogues.
+    """
 
     name: str
     kind: Kind
@@ -42,7 +46,9 @@ class Labels(Section):
     licences: dict[str, int]
     teachers: dict[str, int]
     num_characters: int
+    num_empty: int = 0
     tokenizer_hash: str
+    template_hash: str | None = None
     vocab_size: int
     fingerprint: str
 

@@ -37,7 +37,7 @@ def facts(binary: TokenBinary) -> list[tuple[str, str]]:
         ("languages", _counts(manifest.languages)),
         ("licences", _counts(manifest.licences)),
         ("teachers", _counts(manifest.teachers) or "none"),
-        ("documents", f"{manifest.num_documents:,}"),
+        ("documents", f"{manifest.num_documents:,}" + (f"; {manifest.num_empty:,} of nothing were left out" if manifest.num_empty else "")),
         ("tokens", f"{manifest.num_tokens:,}, an end-of-document token each document included"),
         ("tokens per document", f"mean {lengths.mean():,.1f}, median {np.median(lengths):,.1f}, max {lengths.max():,}"),
         ("characters per token", f"{manifest.num_characters / manifest.num_tokens:.2f}"),

@@ -3,11 +3,12 @@
     <output>/<source>/documents/     what is left, RANK.jsonl.zst, there only when all ranks have ended
     <output>/<source>/removed/STEP/  what each step dropped, RANK.jsonl.zst, with `reason`
     <output>/<source>/problems/      damaged files and rows that were passed over, RANK.txt
-    <output>/<source>/stages/        datatrove's completion markers, statistics and logs
+    <output>/<source>/stages/        datatrove's completion markers, statistics and logs; what each rank has read and written
     <output>/<source>/report.html
 
 A step that must see the whole source (`CorpusStep`) cuts the pipeline: one stage ends with its marks, the next begins with its judgement.
-A run that was killed goes on with the ranks that have no marker. What a rank writes depends on its files and steps alone.
+A run that was killed goes on with the ranks that have no marker. What a rank writes depends on its files and steps alone. So a rank that
+has ended counts as long as there is what it has read (else nothing is mixed: UserError) and what it has written (else it runs again).
 """
 
 import hashlib
@@ -28,10 +29,10 @@ from datatrove.pipeline.writers import JsonlWriter
 
 from data_prep.config import SourceConfig
 from data_prep.report import SourceReport, StepCounts
-from data_prep.row import joined
-from data_prep.steps.read import find_inputs, read
+from data_prep.row import is_nothing, joined
+from data_prep.steps.read import files_of, find_inputs, read
 from data_prep.steps.step import CorpusStep, Judge, Step
-from mujina.files import read_rows, rename_folder, write_whole
+from mujina.files import Stamp, changed, read_rows, rename_folder, sha256_of, stamp, sync, write_stamps, write_whole
 from mujina.user_input import UserError
 
 GIGABYTE = 1 << 30
@@ -57,26 +58,56 @@ def is_needed(source: SourceConfig) -> bool:
 def stages(name: str, source: SourceConfig, folder: Path) -> list[Stage]:
     """What is to be run for a source, in order; `folder` is the source's own.
 
-    Raises UserError when the folder holds the documents of other steps or other input files.
+    Raises UserError when the folder holds the documents of other steps or other input files, or something else.
     """
     files = find_inputs(source.documents)
     num_bytes = sum(os.path.getsize(path) for path in files if not path.startswith("datasets:"))
     tasks = source.tasks or min(len(files), max(FEWEST_TASKS, math.ceil(num_bytes / GIGABYTE)))
     _check_continues(source, files, tasks, folder)
-    pipeline: list[Any] = [Read(files, source.labels(name), source.damaged, folder / "problems")]
+    records = folder / "stages"
+    pipeline: list[Any] = [Read(files, source.labels(name), source.damaged, folder / "problems", records / "read")]
     result: list[Stage] = []
     for label, step in _labelled(source):
         removed = folder / "removed" / label
         if isinstance(step, CorpusStep):
-            work = folder / "work" / label
-            result.append(Stage(f"{label}-mark", tasks, [*pipeline, Mark(step, work), Rows(work / "documents")]))
+            work, mark = folder / "work" / label, f"{label}-mark"
+            result.append(Stage(mark, tasks, [*pipeline, Mark(step, work), Rows(work / "documents", records / mark / "written")]))
             for number, (parts, find) in enumerate(step.find(work, tasks), start=1):
                 result.append(Stage(f"{label}-find-{number}", parts, [Task(find)]))
             pipeline = [ReadBack(work / "documents"), Apply(label, partial(step.judge, work), removed)]
         else:
             pipeline.append(Apply(label, partial(_start, step), removed))
-    result.append(Stage("documents", tasks, [*pipeline, Rows(folder / ".documents")]))
+    result.append(Stage("documents", tasks, [*pipeline, Rows(folder / ".documents", records / "documents/written")]))
     return result
+
+
+def take_back(stages: list[Stage], folder: Path) -> list[str]:
+    """Lets the ranks run again whose documents are gone or are not what they wrote; the paths of those documents.
+
+    Where what a source kept between its stages has been removed since, all ranks of the stages before run again, too.
+    """
+    documents, work, last = folder / "documents", folder / "work", stages[-1]
+    is_finished = documents.exists()
+    lost = list[str]()
+    for stage in stages[-1:] if is_finished else stages:
+        rows = stage.pipeline[-1]
+        if isinstance(rows, Rows) and rows.record is not None:
+            where = documents if is_finished else rows.folder
+            for marker in sorted(_completions(folder, stage).glob("*")):
+                record = rows.record / f"{marker.name}.json"
+                if record.exists() and (names := changed(record, where)):
+                    marker.unlink()
+                    lost += [str(where / name) for name in names]
+    if len(list(_completions(folder, last).glob("*"))) < last.tasks and (is_finished or not work.exists()):
+        for stage in stages[:-1]:
+            shutil.rmtree(_completions(folder, stage), ignore_errors=True)
+        if is_finished:
+            documents.rename(folder / ".documents")
+    return lost
+
+
+def _completions(folder: Path, stage: Stage) -> Path:
+    return folder / "stages" / stage.name / "completions"
 
 
 def finish(folder: Path) -> list[str]:
@@ -95,9 +126,12 @@ def report(name: str, source: SourceConfig, folder: Path) -> SourceReport:
     """What each step did, from the statistics that the ranks left."""
     counts = {label: Counter[str]() for label, _ in _labelled(source)}
     seconds: dict[str, float] = dict.fromkeys(counts, 0.0)
+    passed = Counter[str]()
     for path in sorted((folder / "stages").glob("*/stats/*.json")):
         for entry in json.loads(path.read_bytes()):
             label = entry["name"].removeprefix(f"{Apply.type}: ")
+            if entry["name"] == f"{Read.type}: {Read.name}":
+                passed.update({key.removeprefix("passed_"): _total(of) for key, of in entry["stats"].items() if key.startswith("passed_")})
             if label in counts:
                 seconds[label] += _total(entry["time_stats"])
                 counts[label].update({key: _total(value) for key, value in entry["stats"].items()})
@@ -113,33 +147,46 @@ def report(name: str, source: SourceConfig, folder: Path) -> SourceReport:
         )
         for label, count in counts.items()
     ]
-    facts = [("kind, origin", f"{source.kind}, {source.origin}"), ("language", source.language), ("licence", source.licence)]
+    facts = [
+        ("kind, origin", f"{source.kind}, {source.origin}"),
+        ("language", source.language),
+        ("licence", source.licence),
+        ("teacher", source.teacher or "none"),
+        ("documents", ", ".join(source.documents)),
+    ]
     return SourceReport(
         source=name,
-        facts=[*facts, ("teacher", source.teacher or "none"), ("documents", ", ".join(source.documents))],
+        facts=facts,
         steps=steps,
         kept=[Path(path) for path in _documents(folder)],
         removed={label: sorted((folder / "removed" / label).glob("*.jsonl.zst")) for label in counts},
-        problems=[line for path in sorted((folder / "problems").glob("*.txt")) for line in path.read_text().splitlines()],
+        problems=[
+            *(f"{number:,} × {reason}" for reason, number in passed.most_common()),
+            *(line for path in sorted((folder / "problems").glob("*.txt")) for line in path.read_text(encoding="utf-8").splitlines()),
+        ],
     )
 
 
 class Read(PipelineStep):
-    """Reads a rank's share of the files."""
+    """Reads a rank's share of the files; when all is read, their stamps are put down in `record`."""
 
     type, name = "READER", "read"
 
-    def __init__(self, files: list[str], labels: dict[str, str], damaged: Literal["stop", "skip"], problems: Path) -> None:
+    def __init__(self, files: list[str], labels: dict[str, str], damaged: Literal["stop", "skip"], problems: Path, record: Path) -> None:
         super().__init__()
-        self.files, self.labels, self.damaged, self.problems = files, labels, damaged, problems
+        self.files, self.labels, self.damaged, self.problems, self.record = files, labels, damaged, problems, record
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         self.problems.mkdir(parents=True, exist_ok=True)
+        stamps = dict[str, Stamp]()
         with open(self.problems / f"{rank:05}.txt", "w", encoding="utf-8") as problems:
+            write = partial(print, file=problems, flush=True)
             for path in self.files[rank::world_size]:
-                for document in read(path, self.labels, self.damaged, lambda problem: print(problem, file=problems, flush=True)):
+                stamps |= {file: stamp(file) for file in files_of(path)}
+                for document in read(path, self.labels, self.damaged, write, lambda reason: self.stat_update(f"passed_{reason}")):
                     self.stat_update("documents")
                     yield document
+        write_stamps(self.record / f"{rank:05}.json", stamps)
 
 
 class ReadBack(PipelineStep):
@@ -185,10 +232,20 @@ class Task:
 
 
 class Rows(JsonlWriter):
-    """Writes a rank's documents as <folder>/RANK.jsonl.zst."""
+    """Writes a rank's documents as <folder>/RANK.jsonl.zst, and puts down in `record` what the file is when it is whole."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, record: Path | None = None) -> None:
         super().__init__(str(folder), compression="zstd")
+        self.folder, self.record = folder, record
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        assert self.record is not None
+        path = self.folder / f"{rank:05}.jsonl.zst"
+        path.unlink(missing_ok=True)  # of a rank that was killed; without documents this one writes no other
+        yield from super().run(data, rank, world_size)
+        if path.exists():
+            sync(path)
+        write_stamps(self.record / f"{rank:05}.json", {path.name: stamp(path)} if path.exists() else {})
 
     def _default_adapter(self, document: Document) -> dict[str, Any]:
         text = {} if "messages" in document.metadata else {"text": document.text}
@@ -212,7 +269,7 @@ class Apply(PipelineStep):
                 self.stat_update("documents_in")
                 self.stat_update("characters_in", value=len(document.text))
                 with self.track_time():
-                    reason = judge(document) or (None if document.text.strip() else "empty")
+                    reason = judge(document) or ("empty" if is_nothing(document.text) else None)
                 if reason is None:
                     self.stat_update("documents_out")
                     self.stat_update("characters_out", value=len(document.text))
@@ -241,11 +298,26 @@ def _check_continues(source: SourceConfig, files: list[str], tasks: int, folder:
     inputs = [(path, 0 if path.startswith("datasets:") else os.path.getsize(path)) for path in files]
     described = source.model_dump(mode="json", exclude={"documents", "damaged", "tasks", "answer_weights"})
     fingerprint = hashlib.sha256(json.dumps([described, inputs, tasks]).encode()).hexdigest()
+    lists = {str(path): sha256_of(path) for step in source.steps if isinstance(step, Step) for path in step.files()}
     state = folder / "pipeline.json"
     if not state.exists():
-        write_whole(state, json.dumps({"fingerprint": fingerprint, "source": described}, ensure_ascii=False, indent=2).encode())
-    elif json.loads(state.read_bytes())["fingerprint"] != fingerprint:
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder}: exists, is not empty and holds no pipeline.json: choose another output, or remove this folder")
+        written = {"fingerprint": fingerprint, "source": described, "lists": lists}
+        write_whole(state, json.dumps(written, ensure_ascii=False, indent=2).encode())
+        return
+    try:
+        known = json.loads(state.read_bytes())
+        same, before = known["fingerprint"] == fingerprint, known.get("lists", lists)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"{state}: is damaged, so nobody knows what {folder} holds: remove this folder to start afresh") from None
+    different = [path for path in lists.keys() | before.keys() if lists.get(path) != before.get(path)]
+    for record in sorted((folder / "stages/read").glob("*.json")):
+        if any(folder.glob(f"stages/*/completions/{record.stem}")):  # a rank that has not ended reads again whatever is there
+            different += changed(record)
+    if not same or different:
+        what = f" ({', '.join(sorted(different)[:3])}{' …' if len(different) > 3 else ''})" if different else ""
         raise UserError(
-            f"{folder}: holds documents of other steps or other input files than this configuration's: "
+            f"{folder}: holds documents of other steps or other input files{what} than this configuration's: "
             f"choose another output, or remove this folder to start afresh"
         )

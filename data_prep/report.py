@@ -52,7 +52,8 @@ class SourceReport:
     """One source. `kept` and `removed` (by the step's name) are .jsonl, .jsonl.gz or .jsonl.zst files of rows {id, text or messages}.
 
     A removed row also has a `reason`: the reason, then ": " and what was found in the document ("sentence_ends: 0.02").
-    `facts` are (name, value); `problems` are the inputs that were passed over, and why.
+    `facts` are (name, value); `problems` are the inputs that were passed over, and why: how many for each reason, then each that is
+    damaged.
     """
 
     source: str
@@ -263,7 +264,7 @@ def _shown(sample: Sample, num_characters: int) -> str:
 def _problems(problems: list[str]) -> str:
     items = "".join(f"<li>{escape(problem[:1_000])}</li>" for problem in problems[:LISTED])
     more = f"<li>… and {len(problems) - LISTED:,} more</li>" if len(problems) > LISTED else ""
-    return f'<div class="panel problems"><h3>Passed over ({len(problems):,})</h3><ul>{items}{more}</ul></div>' if problems else ""
+    return f'<div class="panel problems"><h3>Passed over</h3><ul>{items}{more}</ul></div>' if problems else ""
 
 
 def _share_dropped(step: StepCounts) -> str:

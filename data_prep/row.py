@@ -6,11 +6,12 @@
     id         the row's own, else <name of the file>:<number of the row>
     kind, origin                          the source's: a row that states another is an error, because phases rely on them
     language, licence, teacher, source    strings; the source's where a row states none (null or "")
-    url        for the steps
+    url        a string, for the steps
 Other keys are passed over. Every reader asks `row_of`, with steps (`steps.read`) and without (`blocks`): what is no row is none in both.
 A reader finds fields, which are unchecked, and says where; here it is said what is wrong with them.
 """
 
+import re
 from typing import Any, Literal, NotRequired, TypedDict, cast, get_args
 
 from mujina.files import parse_row
@@ -20,6 +21,9 @@ Kind = Literal["web", "code", "documents", "chat"]
 Origin = Literal["human", "synthetic", "rule"]
 
 LONGEST = 64 << 20  # bytes of a line, a page or a file of text, characters of a text; what is longer is no document
+INVISIBLE = re.compile(
+    r"[\s\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]*"
+)  # blanks, controls, marks of direction
 LABELS = ("kind", "origin", "language", "licence", "teacher", "source")
 KEYS = ("text", "messages", "id", "url", *LABELS)  # that a row may bring from a file of rows
 
@@ -80,7 +84,7 @@ def row_of(fields: Fields, id: str, labels: dict[str, str]) -> Row | str:
     id       the row's, unless it has its own
     labels   the source's, see `SourceFacts.labels`
     """
-    for label in LABELS:
+    for label in (*LABELS, "url"):
         if not isinstance(fields.get(label), str | None):
             return f"{label} is {_short(fields[label])}, not a string: mend the row"
     for label, known in (("kind", get_args(Kind)), ("origin", get_args(Origin))):
@@ -109,6 +113,11 @@ def row_of(fields: Fields, id: str, labels: dict[str, str]) -> Row | str:
     if messages is not None:
         stated.pop("text", None)
     return cast(Row, labels | stated | {"id": str(stated.get("id", id))})
+
+
+def is_nothing(text: str) -> bool:
+    """Whether a text has no character that can be seen. Such a document would be an end-of-document token and nothing before it."""
+    return INVISIBLE.fullmatch(text) is not None
 
 
 def joined(messages: list[dict[str, str]]) -> str:

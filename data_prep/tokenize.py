@@ -1,7 +1,8 @@
 """Documents to one token binary: <output>/<source>.bin/.idx/.json, on all cores.
 
-A binary whose tokenizer, input files, labels and channels are unchanged is kept as it is; any other is built anew, under temporary names,
-and counts only when its manifest is written. So an interrupted run is simply started again.
+A binary whose tokenizer, chat template, input files, labels and channels are unchanged, and whose bytes are those that were written, is
+kept as it is; any other is built anew, under temporary names, and counts only when its manifest is written. So an interrupted run is
+simply started again.
 
 One process reads the files in blocks of lines, and one process for each core turns blocks into shards: binaries like any other, in
 <output>/.<source>.shards until the source is written. A shard that is whole is not built again, so a run that was killed goes on where
@@ -23,7 +24,8 @@ import numpy as np
 from data_prep.blocks import Block, read_blocks, rows_of
 from data_prep.config import SourceConfig
 from data_prep.indexed import BinaryWriter, Channel, Labels, Manifest, open_binary, token_dtype
-from data_prep.row import Row, SourceFacts
+from data_prep.row import Row, SourceFacts, is_nothing, joined
+from data_prep.steps.read import files_of
 from data_prep.workers import Workers
 from mujina.files import sha256_of
 from mujina.user_input import UserError
@@ -49,17 +51,22 @@ class _Tally:
     licences: Counter[str] = field(default_factory=Counter)
     teachers: Counter[str] = field(default_factory=Counter)
     num_characters: int = 0
+    num_empty: int = 0
+    has_dialogues: bool = False
 
     def add(self, rows: tuple[Row, ...], num_characters: int) -> None:
         self.languages.update(row["language"] for row in rows)
         self.licences.update(row["licence"] for row in rows)
         self.teachers.update(row["teacher"] for row in rows if "teacher" in row)
         self.num_characters += num_characters
+        self.has_dialogues |= any("messages" in row for row in rows)
 
     def add_shard(self, shard: Manifest) -> None:
         for name in ("languages", "licences", "teachers"):
             getattr(self, name).update(getattr(shard, name))
         self.num_characters += shard.num_characters
+        self.num_empty += shard.num_empty
+        self.has_dialogues |= shard.template_hash is not None
 
     def labels(self, name: str, facts: SourceFacts, fingerprint: str) -> Labels:
         counts = {name: dict(sorted(getattr(self, name).items())) for name in ("languages", "licences", "teachers")}
@@ -69,7 +76,9 @@ class _Tally:
             origin=facts.origin,
             **counts,
             num_characters=self.num_characters,
+            num_empty=self.num_empty,
             tokenizer_hash=_tokenizer.hash,
+            template_hash=_tokenizer.template_hash if self.has_dialogues else None,
             vocab_size=_tokenizer.vocab_size,
             fingerprint=fingerprint,
         )
@@ -82,8 +91,7 @@ def tokenize(name: str, source: SourceConfig, files: list[str], output: Path, wo
     """
     prefix, shards = output / name, output / f".{name}.shards"
     say("checking the input files")
-    # A `datasets:` name stands for itself: its rows are not checksummed.
-    fingerprint = _fingerprint(name, source, [path if path.startswith("datasets:") else sha256_of(path) for path in files])
+    fingerprint = _fingerprint(name, source, [_contents(path) for path in files])
     manifest = _finished(prefix, fingerprint)
     done = "unchanged, kept"
     if manifest is None:
@@ -91,13 +99,14 @@ def tokenize(name: str, source: SourceConfig, files: list[str], output: Path, wo
         writer, tally = BinaryWriter(prefix, token_dtype(_tokenizer.vocab_size), _channels(source)), _Tally()
         blocks = enumerate(block for path in files for block in read_blocks(path))
         for shard in workers.map(_build_shard, ((name, source, block, shards / f"{number:06}") for number, block in blocks)):
-            if shard is None:
+            if isinstance(shard, int):
+                tally.num_empty += shard
                 continue
             writer.add_binary(open_binary(shards / shard.name))
             tally.add_shard(shard)
             say(f"{writer.num_documents:,} documents, {writer.num_tokens:,} tokens")
         if writer.num_documents == 0:
-            where = ", ".join(files) or f"its steps dropped all, see {output / name / 'report.html'}"
+            where = ", ".join(files) or f"all that it held was dropped or passed over, see {output / name / 'report.html'}"
             raise UserError(f"source {name}: holds no documents ({where}): leave it out, or give files that hold some")
         manifest = writer.finish(tally.labels(name, source, fingerprint))
     shutil.rmtree(shards, ignore_errors=True)  # also when a run was killed just before it came here
@@ -105,21 +114,25 @@ def tokenize(name: str, source: SourceConfig, files: list[str], output: Path, wo
     return manifest
 
 
-def _build_shard(name: str, source: SourceConfig, block: Block, prefix: Path) -> Manifest | None:
-    """The binary of one block, built unless it is there. None when the block holds no documents."""
+def _build_shard(name: str, source: SourceConfig, block: Block, prefix: Path) -> Manifest | int:
+    """The binary of one block, built unless it is there. When the block holds no documents, how many of nothing it holds."""
     fingerprint = _fingerprint(name, source, hashlib.sha256(block.lines).hexdigest())
     manifest = _finished(prefix, fingerprint)
     if manifest is not None:
         return manifest
     channels = _channels(source)
     writer, tally = BinaryWriter(prefix, token_dtype(_tokenizer.vocab_size), channels), _Tally()
-    for rows in batched(rows_of(block, source.labels(name)), BATCH):
+    for found in batched(rows_of(block, source.labels(name)), BATCH):
+        rows = tuple(row for row in found if not is_nothing(row["text"] if "text" in row else joined(row["messages"])))
+        tally.num_empty += len(found) - len(rows)
+        if not rows:
+            continue
         ids, weights, num_characters = _tokenized(rows, bool(channels))
         tally.add(rows, num_characters)
         values = {WEIGHTS: np.concatenate(weights)} if channels else {}
         writer.add_documents(np.concatenate(ids), np.array([document.size for document in ids]), values)
     if writer.num_documents == 0:
-        return None
+        return tally.num_empty
     return writer.finish(tally.labels(prefix.name, source, fingerprint))
 
 
@@ -146,6 +159,14 @@ def _tokenized(rows: tuple[Row, ...], weighted: bool) -> tuple[list[np.ndarray],
     return [np.append(document, np.int32(_tokenizer.eod_id)) for document in ids], weights, characters
 
 
+def _contents(path: str) -> str | list[str]:
+    """A `datasets:` name that is no folder here stands for itself: its rows are not checksummed."""
+    if not path.startswith("datasets:"):
+        return sha256_of(path)
+    files = files_of(path)
+    return [path, *map(sha256_of, files)] if files else path
+
+
 def _fingerprint(name: str, source: SourceConfig, contents: Any) -> str:
     """Changes with whatever changes a binary, its labels or its channels."""
     described: list[Any] = [_tokenizer.hash, name, source.model_dump(include=set(SourceFacts.model_fields)), contents]
@@ -154,8 +175,12 @@ def _fingerprint(name: str, source: SourceConfig, contents: Any) -> str:
 
 
 def _finished(prefix: Path, fingerprint: str) -> Manifest | None:
+    """The manifest of a binary that is there, whole, and what would be built."""
     try:
-        manifest = open_binary(prefix).manifest
+        binary = open_binary(prefix)
+        if binary.manifest.fingerprint != fingerprint or binary.manifest.template_hash not in (None, _tokenizer.template_hash):
+            return None
+        binary.verify()
     except UserError:
         return None  # missing, damaged or half-written: built anew
-    return manifest if manifest.fingerprint == fingerprint else None
+    return binary.manifest

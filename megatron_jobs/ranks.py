@@ -4,7 +4,6 @@ Started by torchrun (RANK, WORLD_SIZE), by srun (SLURM_PROCID, SLURM_NTASKS) or 
 """
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from mujina.user_input import UserError
+from mujina import files
 
 
 def rank() -> int:
@@ -58,14 +57,9 @@ def memory_gib() -> float:
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a run folder; a crash lets go as well. Raises UserError (on rank 0) when another run is in it."""
+    """Keeps other runs out of a run folder (`mujina.files.hold`). Raises UserError (on rank 0) when another run is in it."""
     if rank() != 0:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"run ({folder}): another process trains in this folder: wait, stop it, or choose another folder") from None
+    with files.hold(folder / ".lock", f"run ({folder})"):
         yield

@@ -1,4 +1,4 @@
-"""Text files in, whole files out: strict JSONL rows, checksums, and files and folders that appear only when they are complete.
+"""Text files in, whole files out: strict JSONL rows, checksums, locks, and files and folders that appear only when they are complete.
 
 What has its name is on the disk: the bytes before the rename that shows them, the rename before anything that relies on it. So neither a
 kill nor a power cut leaves a half, or a manifest without what it describes.
@@ -6,22 +6,29 @@ kill nor a power cut leaves a half, or a manifest without what it describes.
 Every room may import this file; it imports no room.
 """
 
+import codecs
+import contextlib
+import errno
+import fcntl
 import hashlib
 import io
 import json
 import os
 import shutil
+import socket
+import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import pydantic_core
 import zstandard
 
 from mujina.user_input import UserError
 
+PATIENCE = 5  # seconds for the processes that a killed holder of a lock leaves behind, which end with it
 # How compressed files are unpacked, and how many bytes at a time: zstd makes up to 32,000 times as much of them, gzip 1,000 times.
 FORMATS: dict[str, tuple[Callable[[], Any], int]] = {
     ".gz": (lambda: zlib.decompressobj(wbits=31), 1 << 13),
@@ -42,7 +49,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def parse_row(line: bytes) -> dict[str, Any] | str:
-    """The object of a line of JSONL, or what is wrong with the line."""
+    """The object of a line of JSONL, or what is wrong with the line. A byte order mark before it, as the first line may have, is none."""
+    line = line.removeprefix(codecs.BOM_UTF8)
     try:
         row = pydantic_core.from_json(line)
     except ValueError as error:
@@ -75,6 +83,88 @@ def sha256_of(path: str | Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): check the path") from None
+
+
+class Stamp(NamedTuple):
+    """A file as it was: what a write changes, so that one look tells that there was none, and what was in it (None: unreadable)."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    sha256: str | None
+
+
+def stamp(path: str | Path) -> Stamp:
+    """The stamp of a file. Taken before the file is read, it tells later whether that is what was read."""
+    status = os.stat(path)
+    try:
+        digest = sha256_of(path)
+    except UserError:
+        digest = None
+    return Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, digest)
+
+
+def write_stamps(record: Path, stamps: Mapping[str, Stamp]) -> None:
+    """Puts down the stamps of files, for `changed`."""
+    write_whole(record, json.dumps(stamps).encode())
+
+
+def changed(record: Path, folder: Path = Path()) -> list[str]:
+    """The files of a record (their paths are relative to `folder`) that are gone or hold something else now.
+
+    A file that was touched, or copied, and holds the same has not changed: it is read for that once, and its new stamp put down.
+    """
+    before = {name: Stamp(*values) for name, values in json.loads(record.read_bytes()).items()}
+    now = dict[str, Stamp | None]()
+    for name, old in before.items():
+        try:
+            status = os.stat(folder / name)
+            looks_same = (status.st_size, status.st_mtime_ns, status.st_ctime_ns) == old[:3]
+            now[name] = old if looks_same else stamp(folder / name)
+        except OSError:
+            now[name] = None
+    different = [name for name, new in now.items() if new is None or new.sha256 != before[name].sha256]
+    if now != before and not different:
+        write_whole(record, json.dumps(now).encode())
+    return different
+
+
+@contextmanager
+def hold(path: Path, what: str) -> Iterator[None]:
+    """Keeps others out while the block runs, by a lock on the file `path`, in which stands who holds it.
+
+    The kernel lets go when the process ends, however it ends. Over a network it holds as far as the file system's flock does: on one
+    node only where Lustre is mounted with localflock or NFS with local_lock, and not at all where there is no flock.
+    Raises UserError, naming `what` and the holder, when it is held.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        end = time.monotonic() + PATIENCE
+        while not _lock(file):
+            if time.monotonic() > end:
+                file.seek(0)
+                raise UserError(f"{what}: {file.read() or 'another process'} is at work here: wait for it to end, or stop it")
+            time.sleep(0.05)
+        job = os.environ.get("SLURM_JOB_ID")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}{f' (job {job})' if job else ''}")
+        file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                file.truncate(0)
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+    return True
 
 
 def write_parts(path: Path, parts: Iterable[Any]) -> None:
@@ -193,20 +283,13 @@ def open_rows(path: str | Path) -> io.BufferedReader:
 
 
 class Stream(io.RawIOBase):
-    """The content of a plain, .gz or .zst file. Where the file is broken, all that comes before is given, and then OSError is raised.
-
-    position, tail   how many bytes were given, and the last four of them
-    """
+    """The content of a plain, .gz or .zst file. Where the file is broken, all that comes before is given, and then OSError is raised."""
 
     def __init__(self, path: str | Path) -> None:
         self._pieces, self._rest = _content(path), memoryview(b"")
-        self.position, self.tail = 0, b""
 
     def readable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self.position
 
     def readinto(self, buffer: Any) -> int:
         while not self._rest:
@@ -214,10 +297,8 @@ class Stream(io.RawIOBase):
             if piece is None:
                 return 0
             self._rest = memoryview(piece)
-            self.tail = (self.tail + piece[-4:])[-4:]
         size = min(len(buffer), len(self._rest))
         buffer[:size], self._rest = self._rest[:size], self._rest[size:]
-        self.position += size
         return size
 
 

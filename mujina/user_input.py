@@ -7,6 +7,7 @@ import difflib
 import errno
 import functools
 import os
+import re
 import sys
 import types
 import typing
@@ -35,6 +36,14 @@ class Section(pydantic.BaseModel):
 
     from_file: ClassVar[tuple[str, ...]] = ()  # fields for which a file may name another that holds them, and nothing else
 
+
+def _is_name(text: str) -> str:
+    if not re.fullmatch(r"\w[\w.-]*", text) or len(text.encode()) > 200:
+        raise ValueError("becomes the name of a file: write letters, digits and _, behind the first also . and -, at most 200 bytes")
+    return text
+
+
+Name = Annotated[str, pydantic.AfterValidator(_is_name)]  # of whatever becomes the name of a file or a folder, and stays where it is put
 
 T = TypeVar("T", bound=Section)
 
@@ -139,7 +148,7 @@ def _nested(keys: list[str], value: Any) -> dict[str, Any]:
 
 
 def _explain(problem: Any, model: type[pydantic.BaseModel]) -> str:
-    field = ".".join(str(part) for part in problem["loc"])
+    field = ".".join(str(part) for part in (problem["loc"][:-2] if problem["loc"][-1:] == ("[key]",) else problem["loc"]))
     if problem["type"] == "extra_forbidden":
         known = list(_section_at(model, problem["loc"][:-1]).model_fields)
         return f"unknown key {field}: {nearest(str(problem['loc'][-1]), known)}"

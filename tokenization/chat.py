@@ -12,6 +12,8 @@ Neither is guessed at: a template that writes earlier turns otherwise once other
 a turn with no control token, or whose generation prompt is not how a turn begins is refused. So is a token that is an answer by half.
 """
 
+import hashlib
+import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
@@ -53,6 +55,7 @@ class ChatTemplate:
         special   the tokens that the template may name, such as bos_token
         """
         self._source, self._where, self._special = source, where, dict(special or {})
+        self.hash = hashlib.sha256(json.dumps([source, self._special, dict(controls)], sort_keys=True).encode()).hexdigest()
         self._has_blocks = BLOCK.search(source) is not None
         longest_first = sorted(controls, key=len, reverse=True)
         self._spelled = re.compile(f"(?=(?:{'|'.join(map(re.escape, longest_first))})).", re.DOTALL)  # the first character of each

@@ -89,6 +89,7 @@ class HfTokenizer:
         white = {piece.content: (piece.lstrip, piece.rstrip) for piece in added.values()}
         controls = {piece: white.get(piece, (False, False)) for piece in map(self.piece, self._control_ids)}
         self._chat = None if template is None else ChatTemplate(template, folder, controls, self._special)
+        self.template_hash = self._chat.hash if self._chat else None
         # Added tokens that are looked for after normalization can be spelled in ways that the pattern does not know.
         hidden = self._reference.normalizer is not None and any(piece.normalized for piece in added.values())
         self._fast = None if hidden else self._open_fast()

@@ -35,6 +35,7 @@ class SentencePieceTokenizer:
         self.end_of_turn_id = self._id(END_OF_TURN)
         self._chat_ids = {piece: self._id(piece) for piece in CHAT_PIECES}
         self._chat = ChatTemplate(CHAT_TEMPLATE.read_text(encoding="utf-8"), model_file.parent, dict.fromkeys(CHAT_PIECES, (False, False)))
+        self.template_hash: str | None = self._chat.hash
         # The engine takes a literal U+2581 for a space. Spelled in bytes it comes back as itself.
         self._space_piece_ids = [self._id(f"<0x{byte:02X}>") for byte in SPACE_PIECE.encode()]
         # Only the chat pieces are found in raw text by the engine; <s>, </s>, <unk> and <pad> never are.

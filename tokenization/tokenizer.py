@@ -36,13 +36,15 @@ class Tokenizer(Protocol):
     vocab_size      pieces, control pieces included (a model may pad its embedding beyond that)
     eod_id          id of the end-of-document token
     end_of_turn_id  id of <|end|>, which closes a chat turn; eod_id where there is no such piece
-    hash            sha256 of what makes the ids: two tokenizers with one hash give the same ids
+    hash            sha256 of what makes the ids of texts: two tokenizers with one hash give the same ones
+    template_hash   sha256 of what else makes the ids of dialogues; None where it cannot write any
     """
 
     vocab_size: int
     eod_id: int
     end_of_turn_id: int
     hash: str
+    template_hash: str | None
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text, never a control or chat id whatever the text spells."""

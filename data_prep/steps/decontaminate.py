@@ -35,10 +35,19 @@ class Decontaminate(Step):
     for the 13 words of GPT-3 (Brown et al. 2020, appendix C) and 30 for the same in Japanese.
     """
 
+    def files(self) -> list[Path]:
+        files: list[Path] = []
+        for pattern in self.sets:
+            paths = sorted(glob.glob(pattern, recursive=True))
+            if not paths:
+                raise UserError(f"sets: {pattern}: no such file: check the path, which starts at the folder where the command runs")
+            files += map(Path, paths)
+        return files
+
     def start(self) -> Judge:
         runs = {n: _Runs() for n in (self.num_characters, (self.num_characters + 1) // 2)}
         whole: dict[bytes, str] = {}
-        for path in self._files():
+        for path in self.files():
             name, texts = path.name.split(".")[0], [letters(text) for text in self._texts(path)]
             if not any(len(codes) >= FEWEST for codes in texts):
                 fields = f" in the fields {', '.join(self.fields)}" if self.fields else ""
@@ -63,15 +72,6 @@ class Decontaminate(Step):
             return None
 
         return judge
-
-    def _files(self) -> list[Path]:
-        files: list[Path] = []
-        for pattern in self.sets:
-            paths = sorted(glob.glob(pattern, recursive=True))
-            if not paths:
-                raise UserError(f"sets: {pattern}: no such file: check the path, which starts at the folder where the command runs")
-            files += map(Path, paths)
-        return files
 
     def _texts(self, path: Path) -> list[str]:
         if path.suffix == ".txt":

@@ -104,9 +104,15 @@ class JapaneseQuality(Step):
     ng_words: WordLimit | None = WordLimit(words=Path("ng_ja.txt"), max_distinct=2, max_per_thousand=2)
     """Words of what is not to be learned; null: not looked for."""
 
-    def start(self) -> Judge:
+    def files(self) -> list[Path]:
+        return [WORDS / limit.words for limit in self._limits().values()]
+
+    def _limits(self) -> dict[str, WordLimit]:
         limits = {"adverts": self.adverts, "board": self.board, "ng_words": self.ng_words}
-        used = {reason: limit for reason, limit in limits.items() if limit is not None}
+        return {reason: limit for reason, limit in limits.items() if limit is not None}
+
+    def start(self) -> Judge:
+        used = self._limits()
         finder = _Finder({reason: _words(limit.words) for reason, limit in used.items()})
         return lambda document: first_broken(self._rules(document.text, used, finder))
 

@@ -7,29 +7,28 @@ a row is. HTML stays HTML here (`metadata["html"]` is True); the step `extract` 
 import glob
 import io
 import os
-import zlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import pyarrow
 from datatrove.data import Document
-from fastwarc.warc import ArchiveIterator, WarcRecord, WarcRecordType
 from pyarrow import parquet
 
 from data_prep.row import KEYS, LONGEST, Fields, fields_of, joined, known, row_of, too_long
 from data_prep.steps.decode import html_of
+from data_prep.steps.warc import Page, Passed, read_warc
 from mujina.files import Stream, not_utf8
 from mujina.user_input import UserError
 
 PAGES = (".html", ".htm")
-HTML_TYPES = ("text/html", "application/xhtml+xml")
-PIECE = 1 << 8  # compressed bytes at a time: zstd makes up to 32,000 times as much of them
 ROWS = 64  # of a parquet file at a time
 NOTHING = "holds nothing: leave it out, or build it again"
 
-# What a reader finds: a number (of the line, record or row; 0 for a whole file), and there the fields of a row, or what is wrong.
-Found = Iterator[tuple[int, Fields | str]]
+# What a reader finds: a number (of the line, record or row; 0 for a whole file), and there the fields of a row, or what is wrong, or what
+# was passed over.
+Found = Iterator[tuple[int, Fields | Passed | str]]
 
 
 def find_inputs(patterns: list[str]) -> list[str]:
@@ -50,18 +49,36 @@ def find_inputs(patterns: list[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def read(path: str, labels: dict[str, str], damaged: Literal["stop", "skip"], problems: Callable[[str], None]) -> Iterator[Document]:
+def files_of(path: str) -> list[str]:
+    """The files of an input; none of a `datasets:` name that is no folder here."""
+    if not path.startswith("datasets:"):
+        return [path]
+    folder = Path(path.removeprefix("datasets:").partition(":")[0])
+    return sorted(str(file) for file in folder.rglob("*") if file.is_file())
+
+
+def read(
+    path: str,
+    labels: dict[str, str],
+    damaged: Literal["stop", "skip"],
+    problems: Callable[[str], None],
+    passed: Callable[[str], None] = lambda reason: None,
+) -> Iterator[Document]:
     """Yields the documents of one input, in order; the end of its name says how it is read (`FORMATS`).
 
     labels     of the source, see `row.SourceFacts.labels`
     damaged    what becomes of a row, record or file that cannot be read: "stop" raises UserError; "skip" calls `problems` with
                what was wrong and goes on after it
+    passed     called with the reason whenever something is passed over: what is damaged, and records of an archive that are no pages
 
     A document's id is the row's or record's own, else <file name>:<number>, and its metadata has `url` and `date` where they are known.
     A dialogue has its turns in metadata["messages"], and their contents by lines in `text`.
     Raises UserError when the input is missing or of an unknown kind.
     """
     for where, number, found in records(path):
+        if isinstance(found, Passed):
+            passed(found.reason)
+            continue
         row = found if isinstance(found, str) else row_of(found, f"{Path(path).name}:{number}", labels)
         if not isinstance(row, str):
             metadata = {key: value for key, value in row.items() if key not in ("id", "text")}
@@ -70,10 +87,12 @@ def read(path: str, labels: dict[str, str], damaged: Literal["stop", "skip"], pr
             raise UserError(f"{where}: {row}")
         else:
             problems(f"{where}: {row}")
+            passed(re.split(r"[:(]| [`'\d]", row)[0].strip())
 
 
-def records(path: str) -> Iterator[tuple[str, int, Fields | str]]:
-    """Yields (where, number, fields of a row or what is wrong there) of one input, in order; the last may be what is wrong with the file.
+def records(path: str) -> Iterator[tuple[str, int, Fields | Passed | str]]:
+    """Yields (where, number, fields of a row, or what is wrong there, or passed over) of one input, in order; the last may be what is
+    wrong with the file.
 
     Raises UserError when the input is missing or of an unknown kind.
     """
@@ -137,53 +156,19 @@ def _read_dataset(path: str) -> Found:
 
 
 def _read_warc(path: str) -> Found:
-    """Pages of the responses and texts of the conversions. A record is given when the next one, or the end, is where it should be:
-    a wrong Content-Length or a cut-off file is noticed only there."""
-    stream, held = Stream(path), None
-    for number, record in enumerate(ArchiveIterator(stream, parse_http=False, stream_detect=False), start=1):
-        if held:
-            yield held
-        found = _page_of(record)
-        held = found and (number, found)
-        record.consume()
-    if stream.position and stream.tail != b"\r\n\r\n":
-        raise OSError("the file ends within a record")
-    if held:
-        yield held
-
-
-def _page_of(record: WarcRecord) -> Fields | str | None:
-    """The row of a record, or what is wrong with it; None for what is no page: requests, redirects, pictures."""
-    headers, is_page = record.headers, record.record_type == WarcRecordType.response
-    if not is_page and record.record_type != WarcRecordType.conversion:
-        return None
-    if record.content_length > LONGEST:
-        return too_long("record")
-    if is_page:
-        record.parse_http(auto_decode="transfer")
-        content_type = headers.get("WARC-Identified-Payload-Type") or record.http_content_type
-        if content_type not in HTML_TYPES or record.http_headers.status_code != 200:
-            return None
-    try:
-        data = record.reader.read()
-        # By the magic number: some crawlers store a page unpacked and leave its header as it was.
-        if data.startswith(b"\x1f\x8b"):
-            data = zlib.decompressobj(wbits=31).decompress(data, LONGEST + 1)
-    except (OSError, zlib.error) as error:
-        return f"its body cannot be unpacked ({error}): fetch the page again"
-    if len(data) > LONGEST:
-        return too_long("record, unpacked,")
-    if is_page and record.http_headers.get("Content-Encoding") in ("br", "deflate", "zstd") and not data.lstrip().startswith(b"<"):
-        return f"its body is packed with {record.http_headers.get('Content-Encoding')}, which is not read: store it plain or with gzip"
-    url = headers.get("WARC-Target-URI")
-    row = {"id": record.record_id or url, "url": url, "date": headers.get("WARC-Date")}
-    if is_page:
-        page = html_of(data, record.http_charset)
-        return page if isinstance(page, str) else row | page
-    try:
-        return row | {"text": data.decode().replace("\0", "")}
-    except UnicodeDecodeError as wrong:
-        return not_utf8(wrong)
+    for number, page in read_warc(path):
+        if not isinstance(page, Page):
+            yield number, page
+            continue
+        row = {"id": page.id, "url": page.url, "date": page.date}
+        if page.is_html:
+            html = html_of(page.data, page.charset)
+            yield number, html if isinstance(html, str) else row | html
+            continue
+        try:
+            yield number, row | {"text": page.data.decode().replace("\0", "")}
+        except UnicodeDecodeError as wrong:
+            yield number, not_utf8(wrong)
 
 
 def _read_file(path: str) -> Found:

@@ -25,6 +25,10 @@ class Step(Section, ABC):
     def start(self) -> Judge:
         """Loads what the step needs, once a process, and returns its judge."""
 
+    def files(self) -> list[Path]:
+        """The files of the user's that it reads, which are a part of what it does."""
+        return []
+
 
 class CorpusStep(Section, ABC):
     """One step over the whole source. `folder` is its own, on a file system that all ranks share; memory does not grow with the source."""

@@ -5,6 +5,7 @@ The lists ship with datatrove: the blacklists of Université Toulouse 1 Capitole
 
 import re
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 from datatrove.data import Document
@@ -34,6 +35,9 @@ class Url(Step):
     step: Literal["url"] = "url"
     blocked_domains: str | None = None
     """A file of further domains or hosts, one a line, # before a comment; null: the built-in lists alone."""
+
+    def files(self) -> list[Path]:
+        return [Path(self.blocked_domains)] if self.blocked_domains else []
 
     def start(self) -> Judge:
         filter = _filter_of(self.blocked_domains)

@@ -38,7 +38,7 @@ def test_blocks_grow_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_line_without_an_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "LONGEST_LINE", 4 << 20)
+    monkeypatch.setattr(blocks, "LONGEST", 4 << 20)
     (tmp_path / "rows.jsonl").write_bytes(b'{"text": "one"}\n' * 3 + b'{"text": "' + b"x" * (12 << 20))
     with pytest.raises(UserError, match="rows.jsonl line 4: the line is longer than"):
         list(read_blocks(str(tmp_path / "rows.jsonl")))

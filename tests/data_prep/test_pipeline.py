@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from typing import Any
 
 import pytest
 import yaml
+from datatrove.executor import LocalPipelineExecutor
 
+from data_prep import pipeline
 from data_prep.config import PrepareConfig
 from data_prep.executors import prepare
 from data_prep.indexed import open_binary
@@ -137,6 +140,102 @@ def test_other_steps_or_inputs_are_not_mixed_with_what_is_there(undisturbed: tup
     for source in ({"steps": STEPS[:1]}, {"documents": [documents.replace("*", "1")]}, {"licence": "Apache-2.0"}):
         with pytest.raises(UserError, match="of other steps or other input files.*remove this folder"):
             prepare(config(documents, output, source=source))
+
+
+@pytest.mark.parametrize("steps", [STEPS[:1], STEPS])
+def test_a_document_file_that_is_lost_or_damaged_is_made_again_and_told(tmp_path: Path, steps: list[dict[str, Any]], capsys) -> None:
+    documents, source = write_files(tmp_path / "in", files=2, rows=12), {"steps": steps}
+    prepare(config(documents, tmp_path / "out", source=source))
+    expected = bytes_of(tmp_path / "out")
+    folder = tmp_path / "out/code/documents"
+    lost = folder / "00001.jsonl.zst"
+    for damage, is_told in (
+        (lost.unlink, True),
+        (lambda: os.truncate(lost, 20), True),
+        (lambda: lost.write_bytes(bytes(lost.stat().st_size)), True),
+        (lambda: shutil.rmtree(folder), True),
+        (lambda: shutil.rmtree(tmp_path / "out/code/stages"), False),  # then nothing has ended
+    ):
+        damage()
+        prepare(config(documents, tmp_path / "out", source=source))
+        assert bytes_of(tmp_path / "out") == expected
+        assert ("00001.jsonl.zst is gone, or is not what was written" in capsys.readouterr().err) == is_told
+        assert not (tmp_path / "out/code/work").exists() and not (tmp_path / "out/code/.documents").exists()
+
+
+def test_what_was_lost_between_stages_is_made_again(undisturbed: tuple[str, Path], tmp_path: Path) -> None:
+    documents, expected = undisturbed
+    shutil.copytree(expected, tmp_path / "out")
+    folder = tmp_path / "out/code"
+    for name in ("work", "removed", "documents", "stages"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (stages,) = (pipeline.stages(name, source, folder) for name, source in config(documents, tmp_path / "out").sources.items())
+    for stage in stages[:4]:
+        for rank in range(stage.tasks):
+            executor = LocalPipelineExecutor(stage.pipeline, stage.tasks, logging_dir=str(folder / "stages" / stage.name))
+            executor._run_for_rank(rank)
+    (folder / "work/02-exact_duplicates/documents/00002.jsonl.zst").unlink()
+    prepare(config(documents, tmp_path / "out"))
+    assert bytes_of(tmp_path / "out") == bytes_of(expected)
+
+
+def test_a_touch_is_no_change_and_a_change_of_the_same_size_is_one(tmp_path: Path) -> None:
+    documents = write_files(tmp_path / "in", files=2, rows=20)
+    source = {"steps": [{"step": "normalise"}, {"step": "decontaminate", "sets": [str(tmp_path / "sets/*.txt")]}]}
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets/one.txt").write_text("a question of an evaluation set, and nothing else")
+    again = lambda: prepare(config(documents, tmp_path / "out", source=source))  # noqa: E731
+    again()
+    marker = tmp_path / "out/code/stages/documents/completions/00000"
+    before = marker.stat().st_mtime_ns
+    shutil.copytree(tmp_path / "in", tmp_path / "copy")
+    for path in [*(tmp_path / "in").iterdir(), *(tmp_path / "sets").iterdir()]:
+        path.touch()
+        shutil.move(shutil.copy(path, tmp_path / "moved"), path)
+    again()
+    assert marker.stat().st_mtime_ns == before
+    for path in tmp_path / "in/1.jsonl.gz", tmp_path / "sets/one.txt":
+        content, stat = path.read_bytes(), path.stat()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        with pytest.raises(UserError, match=rf"of other steps or other input files \({path}\).*remove this folder"):
+            again()
+        path.write_bytes(content)
+        again()
+    (tmp_path / "sets/two.txt").write_text("another question of an evaluation set")
+    with pytest.raises(UserError, match="two.txt"):
+        again()
+
+
+def test_a_word_list_is_a_part_of_its_step(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "猫が座る。"}) + "\n")
+    (tmp_path / "words.txt").write_text("広告\n")
+    for step in (
+        {"step": "japanese_quality", "adverts": {"words": str(tmp_path / "words.txt"), "max_distinct": 1, "max_per_thousand": 1}},
+        {"step": "url", "blocked_domains": str(tmp_path / "words.txt")},
+    ):
+        settings = config(str(tmp_path / "a.jsonl"), tmp_path / step["step"], source={"steps": [step]})
+        (source,) = settings.sources.values()
+        stages = lambda: pipeline.stages("code", source, tmp_path / step["step"] / "code")  # noqa: B023, E731
+        stages()
+        (tmp_path / "words.txt").write_text("宣伝\n")
+        with pytest.raises(UserError, match="words.txt"):
+            stages()
+        (tmp_path / "words.txt").write_text("広告\n")
+        stages()
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    documents = write_files(tmp_path / "in", files=1, rows=5)
+    mine = tmp_path / "out/code/work/thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    with pytest.raises(UserError, match="out/code: exists, is not empty and holds no pipeline.json"):
+        prepare(config(documents, tmp_path / "out"))
+    assert mine.read_text() == "years of work"
+    (tmp_path / "out/code/pipeline.json").write_text("{")
+    with pytest.raises(UserError, match="pipeline.json: is damaged"):
+        prepare(config(documents, tmp_path / "out"))
 
 
 def test_damaged_input_stops_the_run_or_is_reported(tmp_path: Path) -> None:

@@ -24,9 +24,11 @@ from tokenizers import decoders, models, pre_tokenizers
 from data_prep import blocks
 from data_prep import tokenize as tokenize_module
 from data_prep.blocks import Block, read_blocks, rows_of
+from data_prep.executors import notes
 from data_prep.indexed import open_binary
-from data_prep.prepare import PrepareConfig, prepare
+from data_prep.prepare import PrepareConfig, prepare, shared_out
 from data_prep.row import Row
+from mujina import files
 from mujina.user_input import UserError, parse
 from tokenization.load import load
 from tokenization.train import TrainConfig, train
@@ -45,7 +47,7 @@ def config(tokenizer: Path, output: Path, **sources: dict[str, Any]) -> PrepareC
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
 
 
 def test_documents_and_dialogues_decode_to_what_went_in(tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -153,12 +155,116 @@ def test_only_what_changed_is_built_again(tokenizer_folder: Path, tmp_path: Path
     assert built() == {"two"}
     os.truncate(tmp_path / "out/two.bin", 2)
     assert built() == {"two"}
+    (tmp_path / "out/two.bin").write_bytes(bytes((tmp_path / "out/two.bin").stat().st_size))  # of the right size
+    assert built() == {"two"}
     (tmp_path / "out/one.json").unlink()
     assert built() == {"one"}
     corpus = write_rows(tmp_path / "corpus.jsonl", [{"text": f"the cat sat on mat {n}"} for n in range(30)])
     other = train(TrainConfig(inputs=[corpus], output=str(tmp_path / "other"), vocab_size=284, character_coverage=1.0))
     assert built(tokenizer=other) == {"one", "two"}
     assert open_binary(tmp_path / "out/one").manifest.tokenizer_hash == load(other).hash
+
+
+def test_a_chat_template_is_a_part_of_what_it_wrote(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(tmp_path / "tokenizer")
+    (tokenizer / "chat_template.jinja").write_text("{% for turn in messages %}{{ turn.content }}</s>{% endfor %}")
+    turns = [{"role": "user", "content": "7 + 5?"}, {"role": "assistant", "content": "12"}]
+    chat = {"documents": [write_rows(tmp_path / "chat.jsonl", [{"messages": turns}])], "kind": "chat"}
+    web = {"documents": [write_rows(tmp_path / "web.jsonl", [{"text": "the cat"}])]}
+    before, same = (prepare(config(tokenizer, tmp_path / "out", chat=chat, web=web)) for _ in range(2))
+    stamps = {name: (tmp_path / f"out/{name}.bin").stat().st_mtime_ns for name in ("chat", "web")}
+    (tokenizer / "chat_template.jinja").write_text("{% for turn in messages %}{{ turn.role }}: {{ turn.content }}</s>{% endfor %}")
+    after = prepare(config(tokenizer, tmp_path / "out", chat=chat, web=web))
+    assert before == same and before[1] == after[1] and before[0].num_tokens < after[0].num_tokens
+    assert [(tmp_path / f"out/{name}.bin").stat().st_mtime_ns == stamp for name, stamp in stamps.items()] == [False, True]
+
+
+@pytest.mark.parametrize("nothing", ["", " \n\t", "\u3000", "\ufeff", "\u200b\u200e "])
+def test_documents_of_nothing_are_told_and_are_no_tokens(tokenizer_folder: Path, tmp_path: Path, nothing: str) -> None:
+    turns = [{"role": role, "content": nothing} for role in ("user", "assistant")]
+    web = write_rows(tmp_path / "web.jsonl", [{"text": nothing}, {"text": "the cat"}, {"messages": turns}, {"text": nothing}])
+    settings = config(tokenizer_folder, tmp_path / "out", web={"documents": [web]})
+    (manifest,) = prepare(settings)
+    assert (manifest.num_documents, manifest.num_empty, manifest.num_characters) == (1, 3, 7)
+    assert "source web: 3 documents of nothing were left out" in notes([manifest])
+    none = write_rows(tmp_path / "none.jsonl", [{"text": nothing}])
+    with pytest.raises(UserError, match="source none: holds no documents"):
+        prepare(config(tokenizer_folder, tmp_path / "out", none={"documents": [none]}))
+
+
+def test_who_prepares_a_source_keeps_others_away_until_it_ends_or_is_killed(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": f"the cat sat on the mat number {n} " * 20} for n in range(8_000)]
+    documents, other = write_rows(tmp_path / "web.jsonl", rows), write_rows(tmp_path / "other.jsonl", rows[:1])
+    out = tmp_path / "out"
+    first = subprocess.Popen(command(tokenizer_folder, documents, out, tmp_path), cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not list(out.glob(".web.shards/*")):
+        assert first.poll() is None and time.monotonic() < deadline, "it ended before the second began"
+        time.sleep(0.002)
+    first.send_signal(signal.SIGSTOP)
+    with monkeypatch.context() as impatient, pytest.raises(UserError, match=f"source web of {out}: process {first.pid} on .* is at work"):
+        impatient.setattr(files, "PATIENCE", 0)
+        prepare(config(tokenizer_folder, out, web={"documents": [documents]}))
+    prepare(config(tokenizer_folder, out, other={"documents": [other]}))
+    first.kill()
+    first.wait()
+    prepare(config(tokenizer_folder, out, web={"documents": [documents]}))
+    open_binary(out / "web").verify()
+
+
+SOURCES = {name: {"documents": ["a.jsonl"]} for name in "abcdefgh"}
+
+
+@pytest.mark.parametrize(
+    ("array", "share", "names"),
+    [
+        (None, "0/1", "abcdefgh"),
+        (None, "1/3", "beh"),
+        ((0, 0, 1), "array", "abcdefgh"),
+        ((0, 7, 8), "array", "d"),
+        ((3, 3, 1), "array/8", "d"),
+        ((0, 5, 3), "array/4", "dh"),
+        ((0, 14, 8), "array/15", "d"),
+    ],
+)
+def test_a_share_is_the_same_whichever_tasks_run(array: Any, share: str, names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if array:
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0" if array == (0, 0, 1) else "3")
+        for name, value in zip(("MIN", "MAX", "COUNT"), array, strict=True):
+            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    assert "".join(shared_out(config(Path("t"), Path("out"), **SOURCES), share).sources) == names
+
+
+@pytest.mark.parametrize(
+    ("array", "share", "problem"),
+    [
+        (None, "array", "is for the tasks of a Slurm array, and this is none"),
+        (None, "3/3", "must be I/N"),
+        (None, "x", "must be I/N"),
+        ((3, 3, 1), "array", r"\(1 from 3 to 3\) are not all of 0 … N - 1.*add --share array/N"),  # --array=3
+        ((0, 5, 3), "array", r"\(3 from 0 to 5\) are not all"),  # 0,2,5
+        ((0, 14, 8), "array", r"\(8 from 0 to 14\) are not all"),  # 0-14:2
+        ((1, 8, 8), "array", r"\(8 from 1 to 8\) are not all"),
+        ((3, 3, 1), "array/3", "task 3 of the array is none of 0 … 3 - 1"),
+        ((3, 3, 1), "array/x", "is none of 0"),
+    ],
+)
+def test_a_share_that_nobody_can_tell_is_refused(array: Any, share: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if array:
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+        for name, value in zip(("MIN", "MAX", "COUNT"), array, strict=True):
+            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    with pytest.raises(UserError, match=problem):
+        shared_out(config(Path("t"), Path("out"), **SOURCES), share)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", ".hidden", "a/b", "/tmp", "-rf", "a\n", "a b", "x" * 300])
+def test_a_name_of_a_source_is_a_name(name: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    described = {"tokenizer": "t", "output": str(tmp_path / "out"), "sources": {name: {"kind": "web", "documents": ["a"]}}}
+    with pytest.raises(UserError, match="becomes the name of a file: write letters"):
+        parse(described, PrepareConfig, "config.yaml")
 
 
 def test_several_files_are_one_source_in_order(tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -174,7 +280,7 @@ def test_an_empty_source_is_refused(tokenizer_folder: Path, tmp_path: Path) -> N
     empty, one = write_rows(tmp_path / "empty.jsonl", []), write_rows(tmp_path / "one.jsonl", [{"text": " "}])
     with pytest.raises(UserError, match="empty.jsonl: holds nothing"):
         prepare(config(tokenizer_folder, tmp_path / "out", web={"documents": [one, empty]}))
-    with pytest.raises(UserError, match="source web: holds no documents.*its steps dropped all"):
+    with pytest.raises(UserError, match="source web: holds no documents.*all that it held was dropped"):
         prepare(config(tokenizer_folder, tmp_path / "out", web={"documents": [one], "steps": [{"step": "normalise"}]}))
     with pytest.raises(UserError, match="not a whole binary"):
         open_binary(tmp_path / "out/web")
@@ -234,7 +340,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(
 ) -> None:
     monkeypatch.setattr(blocks, "FIRST_BLOCK", 2_000)
     draw = random.Random(1)
-    rows = [{"text": "".join(draw.choices("cat 猫", k=draw.randint(0, 300))), "language": draw.choice("ab")} for _ in range(500)]
+    rows = [{"text": "".join(draw.choices("cat 猫", k=draw.randint(9, 300))), "language": draw.choice("ab")} for _ in range(500)]
     documents = [write_rows(tmp_path / "a.jsonl", rows), str(tmp_path / "b.jsonl.gz")]
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(Path(documents[0]).read_bytes()))
     assert len(list(read_blocks(documents[0]))) > 20
@@ -253,19 +359,28 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(
     assert sum(binary.manifest.languages.values()) == 1_000
 
 
-def test_a_hugging_face_tokenizer_prepares_as_well(tmp_path: Path) -> None:
-    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({piece: token for token, piece in enumerate(["</s>", *tokens])}, []))
+TOKENS = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def byte_tokenizer(folder: Path) -> Path:
+    """A Hugging Face tokenizer with a token for each byte, and 0 for the end of a document."""
+    folder.mkdir(exist_ok=True)
+    backend = tokenizers.Tokenizer(models.BPE({piece: token for token, piece in enumerate(["</s>", *TOKENS])}, []))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     backend.add_special_tokens(["</s>"])
-    backend.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    texts = ["the cat", "spells </s> itself", "", "猫"] * 100
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    return folder
+
+
+def test_a_hugging_face_tokenizer_prepares_as_well(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path)
+    texts = ["the cat", "spells </s> itself", "猫"] * 100
     documents = write_rows(tmp_path / "web.jsonl", [{"text": text} for text in texts])
     prepare(config(tmp_path, tmp_path / "out", web={"documents": [documents]}))
     binary = open_binary(tmp_path / "out/web", load(tmp_path).hash)
     for number, text in enumerate(texts):
-        assert binary.document(number).tolist() == [1 + tokens.index(piece) for piece in _byte_level(text)] + [0]
+        assert binary.document(number).tolist() == [1 + TOKENS.index(piece) for piece in _byte_level(text)] + [0]
 
 
 def _byte_level(text: str) -> str:

@@ -106,7 +106,7 @@ def test_a_damaged_file_costs_only_its_samples(tmp_path: Path, damage) -> None:
     path.write_bytes(damage(path.read_bytes()))
     report.kept.append(tmp_path / "gone.jsonl.gz")
     html = written(tmp_path, report)
-    assert "Passed over (2)" in html and "no more samples of web-quality.jsonl.gz" in html and "no more samples of gone.jsonl.gz" in html
+    assert "Passed over<" in html and "no more samples of web-quality.jsonl.gz" in html and "no more samples of gone.jsonl.gz" in html
     assert "Kept at the end" in html
 
 

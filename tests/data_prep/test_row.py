@@ -67,6 +67,17 @@ def test_a_number_is_an_id_and_blank_lines_count(tmp_path: Path, rows: Reader) -
 
 
 @of_both
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path: Path, name: str, rows: Reader) -> None:
+    data = "\ufeff".join(["", '{"text": "one"}\n', '{"text": "two"}\n'])  # as of two files put together
+    (tmp_path / name).write_bytes(gzip.compress(data.encode()) if name.endswith("gz") else data.encode())
+    assert [row["text"] for row in rows(tmp_path / name, WEB)] == ["one", "two"]
+    (tmp_path / name).write_bytes(gzip.compress(data.encode("utf-16")) if name.endswith("gz") else data.encode("utf-16"))
+    with pytest.raises(UserError, match="line 1: byte 0xff at 0 is not UTF-8: convert the file"):
+        rows(tmp_path / name, WEB)
+
+
+@of_both
 def test_dialogues(tmp_path: Path, rows: Reader) -> None:
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": MESSAGES, "text": "passed over"}))
     (row,) = rows(tmp_path / "chat.jsonl", CHAT)
@@ -96,6 +107,8 @@ def test_dialogues(tmp_path: Path, rows: Reader) -> None:
         (b'{"text": "x", "language": ["ja"]}', "language is .'ja'., not a string: mend the row"),
         (b'{"text": "x", "teacher": NaN}', "teacher is nan, not a string"),
         (b'{"text": "x", "source": 5}', "source is 5, not a string"),
+        (b'{"text": "x", "url": 5}', "url is 5, not a string: mend the row"),
+        (b'{"text": "x", "url": ["http://a.jp"]}', "url is .'http://a.jp'., not a string"),
         (b'{"messages": []}', "`messages` is not a list of turns"),
         (b'{"messages": ""}', "`messages` is not a list of turns"),
         (b'{"messages": [{"role": "user"}]}', "the turn .'role': 'user'. lacks a string `role` or `content`"),

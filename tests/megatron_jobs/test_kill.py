@@ -16,6 +16,7 @@ import yaml
 from megatron_jobs.checkpoints.checkpoint import Checkpoint
 from megatron_jobs.config import RunConfig
 from megatron_jobs.launch import held_port
+from mujina import files
 from mujina.user_input import UserError
 from tests.conftest import tiny
 from tests.megatron_jobs.test_train import losses, train_here
@@ -61,10 +62,11 @@ def test_killed_at_any_moment(prepared, tmp_path, asynchronous):
     assert one.ledger == other.ledger and one.files == other.files  # sizes and checksums of every rank's file
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path):
+def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
     from megatron_jobs import ranks
 
-    with ranks.hold(tmp_path), pytest.raises(UserError, match="another process trains in this folder"), ranks.hold(tmp_path):
+    monkeypatch.setattr(files, "PATIENCE", 0)
+    with ranks.hold(tmp_path), pytest.raises(UserError, match=r"run .*process \d+ on .* is at work here"), ranks.hold(tmp_path):
         pass
     with ranks.hold(tmp_path):
         pass
