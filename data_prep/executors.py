@@ -34,8 +34,7 @@ def prepare(config: PrepareConfig) -> list[Manifest]:
     Raises UserError on unreadable files, sources without documents, and a full disk.
     """
     stages = _check(config)
-    if config.tokenizer is not None:
-        use(load(config.tokenizer))
+    _use_tokenizer(config)
     logger.remove()  # datatrove tells its story in the log files of the stages
     columns = SpinnerColumn(finished_text="✓"), TextColumn("{task.description:20} {task.fields[state]}"), TimeElapsedColumn()
     manifests = []
@@ -170,10 +169,17 @@ def _run_rank(executor: LocalPipelineExecutor, rank: int) -> None:
         executor._run_for_rank(rank, local_rank=1)
 
 
+def _use_tokenizer(config: PrepareConfig) -> None:
+    if config.tokenizer is not None:
+        tokenizer = load(config.tokenizer, config.end_of_document, config.begin_documents)
+        if tokenizer.remark:
+            print(tokenizer.remark, file=sys.stderr)
+        use(tokenizer)
+
+
 def _finish_alone(config: PrepareConfig, name: str, _: int) -> None:
     """`_finish` as a task of its own on a cluster, with a core for each of its processes."""
-    if config.tokenizer is not None:
-        use(load(config.tokenizer))
+    _use_tokenizer(config)
     with Workers(config.processes) as workers:
         _finish(config, name, workers, print)
 

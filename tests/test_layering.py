@@ -20,7 +20,7 @@ MAY_ENTER = {
     "tokenization": "mujina",
     "data_prep": "mujina tokenization",
     "moe": "mujina",
-    "megatron_jobs.config": "mujina data_prep",
+    "megatron_jobs.config": "mujina tokenization data_prep",
     "megatron_jobs.ranks": "mujina",
     "megatron_jobs.failures": "mujina",
     "megatron_jobs.stability": "mujina megatron_jobs.config",
