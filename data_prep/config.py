@@ -20,6 +20,7 @@ from data_prep.steps.normalise import Normalise
 from data_prep.steps.pii import Pii
 from data_prep.steps.url import Url
 from mujina.user_input import Name, Section
+from tokenization.tokenizer import BeginDocuments
 
 AnyStep = Annotated[
     Extract
@@ -92,6 +93,12 @@ class PrepareConfig(Section):
     """The folder to write to."""
     tokenizer: str | None = None
     """The tokenizer's folder; null: documents are prepared and not tokenized."""
+    end_of_document: str | None = None
+    """The piece that ends every document; null: the tokenizer's `eos_token`. Runs on the binaries say the same."""
+    begin_documents: BeginDocuments = "auto"
+    """Whether the tokenizer's `bos_token` begins every document; auto: as transformers does it, a text where tokenizer.json adds it, a
+    dialogue where the chat template writes it. Runs on the binaries say the same.
+    """
     processes: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), gt=0)
     """Processes on this machine, one for each core unless given; no result depends on it."""
     executor: Literal["local", "slurm", "ray"] = "local"

@@ -39,8 +39,7 @@ def prepare(config: PrepareConfig) -> list[Manifest]:
 
 
 def _prepare(config: PrepareConfig, stages: dict[str, list[Stage]]) -> list[Manifest]:
-    if config.tokenizer is not None:
-        use(load(config.tokenizer))
+    _use_tokenizer(config)
     logger.remove()  # datatrove tells its story in the log files of the stages
     columns = SpinnerColumn(finished_text="✓"), TextColumn("{task.description:20} {task.fields[state]}"), TimeElapsedColumn()
     manifests = []
@@ -205,10 +204,17 @@ def _run_rank(executor: LocalPipelineExecutor, rank: int) -> None:
         executor._run_for_rank(rank, local_rank=1)
 
 
+def _use_tokenizer(config: PrepareConfig) -> None:
+    if config.tokenizer is not None:
+        tokenizer = load(config.tokenizer, config.end_of_document, config.begin_documents)
+        if tokenizer.remark:
+            print(tokenizer.remark, file=sys.stderr)
+        use(tokenizer)
+
+
 def _finish_alone(config: PrepareConfig, name: str, _: int) -> None:
     """`_finish` as a task of its own on a cluster, with a core for each of its processes."""
-    if config.tokenizer is not None:
-        use(load(config.tokenizer))
+    _use_tokenizer(config)
     with Workers(config.processes) as workers, _hold(config, name):
         manifest = _finish(config, name, workers, print)
     for note in notes([manifest] if manifest else []):

@@ -10,6 +10,7 @@ Here every document is one sequence, so S = D.
 """
 
 import hashlib
+import json
 import os
 import resource
 import struct
@@ -25,6 +26,7 @@ import pydantic
 from data_prep.row import Kind, Origin
 from mujina.files import sha256_of, sync, write_whole
 from mujina.user_input import Section, UserError
+from tokenization.tokenizer import BeginDocuments
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -34,6 +36,9 @@ CHUNK = 1 << 20  # index entries held in memory at once
 
 class Labels(Section):
     """What the writer of a binary knows about it. `languages`, `licences` and `teachers` count documents.
+
+    begin_documents, end_of_document    as the tokenizer was asked for them (`data_prep.config.PrepareConfig`)
+    num_begun                           documents that begin with the tokenizer's bos_token
 
     Not written where there are none: `num_empty`, the documents without anything in them, which were left out, and `template_hash`, of
     the chat template that wrote the dialogues.
@@ -50,6 +55,9 @@ class Labels(Section):
     tokenizer_hash: str
     template_hash: str | None = None
     vocab_size: int
+    begin_documents: BeginDocuments = "auto"
+    end_of_document: str | None = None  # of older binaries: the tokenizer's eos_token
+    num_begun: int = 0
     fingerprint: str
 
 
@@ -303,7 +311,9 @@ def open_binary(prefix: str | Path, tokenizer_hash: str | None = None) -> TokenB
     if tokenizer_hash not in (None, manifest.tokenizer_hash):
         raise UserError(
             f"{prefix}: was prepared with the tokenizer {manifest.tokenizer_hash[:12]}, the one given is {str(tokenizer_hash)[:12]}: "
-            f"prepare the source again with this tokenizer, or give the one that it was prepared with"
+            f"prepare the source again with this tokenizer, or give the one that it was prepared with, with begin_documents: "
+            f"{manifest.begin_documents}"
+            + (f" and end_of_document: {json.dumps(manifest.end_of_document, ensure_ascii=False)}" if manifest.end_of_document else "")
         )
     if manifest.num_documents == 0 or manifest.num_tokens == 0:
         raise UserError(f"{prefix}: holds no documents: leave the source out, or prepare it again from files that hold some")

@@ -38,6 +38,7 @@ def facts(binary: TokenBinary) -> list[tuple[str, str]]:
         ("licences", _counts(manifest.licences)),
         ("teachers", _counts(manifest.teachers) or "none"),
         ("documents", f"{manifest.num_documents:,}" + (f"; {manifest.num_empty:,} of nothing were left out" if manifest.num_empty else "")),
+        ("begin with bos_token", f"{manifest.num_begun:,} documents"),
         ("tokens", f"{manifest.num_tokens:,}, an end-of-document token each document included"),
         ("tokens per document", f"mean {lengths.mean():,.1f}, median {np.median(lengths):,.1f}, max {lengths.max():,}"),
         ("characters per token", f"{manifest.num_characters / manifest.num_tokens:.2f}"),
@@ -94,8 +95,10 @@ def main(
     ] = None,
 ) -> None:
     """Shows what is in a token binary: facts, statistics, and some documents as text."""
-    tokenizer = None if tokenizer_folder is None else load(tokenizer_folder)
-    binary = open_binary(prefix, None if tokenizer is None else tokenizer.hash)
+    binary, tokenizer = open_binary(prefix), None
+    if tokenizer_folder is not None:
+        tokenizer = load(tokenizer_folder, binary.manifest.end_of_document, binary.manifest.begin_documents)
+        open_binary(prefix, tokenizer.hash)
     if documents and first >= binary.manifest.num_documents:
         raise UserError(f"--from {first}: {prefix} holds the documents 0 to {binary.manifest.num_documents - 1:,}: name one of them")
     console = Console(soft_wrap=True)

@@ -53,13 +53,15 @@ class _Tally:
     num_characters: int = 0
     num_empty: int = 0
     has_dialogues: bool = False
+    num_begun: int = 0
 
-    def add(self, rows: tuple[Row, ...], num_characters: int) -> None:
+    def add(self, rows: tuple[Row, ...], ids: list[np.ndarray], num_characters: int) -> None:
         self.languages.update(row["language"] for row in rows)
         self.licences.update(row["licence"] for row in rows)
         self.teachers.update(row["teacher"] for row in rows if "teacher" in row)
         self.num_characters += num_characters
         self.has_dialogues |= any("messages" in row for row in rows)
+        self.num_begun += sum(int(document[0]) == _tokenizer.bos_id for document in ids if document.size > 1)
 
     def add_shard(self, shard: Manifest) -> None:
         for name in ("languages", "licences", "teachers"):
@@ -67,6 +69,7 @@ class _Tally:
         self.num_characters += shard.num_characters
         self.num_empty += shard.num_empty
         self.has_dialogues |= shard.template_hash is not None
+        self.num_begun += shard.num_begun
 
     def labels(self, name: str, facts: SourceFacts, fingerprint: str) -> Labels:
         counts = {name: dict(sorted(getattr(self, name).items())) for name in ("languages", "licences", "teachers")}
@@ -80,6 +83,9 @@ class _Tally:
             tokenizer_hash=_tokenizer.hash,
             template_hash=_tokenizer.template_hash if self.has_dialogues else None,
             vocab_size=_tokenizer.vocab_size,
+            begin_documents=_tokenizer.begin_documents,
+            end_of_document=_tokenizer.piece(_tokenizer.eod_id),
+            num_begun=self.num_begun,
             fingerprint=fingerprint,
         )
 
@@ -128,7 +134,7 @@ def _build_shard(name: str, source: SourceConfig, block: Block, prefix: Path) ->
         if not rows:
             continue
         ids, weights, num_characters = _tokenized(rows, bool(channels))
-        tally.add(rows, num_characters)
+        tally.add(rows, ids, num_characters)
         values = {WEIGHTS: np.concatenate(weights)} if channels else {}
         writer.add_documents(np.concatenate(ids), np.array([document.size for document in ids]), values)
     if writer.num_documents == 0:
@@ -142,12 +148,13 @@ def _channels(source: SourceConfig) -> dict[str, Channel]:
 
 
 def _tokenized(rows: tuple[Row, ...], weighted: bool) -> tuple[list[np.ndarray], list[np.ndarray], int]:
-    """The ids of each row with its end-of-document token, their weights (for dialogues, if asked for), and the characters of all."""
+    """The ids of each row, from what begins documents to what ends them, weights (of dialogues, if asked for), and characters of all."""
     texts = iter(_tokenizer.encode_batch([row["text"] for row in rows if "text" in row]))
+    begin = np.array([_tokenizer.bos_id], np.int32) if _tokenizer.begins_texts else None
     ids, weights, characters = [], [], 0
     for row in rows:
         if "text" in row:
-            ids.append(next(texts))
+            ids.append(next(texts) if begin is None else np.append(begin, next(texts)))
             characters += len(row["text"])
         else:
             # where nobody asks for the answers, a template need not tell them

@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from data_prep.row import Kind, Origin
 from mujina.user_input import Section, UserError, parse, read_yaml
+from tokenization.tokenizer import BeginDocuments
 
 VOCABULARY_MULTIPLE = 128  # one size at every tensor-parallel size, and a shape that GPU kernels like
 # Values of the logits of which the loss takes the softmax at a time, in float32: what fits a cache, what keeps a GPU busy.
@@ -552,6 +553,11 @@ class RunConfig(Section):
     """Of the order of the data, a new model's weights and new experts."""
     tokenizer: Path
     """Folder of the tokenizer that the binaries were made with."""
+    end_of_document: str | None = None
+    """The piece that ends every document of the binaries, as they were prepared; null: the tokenizer's `eos_token`."""
+    begin_documents: BeginDocuments = "auto"
+    """Whether the tokenizer's `bos_token` begins every document of the binaries, as they were prepared; the exported tokenizer does so too.
+    """
     model: ModelConfig
     """Shape of the model."""
     moe: MoEConfig | None = None

@@ -23,6 +23,7 @@ from megatron_jobs.checkpoints.checkpoint import Checkpoint
 from megatron_jobs.checkpoints.saver import Saver
 from megatron_jobs.checkpoints.weights import InitialWeights
 from megatron_jobs.config import Phase, RunConfig
+from megatron_jobs.conversion.families import tell_hindrance
 from megatron_jobs.conversion.start import open_weights, origin_of
 from megatron_jobs.conversion.upcycle import Mixture
 from megatron_jobs.data import feeder, phases
@@ -74,6 +75,8 @@ class Trainer:
         self.step = self._go_on_from(start)
         layers = "Transformer Engine" if has_transformer_engine() else "local"
         self.log = Log(config, self.step, groups.device_name(), layers) if ranks.rank() == 0 else None
+        if self.log and not self.step:
+            tell_hindrance(config)
         self.watch = Watch.of_this_process(config.parallel.pipeline)
         self.mark()
 

@@ -31,6 +31,7 @@ from mujina.user_input import Section, UserError
 END_OF_TURN = "<|end|>"
 BATCH_SIZE = 16  # answers of a folder decoded together
 
+_SAID = "acorns"  # by an assistant, to see what a template writes behind it
 _NUM_TRIES = 8  # of a request, over about a minute
 _FIRST_WAIT = 0.5  # seconds before the second try; each further wait is twice as long
 _LONGEST_WAIT = 300.0  # seconds; a server that asks for more is not waited for
@@ -86,7 +87,8 @@ class Sampling:
 class Answer:
     """The assistant's turn, without white space around it.
 
-    finish_reason       "stop": the model ended the turn by itself; "length": it ran into max_new_tokens; a server may give others
+    finish_reason       "stop": the model ended the turn by itself; "length": it ran into max_new_tokens; "context": into the end of the
+                        model's context; a server may give others
     num_answer_tokens   includes the token that ended the turn; both numbers are None where a server does not tell them
     """
 
@@ -108,10 +110,13 @@ class Answerer(Protocol):
         ...
 
 
-def open_answerer(where: str) -> Answerer:
-    """Opens a Hugging Face folder, or the model that `http://host:port/v1#model` names. Raises UserError when it is neither."""
+def open_answerer(where: str, completes: bool = False) -> Answerer:
+    """Opens a Hugging Face folder, or the model that `http://host:port/v1#model` names. Raises UserError when it is neither.
+
+    With `completes` a folder without a chat template is let in as well, see `FolderAnswerer`.
+    """
     if "://" not in where:
-        return FolderAnswerer(Path(where))
+        return FolderAnswerer(Path(where), completes)
     url, _, model = where.partition("#")
     if not (url.startswith(("http://", "https://")) and model):
         raise UserError(f"{where}: is not of the form http://host:port/v1#model: write the server's URL, # and the name it gives the model")
@@ -125,19 +130,30 @@ def _seed_of(conversation: Conversation, number: int, sampling: Sampling) -> int
 
 
 class FolderAnswerer:
-    """Answers of a Hugging Face chat model, on the GPU where there is one; whatever the folder's generation config says is passed over.
+    """Answers of a Hugging Face chat model, on the GPU where there is one; what the folder asks for in sampling is passed over.
 
-    An answer ends at `<|end|>` or the tokenizer's end of sequence. Other special tokens stay in the text: a model that writes `<|user|>`
-    into its answer should be seen doing so. A drawn answer depends on the seed, the conversation and the answer's number only, up to
-    the rounding of logits, which the other prompts of a batch and the kind of device may change.
+    An answer ends at any token that the generation configuration names, at the tokenizer's end of sequence, and at the one that the chat
+    template writes behind an assistant's turn. Other special tokens stay in the text: a model that writes `<|user|>` into its answer
+    should be seen doing so. A drawn answer depends on the seed, the conversation and the answer's number only, up to the rounding of
+    logits, which the other prompts of a batch and the kind of device may change.
+
+    is_plain   without a chat template, which only who `completes` lets in: a question is text, and its answer how that goes on
+
     Raises UserError when `folder` is not a Hugging Face folder, has no chat template or no token to stop at.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, completes: bool = False) -> None:
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: not a Hugging Face folder (no config.json): write one with `mujina convert`")
-        self._model, self._tokenizer = _load(folder)
-        self._stop_ids = _stop_ids(folder, self._tokenizer)
+        self._folder = folder
+        self._model, self._tokenizer, ends = _load(folder)
+        self.is_plain = self._tokenizer.chat_template is None
+        if self.is_plain and not completes:
+            raise UserError(
+                f"{folder}: its tokenizer has no chat template: use a chat tokenizer when converting, or add chat_template.jinja"
+            )
+        self._stop_ids = _stop_ids(folder, self._tokenizer, ends)
+        self._context: int | None = getattr(self._model.config, "max_position_embeddings", None)
 
     def answer(self, conversations: Sequence[Conversation], sampling: Sampling) -> Iterator[list[Answer]]:
         """Yields the answers to each conversation, a batch after the other."""
@@ -152,8 +168,7 @@ class FolderAnswerer:
     def _batch(self, wanted: list[tuple[Conversation, int]], sampling: Sampling) -> list[Answer]:
         import torch
 
-        rows = [[message.model_dump() for message in conversation.messages] for conversation, _ in wanted]
-        prompts = [self._tokenizer.apply_chat_template(row, add_generation_prompt=True, return_dict=False) for row in rows]
+        prompts = [self._prompt(conversation) for conversation, _ in wanted]
         length, device, padding = max(map(len, prompts)), self._model.device, self._stop_ids[0]
         # The mask follows from positions: the padding token may be one that prompts hold too.
         ids_BL = torch.tensor([[padding] * (length - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -169,13 +184,34 @@ class FolderAnswerer:
         )
         return [self._answer(len(prompt), ids_N) for prompt, ids_N in zip(prompts, ids_BLN[:, length:].tolist(), strict=True)]
 
+    def _prompt(self, conversation: Conversation) -> list[int]:
+        """Its ids. Raises UserError where nothing can be said behind it within the model's context."""
+        messages = [message.model_dump() for message in conversation.messages]
+        if self.is_plain:
+            prompt: list[int] = self._tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+        else:
+            prompt = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        if not prompt:
+            raise UserError(f"{self._folder}: a prompt without a token cannot be gone on with: write something")
+        if self._context and len(prompt) >= self._context:
+            raise UserError(
+                f"{self._folder}: the prompt {messages[-1]['content'][:40]!r} has {len(prompt):,} tokens, and the model's context "
+                f"(max_position_embeddings) holds {self._context:,} together with the answer: shorten it"
+            )
+        return prompt
+
     def _answer(self, num_prompt_tokens: int, ids_N: list[int]) -> Answer:
-        end = next((position for position, token in enumerate(ids_N) if token in self._stop_ids), None)
-        text = self._tokenizer.decode(ids_N[:end]).strip()
-        return Answer(text, "length" if end is None else "stop", num_prompt_tokens, len(ids_N) if end is None else end + 1)
+        room = self._context - num_prompt_tokens if self._context else len(ids_N)
+        end = next((position for position, token in enumerate(ids_N[:room]) if token in self._stop_ids), None)
+        if end is not None:
+            return Answer(self._tokenizer.decode(ids_N[:end]).strip(), "stop", num_prompt_tokens, end + 1)
+        said = ids_N[:room]
+        reason = "context" if len(said) < len(ids_N) else "length"
+        return Answer(self._tokenizer.decode(said).strip(), reason, num_prompt_tokens, len(said))
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
+def _load(folder: Path) -> tuple[Any, Any, list[int]]:
+    """The model, its tokenizer, and the tokens that its generation configuration ends with."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -185,18 +221,35 @@ def _load(folder: Path) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         problem = f"cannot be loaded as a Hugging Face model and tokenizer ({error})"
         raise UserError(f"{folder}: {problem}: write it with `mujina convert`") from None
+    ends = model.generation_config.eos_token_id
     model.generation_config = GenerationConfig()  # the folder's own may ask for sampling
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    ends = ends if isinstance(ends, list) else [ends]
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, ends
 
 
-def _stop_ids(folder: Path, tokenizer: Any) -> list[int]:
-    if tokenizer.chat_template is None:
-        raise UserError(f"{folder}: its tokenizer has no chat template: use a chat tokenizer when converting, or add chat_template.jinja")
-    end_of_turn = tokenizer.get_vocab().get(END_OF_TURN)
-    stop_ids = [token for token in (end_of_turn, tokenizer.eos_token_id) if token is not None]
+def _stop_ids(folder: Path, tokenizer: Any, ends: list[int]) -> list[int]:
+    named = [tokenizer.get_vocab().get(END_OF_TURN), _end_of_turn(tokenizer), tokenizer.eos_token_id, *ends]
+    stop_ids = [token for token in dict.fromkeys(named) if token is not None]
     if not stop_ids:
-        raise UserError(f"{folder}: its tokenizer has neither {END_OF_TURN} nor an end-of-sequence token, so no answer could end: add one")
+        raise UserError(
+            f"{folder}: neither its tokenizer nor its generation_config.json names a token that ends an answer: write eos_token_id there"
+        )
     return stop_ids
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The added token that the chat template writes behind what an assistant has said; None where it writes none."""
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        return None
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SAID}]
+    try:
+        written = tokenizer.apply_chat_template(turns, tokenize=False)
+    except (TemplateError, TypeError, ValueError):  # it takes other dialogues only
+        return None
+    behind = tokenizer(written.partition(_SAID)[2], add_special_tokens=False)["input_ids"]
+    return next((token for token in behind if token in tokenizer.added_tokens_decoder), None)
 
 
 def _draws(seeds: list[int], sampling: Sampling, device: Any) -> list[Any]:

@@ -16,6 +16,7 @@ import typer
 
 from megatron_jobs import config as configuration
 from megatron_jobs.config import RunConfig
+from megatron_jobs.conversion.families import tell_hindrance
 from megatron_jobs.data import feeder, phases
 from megatron_jobs.planning import layouts, plan, planner
 from mujina import sbatch
@@ -50,6 +51,7 @@ def main(
     if gpus_per_node := int(asked.get("gpus-per-node", "0").rpartition(":")[2]):
         _check_memory(settings, planner.machine(processes, gpu, gpus_per_node, "transformer-engine"), gpu)
     _check_disk(settings)
+    tell_hindrance(settings)
 
     options = [f"--nodes={nodes + spare}"] + ([f"--time={time}"] if time else [])
     left_out = history.excluded(settings.run)

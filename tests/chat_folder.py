@@ -34,6 +34,8 @@ def config(hidden_size: int) -> LlamaConfig:
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
     )
 
 

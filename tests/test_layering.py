@@ -20,25 +20,27 @@ MAY_ENTER = {
     "tokenization": "mujina",
     "data_prep": "mujina tokenization",
     "moe": "mujina",
-    "megatron_jobs.config": "mujina data_prep",
+    "megatron_jobs.config": "mujina tokenization data_prep",
     "megatron_jobs.ranks": "mujina",
     "megatron_jobs.failures": "mujina",
     "megatron_jobs.stability": "mujina megatron_jobs.config",
     "megatron_jobs.data": "mujina tokenization data_prep megatron_jobs.config",
-    "megatron_jobs.planning": "mujina megatron_jobs.config megatron_jobs.data",
+    "megatron_jobs.conversion.families": "mujina megatron_jobs.config",
+    "megatron_jobs.planning": "mujina megatron_jobs.config megatron_jobs.conversion.families megatron_jobs.data",
     "megatron_jobs.checkpoints": "mujina megatron_jobs.config megatron_jobs.ranks megatron_jobs.data",
     "megatron_jobs.losses": "megatron_jobs.config megatron_jobs.data",
     "megatron_jobs.engine": "mujina moe megatron_jobs.config megatron_jobs.ranks megatron_jobs.data megatron_jobs.checkpoints "
     "megatron_jobs.losses",
-    "megatron_jobs.conversion": "mujina tokenization data_prep moe megatron_jobs.config megatron_jobs.data megatron_jobs.planning "
-    "megatron_jobs.checkpoints megatron_jobs.engine",
+    "megatron_jobs.conversion": "mujina tokenization data_prep moe megatron_jobs.config megatron_jobs.conversion.families "
+    "megatron_jobs.data megatron_jobs.planning megatron_jobs.checkpoints megatron_jobs.engine",
     "megatron_jobs.monitoring": "mujina moe megatron_jobs.config megatron_jobs.ranks megatron_jobs.data megatron_jobs.planning",
     "megatron_jobs.launch": "mujina megatron_jobs.config megatron_jobs.failures megatron_jobs.data megatron_jobs.planning",
     "megatron_jobs.train": "mujina megatron_jobs.config megatron_jobs.ranks megatron_jobs.failures megatron_jobs.stability "
     "megatron_jobs.data megatron_jobs.planning megatron_jobs.checkpoints megatron_jobs.engine megatron_jobs.conversion "
-    "megatron_jobs.monitoring",
+    "megatron_jobs.conversion.families megatron_jobs.monitoring",
     "evaluation": "mujina",
-    "slurm": "mujina megatron_jobs.config megatron_jobs.failures megatron_jobs.data megatron_jobs.planning",
+    "slurm": "mujina megatron_jobs.config megatron_jobs.conversion.families megatron_jobs.failures megatron_jobs.data "
+    "megatron_jobs.planning",
 }
 MAY_IMPORT_MEGATRON_CORE = {"megatron_jobs.engine", "moe"}
 # Rooms and modules that need no torch to be imported; those of the verbs are added to them.

@@ -1,6 +1,6 @@
-"""Hugging Face BPE tokenizers: folders with a tokenizer.json and a tokenizer_config.json.
+"""Hugging Face tokenizers of the kinds BPE and Unigram: folders with a tokenizer.json and a tokenizer_config.json.
 
-The reference is Hugging Face's own engine with special tokens taken as ordinary text. Gigatoken gives the same ids about ten times as
+The reference is Hugging Face's own engine with special tokens taken as ordinary text. Gigatoken gives the ids of BPE about ten times as
 fast, but turns text that spells an added token into that token: texts that do are left to the reference.
 """
 
@@ -10,6 +10,7 @@ import re
 import shutil
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ import gigatoken
 import numpy as np
 import tokenizers
 
-from mujina.user_input import UserError
-from tokenization.chat import ChatTemplate
-from tokenization.tokenizer import CHAT_PIECES, CHAT_TEMPLATE, END_OF_TURN, SPACE_PIECE, Rendered
+from mujina.user_input import UserError, nearest
+from tokenization.chat import ChatTemplate, Part
+from tokenization.tokenizer import BEGINNINGS, CHAT_PIECES, CHAT_TEMPLATE, END_OF_TURN, SPACE_PIECE, BeginDocuments, Rendered, beginning
 
 # Gigatoken remembers every word that it has met (13 bytes a character of words that never recur) until it is dropped: so it is opened
 # anew, in 20 ms, after this many characters.
@@ -33,7 +34,11 @@ PROBE = [
     "é e\u0301 \u3000\x00",
     "",
 ]
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+# What a folder may have of a tokenizer, for transformers and for other engines.
+FILES = (
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "tekken.json"),
+    *("chat_template.*", "additional_chat_templates/*.jinja"),
+)
 # The byte-level alphabet (GPT-2): bytes that print are spelled as themselves, the others by the characters from U+0100 on.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 OTHERS = [byte for byte in range(0x100) if byte not in PRINTABLE]
@@ -41,55 +46,84 @@ CHARACTER_OF = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(0x100 + n) f
 BYTE_OF = {character: byte for byte, character in CHARACTER_OF.items()}
 BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")  # what a chat template may name
+KINDS = ("BPE", "Unigram")
+SAID = "acorns"  # by an assistant, to see what a template writes behind it
 
 
 class HfTokenizer:
     """A `tokenization.tokenizer.Tokenizer`. `hash` covers tokenizer.json and the name of the end-of-document token."""
 
-    def __init__(self, folder: Path) -> None:
-        """Opens a folder. Raises UserError when it is no BPE tokenizer, or names no `eos_token` of its vocabulary."""
+    def __init__(self, folder: Path, end_of_document: str | None = None, begin_documents: BeginDocuments = "auto") -> None:
+        """Opens a folder. Raises UserError when it is of none of KINDS, or when what ends documents is no piece of its vocabulary.
+
+        `end_of_document` is that piece; None: the folder's `eos_token`. `begin_documents` says whether its `bos_token` begins them.
+        """
         self._folder, self._model = folder, (folder / "tokenizer.json").read_bytes()
         try:
             self._reference = tokenizers.Tokenizer.from_buffer(self._model)
             kind = json.loads(self._model)["model"].get("type", "BPE")
         except (ValueError, KeyError) as error:
             raise UserError(f"{folder / 'tokenizer.json'}: is not a Hugging Face tokenizer ({error}): copy it again") from None
-        if kind != "BPE":
+        if kind not in KINDS:
             raise UserError(
-                f"{folder / 'tokenizer.json'}: is of the kind {kind}, only BPE is read from here: put its tokenizer.model beside it"
+                f"{folder / 'tokenizer.json'}: is of the kind {kind}, only {' and '.join(KINDS)} are read: take another tokenizer"
             )
         self._reference.no_truncation()
         self._reference.no_padding()
         self._reference.encode_special_tokens = True
+        begun = self._reference.encode("a").ids
         self._reference.post_processor = None  # adds nothing that is asked for here, and takes spaces out of the tokens' offsets
-        config = self._read_config()
-        tokens = {name: token["content"] if isinstance(token, dict) else token for name, token in config.items() if name in SPECIAL}
-        self._special = {name: token for name, token in tokens.items() if isinstance(token, str)}
-        if "eos_token" not in self._special:
-            raise UserError(f"{folder / 'tokenizer_config.json'}: names no eos_token, which ends every document: add it")
+        config, more = self._read("tokenizer_config.json"), self._read("special_tokens_map.json")
+        tokens = {name: _content(config.get(name) or more.get(name)) for name in SPECIAL}
+        self._special = {name: token for name, token in tokens.items() if token is not None}
+        eos = end_of_document or self._special.get("eos_token")
+        if eos is None:
+            raise UserError(
+                f"{folder / 'tokenizer_config.json'}: names no eos_token, and what ends documents must be told: add it, or write "
+                "end_of_document: with the piece that does"
+            )
         before = self._reference.pre_tokenizer
         self._is_byte_level = before is not None and before.pre_tokenize_str("あ")[0][0] == "ãģĤ"
-        eos = self._special["eos_token"]
-        self.hash = hashlib.sha256(self._model + b"\0" + eos.encode()).hexdigest()
         vocabulary = self._reference.get_vocab(with_added_tokens=True)
         if eos not in vocabulary:
-            raise UserError(f"{folder}: eos_token {eos!r} of tokenizer_config.json is no piece of tokenizer.json: name one that is")
+            name = f"end_of_document ({eos})" if end_of_document else f"eos_token {eos!r} of tokenizer_config.json"
+            special = [piece.content for piece in self._reference.get_added_tokens_decoder().values() if piece.special]
+            raise UserError(f"{folder}: {name} is no piece of tokenizer.json: {nearest(eos, special)}")
         self.vocab_size = max(vocabulary.values()) + 1
         self.eod_id = vocabulary[eos]
-        self.end_of_turn_id = vocabulary.get(END_OF_TURN, self.eod_id)
+        bos = self._special.get("bos_token")
+        self.bos_id = vocabulary.get(bos) if bos else None
+        if begin_documents == "yes" and self.bos_id is None:
+            raise UserError(f"{folder}: begin_documents (yes) needs a bos_token, and its tokenizer names none of its pieces: write no")
+        self._begins_by_itself = self.bos_id is not None and begun[:1] == [self.bos_id]
+        self.begin_documents, self.begins_texts = begin_documents, begin_documents == "yes"
+        if begin_documents == "auto":
+            self.begins_texts = self._begins_by_itself
+        begins = [f"{begin_documents} {bos}".encode()] if self.begins_texts or begin_documents != "auto" else []
+        self.hash = hashlib.sha256(b"\0".join([self._model, eos.encode(), *begins])).hexdigest()
         added = self._reference.get_added_tokens_decoder()
         chat = {vocabulary[piece] for piece in CHAT_PIECES if piece in vocabulary}
-        self._control_ids = {token for token, piece in added.items() if piece.special} | chat | {self.eod_id}
+        named = {vocabulary[piece] for piece in self._special.values() if piece in vocabulary}
+        self._control_ids = {token for token, piece in added.items() if piece.special} | named | chat | {self.eod_id}
         self._unseen_ids = self._control_ids - chat
-        spelled = {piece.content for piece in added.values()} | {eos} | {piece for piece in CHAT_PIECES if piece in vocabulary}
+        spelled = {piece.content for piece in added.values()} | set(map(self.piece, self._control_ids))
         self._guarded = re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))))
         template = self._read_template(config)
         if template is None and vocabulary.keys() >= set(CHAT_PIECES):
             template = CHAT_TEMPLATE.read_text(encoding="utf-8")
         white = {piece.content: (piece.lstrip, piece.rstrip) for piece in added.values()}
         controls = {piece: white.get(piece, (False, False)) for piece in map(self.piece, self._control_ids)}
-        self._chat = None if template is None else ChatTemplate(template, folder, controls, self._special)
+        self._template, self._chat = template, None
+        if template is not None:
+            self._chat = ChatTemplate(template, folder, controls, self._special)
+            if begin_documents == "no" or begin_documents == "yes" and not self._begins_dialogues():
+                self._template = BEGINNINGS[begin_documents] + template
+                self._chat = ChatTemplate(self._template, folder, controls, self._special)
+            if begin_documents == "no" and self._begins_dialogues():
+                raise UserError(f"{folder}: begin_documents (no): its chat template spells {bos} itself: take it out of the template")
         self.template_hash = self._chat.hash if self._chat else None
+        self.end_of_turn_id = self._find_end_of_turn(vocabulary)
+        self.remark = None if end_of_document else self._remark_on(eos)
         # Added tokens that are looked for after normalization can be spelled in ways that the pattern does not know.
         hidden = self._reference.normalizer is not None and any(piece.normalized for piece in added.values())
         self._fast = None if hidden else self._open_fast()
@@ -136,7 +170,8 @@ class HfTokenizer:
         except UnicodeDecodeError:
             if self._is_byte_level:
                 return [token.id for token in self._reference.model.tokenize("".join(CHARACTER_OF[byte] for byte in data))]
-            return [self._id(f"<0x{byte:02X}>") for byte in data]
+            pieces = (self._reference.token_to_id(f"<0x{byte:02X}>") for byte in data)
+            return [token for token in pieces if token is not None]
 
     def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> Rendered:
         """A dialogue as the folder's own chat template writes it, control tokens where the template has them and nowhere else.
@@ -165,11 +200,28 @@ class HfTokenizer:
         return Rendered(np.array(ids, np.int32), np.array(is_answer, bool))
 
     def save_hf(self, folder: str | Path) -> None:
-        """Copies what transformers.AutoTokenizer needs into `folder`."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            if (self._folder / name).exists():
-                shutil.copyfile(self._folder / name, Path(folder) / name)
+        """Copies what there is of the tokenizer into `folder`; with `begin_documents` in it as transformers understands it."""
+        for file in sorted(file for pattern in FILES for file in self._folder.glob(pattern)):
+            target = Path(folder) / file.relative_to(self._folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+        if self.begin_documents != "auto":
+            self._save_beginning(Path(folder))
+        if self._template is not None and self._template != self._read_template(self._read("tokenizer_config.json")):
+            (Path(folder) / "chat_template.jinja").write_text(self._template, encoding="utf-8")
+
+    def _save_beginning(self, folder: Path) -> None:
+        """Texts and dialogues of transformers begin as documents do; where those begin with nothing, no bos_token is named."""
+        if self.begins_texts != self._begins_by_itself:
+            backend = tokenizers.Tokenizer.from_buffer(self._model)
+            bos = self._special["bos_token"]
+            backend.post_processor = beginning(bos, self._id(bos)) if self.begins_texts else None
+            backend.save(str(folder / "tokenizer.json"))
+        if not self.begins_texts:
+            for name in ("tokenizer_config.json", "special_tokens_map.json"):
+                if (folder / name).exists():
+                    values = {key: value for key, value in self._read(name).items() if key not in ("bos_token", "add_bos_token")}
+                    (folder / name).write_text(json.dumps(values, ensure_ascii=False, indent=2), encoding="utf-8")
 
     def _encodings(self, text: str) -> Iterator[tuple[int, tokenizers.Encoding]]:
         """`encode`, in stretches: where each begins in the text, and its encoding."""
@@ -199,11 +251,47 @@ class HfTokenizer:
                 ids[place].append(token)
         return ids
 
-    def _read_config(self) -> dict[str, Any]:
-        try:
-            return dict(json.loads((self._folder / "tokenizer_config.json").read_text(encoding="utf-8")))
-        except (FileNotFoundError, ValueError):
+    def _dialogue(self) -> list[Part]:
+        """How the template writes a question and an answer that is SAID; empty where it takes other dialogues only."""
+        with suppress(UserError):
+            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SAID}]
+            return self._chat.parts(turns, with_answers=False) if self._chat else []
+        return []
+
+    def _begins_dialogues(self) -> bool:
+        return [part.text for part in self._dialogue()[:1]] == [self._special.get("bos_token")]
+
+    def _find_end_of_turn(self, vocabulary: dict[str, int]) -> int:
+        """The added token that the template writes behind what the assistant has said; else <|end|>, or what ends documents."""
+        written = "".join(part.text for part in self._dialogue())
+        found = self._guarded.search(written.partition(SAID)[2])
+        return vocabulary.get(found.group() if found else END_OF_TURN, self.eod_id)
+
+    def _remark_on(self, eos: str) -> str | None:
+        """That the model beside the tokenizer ends its texts with other tokens."""
+        named = [self._read(name).get("eos_token_id") for name in ("config.json", "generation_config.json")]
+        others = {token for value in named for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)}
+        others -= {self.eod_id} if self.eod_id == self.end_of_turn_id else {self.eod_id, self.end_of_turn_id}
+        pieces = [piece for token in sorted(others) if (piece := self._reference.id_to_token(token)) is not None]
+        if not pieces:
+            return None
+        return (
+            f"{self._folder}: documents end with {eos}, the eos_token of the tokenizer, and by its configuration the model ends texts with "
+            f"{', '.join(pieces)}: where documents are to end with that, write end_of_document: {json.dumps(pieces[0], ensure_ascii=False)}"
+        )
+
+    def _read(self, name: str) -> dict[str, Any]:
+        """A JSON object of the folder; empty without the file. Raises UserError when it is anything else."""
+        path = self._folder / name
+        if not path.exists():
             return {}
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read as JSON ({error}): mend it, or copy it again") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: is a JSON {type(values).__name__}, not an object: copy it again")
+        return values
 
     def _read_template(self, config: dict[str, Any]) -> str | None:
         if (self._folder / "chat_template.jinja").exists():
@@ -225,6 +313,12 @@ class HfTokenizer:
         texts = [text for text in PROBE if not self._guarded.search(text)]
         agrees = [ids.tolist() for ids in _arrays(fast, texts)] == [self.encode(text) for text in texts]
         return fast if agrees else None
+
+
+def _content(token: Any) -> str | None:
+    """How a special token is spelled, by its own name or as an added token."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def _arrays(engine: gigatoken.Tokenizer, texts: list[str]) -> list[np.ndarray]:

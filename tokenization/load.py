@@ -4,15 +4,24 @@ from pathlib import Path
 
 from mujina.user_input import UserError
 from tokenization.hf import HfTokenizer
-from tokenization.sentence_piece import SentencePieceTokenizer
-from tokenization.tokenizer import Tokenizer
+from tokenization.sentence_piece import ForeignModel, SentencePieceTokenizer
+from tokenization.tokenizer import BeginDocuments, Tokenizer
 
 
-def load(folder: str | Path) -> Tokenizer:
-    """Opens `folder`/tokenizer.model, or the BPE tokenizer.json of a folder without one. Raises UserError on a missing or unfit one."""
+def load(folder: str | Path, end_of_document: str | None = None, begin_documents: BeginDocuments = "auto") -> Tokenizer:
+    """Opens `folder`/tokenizer.model where it is one of ours, else its tokenizer.json. Raises UserError on a missing or unfit one.
+
+    `end_of_document` is the piece that ends documents; None: the folder's `eos_token`. `begin_documents` says whether its `bos_token`
+    begins them.
+    """
     model_file = Path(folder) / "tokenizer.model"
+    has_json = (Path(folder) / "tokenizer.json").exists()
     if model_file.exists():
-        return SentencePieceTokenizer(model_file)
-    if (Path(folder) / "tokenizer.json").exists():
-        return HfTokenizer(Path(folder))
+        try:
+            return SentencePieceTokenizer(model_file, end_of_document, begin_documents)
+        except ForeignModel:
+            if not has_json:
+                raise
+    if has_json:
+        return HfTokenizer(Path(folder), end_of_document, begin_documents)
     raise UserError(f"{model_file}: no such file: train a tokenizer into {folder} with python -m tokenization.train")

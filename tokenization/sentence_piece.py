@@ -7,7 +7,6 @@ for every string of valid characters.
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,25 +15,39 @@ import sentencepiece
 
 from mujina.user_input import UserError
 from tokenization.chat import ChatTemplate, Part
-from tokenization.tokenizer import CHAT_PIECES, CHAT_TEMPLATE, END_OF_TURN, SPACE_PIECE, Rendered
+from tokenization.tokenizer import BEGINNINGS, CHAT_PIECES, CHAT_TEMPLATE, END_OF_TURN, SPACE_PIECE, BeginDocuments, Rendered, beginning
+
+
+class ForeignModel(UserError):
+    """A sentencepiece model that `tokenization.train` has not made."""
 
 
 class SentencePieceTokenizer:
     """A `tokenization.tokenizer.Tokenizer`. Its `hash` is that of tokenizer.model; every dialogue is written by CHAT_TEMPLATE."""
 
-    def __init__(self, model_file: Path) -> None:
-        """Opens a sentencepiece model. Raises UserError when it is none, or was not trained as `tokenization.train` does."""
+    remark: str | None = None
+    bos_id: int | None
+
+    def __init__(self, model_file: Path, end_of_document: str | None = None, begin_documents: BeginDocuments = "auto") -> None:
+        """Opens a sentencepiece model. Raises UserError when it is none, and ForeignModel when `tokenization.train` has not made it."""
         self._model_file, self._model = model_file, model_file.read_bytes()
-        self.hash = hashlib.sha256(self._model).hexdigest()
+        self.begin_documents, self.begins_texts = begin_documents, begin_documents == "yes"
+        self.hash = hashlib.sha256(self._model + (begin_documents.encode() if begin_documents != "auto" else b"")).hexdigest()
         try:
             self._engine = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except RuntimeError:
             raise UserError(f"{model_file}: is not a sentencepiece model: train one with python -m tokenization.train") from None
         self.vocab_size: int = self._engine.vocab_size()
-        self.eod_id = self._id(self._engine.id_to_piece(self._engine.eos_id()))
         self.end_of_turn_id = self._id(END_OF_TURN)
-        self._chat_ids = {piece: self._id(piece) for piece in CHAT_PIECES}
-        self._chat = ChatTemplate(CHAT_TEMPLATE.read_text(encoding="utf-8"), model_file.parent, dict.fromkeys(CHAT_PIECES, (False, False)))
+        self.eod_id = self._id(eos := self._engine.id_to_piece(self._engine.eos_id()))
+        if end_of_document not in (None, eos):
+            raise UserError(f"end_of_document ({end_of_document}): documents of {model_file} end with {eos}: write that, or leave it out")
+        self._bos = self._engine.id_to_piece(self._engine.bos_id())
+        self._chat_ids = {piece: self._id(piece) for piece in (*CHAT_PIECES, self._bos)}
+        self.bos_id = self._chat_ids[self._bos]
+        self._template = BEGINNINGS[begin_documents] + CHAT_TEMPLATE.read_text(encoding="utf-8")
+        controls = dict.fromkeys(self._chat_ids, (False, False))
+        self._chat = ChatTemplate(self._template, model_file.parent, controls, {"bos_token": self._bos})
         self.template_hash: str | None = self._chat.hash
         # The engine takes a literal U+2581 for a space. Spelled in bytes it comes back as itself.
         self._space_piece_ids = [self._id(f"<0x{byte:02X}>") for byte in SPACE_PIECE.encode()]
@@ -116,9 +129,13 @@ class SentencePieceTokenizer:
         backend.pre_tokenizer = pre_tokenizers.Split(cut, behavior="merged_with_previous")
         backend.normalizer = normalizers.Replace(" ", SPACE_PIECE)
         backend.decoder = decoders.Sequence([decoders.Replace(SPACE_PIECE, " "), decoders.ByteFallback(), decoders.Fuse()])
-        names = {"bos_token": engine.bos_id(), "eos_token": engine.eos_id(), "unk_token": engine.unk_id(), "pad_token": engine.pad_id()}
+        names = {"eos_token": engine.eos_id(), "unk_token": engine.unk_id(), "pad_token": engine.pad_id()}
         special = {name: engine.id_to_piece(token) for name, token in names.items()}
-        backend.add_special_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in (*special.values(), *CHAT_PIECES)])
+        controls = [self._bos, *special.values(), *CHAT_PIECES]
+        backend.add_special_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in controls])
+        if self.begins_texts:  # else nothing does, and who is told of a bos_token would begin with it
+            special["bos_token"] = self._bos
+            backend.post_processor = beginning(self._bos, self._chat_ids[self._bos])
         backend.save(str(folder / "tokenizer.json"))
         config = special | {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -126,7 +143,7 @@ class SentencePieceTokenizer:
             "clean_up_tokenization_spaces": False,
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        shutil.copyfile(CHAT_TEMPLATE, folder / "chat_template.jinja")
+        (folder / "chat_template.jinja").write_text(self._template, encoding="utf-8")
         (folder / "tokenizer.model").write_bytes(self._model)
 
     def _safe_parts(self, text: str) -> Iterator[str | list[int]]:
@@ -144,5 +161,8 @@ class SentencePieceTokenizer:
     def _id(self, piece: str) -> int:
         token = self._engine.piece_to_id(piece)
         if token == self._engine.unk_id() or token < 0:
-            raise UserError(f"{self._model_file}: has no piece {piece}: train the tokenizer with python -m tokenization.train")
+            raise ForeignModel(
+                f"{self._model_file}: has no piece {piece}, so `mujina tokenizer` has not made it, and no tokenizer.json is beside it: "
+                "open it with transformers' AutoTokenizer and save it with save_pretrained, which writes one"
+            )
         return token

@@ -1,21 +1,42 @@
 """What a tokenizer is: texts and dialogues to token ids and back. `tokenization.load.load` opens one.
 
-Two engines are tokenizers: `sentence_piece.py`, for what `mujina tokenizer` trains, and `hf.py`, for the BPE tokenizers of others.
+Two engines are tokenizers: `sentence_piece.py`, for what `mujina tokenizer` trains, and `hf.py`, for the tokenizers of others.
 Control pieces come from us alone: text that spells one is tokenized as ordinary characters.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol
+
+from pydantic import BeforeValidator
 
 if TYPE_CHECKING:
     import numpy as np
+    from tokenizers.processors import TemplateProcessing
 
 ROLES = ("system", "user", "assistant")
 END_OF_TURN = "<|end|>"
 CHAT_PIECES = (*(f"<|{role}|>" for role in ROLES), END_OF_TURN)
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 SPACE_PIECE = "▁"  # U+2581, sentencepiece's name for a space
+
+
+def _word(value: Any) -> Any:
+    """YAML takes a bare yes for true."""
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+
+
+# Whether documents begin with the tokenizer's bos_token; auto: as in transformers, texts by tokenizer.json, dialogues by the template.
+BeginDocuments = Annotated[Literal["auto", "yes", "no"], BeforeValidator(_word)]
+# What goes before a chat template so that every dialogue begins with bos_token, or none.
+BEGINNINGS = {"auto": "", "yes": "{{ bos_token }}", "no": "{% set bos_token = '' %}"}
+
+
+def beginning(bos: str, bos_id: int) -> "TemplateProcessing":
+    """What lets Hugging Face's engine begin every text with `bos`."""
+    from tokenizers.processors import TemplateProcessing
+
+    return TemplateProcessing(single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, bos_id)])
 
 
 class Rendered(NamedTuple):
@@ -34,17 +55,25 @@ class Tokenizer(Protocol):
     """A tokenizer folder opened for use.
 
     vocab_size      pieces, control pieces included (a model may pad its embedding beyond that)
+    bos_id          id of the token that documents may begin with, None where there is none
     eod_id          id of the end-of-document token
-    end_of_turn_id  id of <|end|>, which closes a chat turn; eod_id where there is no such piece
-    hash            sha256 of what makes the ids of texts: two tokenizers with one hash give the same ones
+    end_of_turn_id  id of the token that closes the assistant's turns; eod_id where no token does
+    begin_documents, begins_texts   what was asked for, and whether a document that is a text begins with bos_id; a dialogue is written
+                    by its template, with it or without
+    hash            sha256 of what makes the ids of a text's document: two tokenizers with one hash give the same
     template_hash   sha256 of what else makes the ids of dialogues; None where it cannot write any
+    remark          what people should know who tokenize with it; None: nothing
     """
 
     vocab_size: int
+    bos_id: int | None
     eod_id: int
     end_of_turn_id: int
+    begin_documents: BeginDocuments
+    begins_texts: bool
     hash: str
     template_hash: str | None
+    remark: str | None
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text, never a control or chat id whatever the text spells."""

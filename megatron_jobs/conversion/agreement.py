@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import torch
 
 from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig
 from megatron_jobs.conversion.families import FAMILIES
-from megatron_jobs.conversion.hugging_face import COMPUTED, weight_files
+from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
+from megatron_jobs.conversion.tensors import Stored
 from megatron_jobs.data import feeder, phases
 from megatron_jobs.data.order import DataOrder
 from megatron_jobs.engine import core, groups, placement
@@ -68,7 +69,7 @@ def samples(config: RunConfig) -> torch.Tensor:
     The checkpoint of an imported model has no data: TEXTS stand in.
     """
     if not config.phases:
-        return texts(load_tokenizer(config.tokenizer))
+        return texts(load_tokenizer(config.tokenizer, config.end_of_document, config.begin_documents))
     binaries = feeder.open_sources(config)
     sources = feeder.facts(binaries)
     config = phases.resolve(config, sources)
@@ -117,17 +118,15 @@ class _Layer:
         return self.weights.read(name.replace("layers.0.", f"layers.{self.number}.", 1), box)
 
 
-def transformers_logits(folder: Path, files: list[Path], tokens: torch.Tensor, what: str) -> torch.Tensor:
-    """Logits of transformers' model of a folder with these weight files: float32, shape [samples, sequence length, vocabulary].
+def transformers_logits(folder: Path, tensors: Mapping[str, Stored], tokens: torch.Tensor, what: str) -> torch.Tensor:
+    """Logits of transformers' model of a folder with these tensors: float32, shape [samples, sequence length, vocabulary].
 
     Each layer is in memory alone, as the only one of a model that `from_pretrained` makes. Raises UserError, which begins with `what`, when
     transformers finds tensors left over or missing.
     """
     import transformers
-    from safetensors import safe_open
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    tensors = {name: tensor for file in files for name, tensor in _slices(safe_open(file, framework="pt"))}
     prefixes = [f"model.layers.{number}." for number in range(config.num_hidden_layers)]
     outside = {name: tensor for name, tensor in tensors.items() if not name.startswith(tuple(prefixes))}
     with torch.no_grad():
@@ -138,10 +137,6 @@ def transformers_logits(folder: Path, files: list[Path], tokens: torch.Tensor, w
             layer = _transformers_part(config, [number], of_layer, f"{what}, layer {number}")
             hidden_BSH = layer.model(inputs_embeds=hidden_BSH, use_cache=False).last_hidden_state
         return ends.lm_head(ends.model.norm(hidden_BSH))
-
-
-def _slices(file: Any) -> Iterator[tuple[str, Any]]:
-    return ((name, file.get_slice(name)) for name in file.keys() if not name.endswith(COMPUTED))
 
 
 def _transformers_part(whole: Any, numbers: list[int], tensors: dict[str, Any], what: str) -> Any:
@@ -185,7 +180,7 @@ def compare_with_transformers(source: Any, folder: Path, tokens: torch.Tensor, w
     """
     with groups.alone():
         ours = megatron_logits(source.model, source.moe, source, tokens[:, :-1])
-    theirs = transformers_logits(folder, weight_files(folder), tokens[:, :-1], what)
+    theirs = transformers_logits(folder, HuggingFaceFolder(folder).tensors, tokens[:, :-1], what)
     found = compare(ours, theirs, tokens[:, 1:], BOUND)
     print(found)
     require(found, what)
@@ -193,5 +188,7 @@ def compare_with_transformers(source: Any, folder: Path, tokens: torch.Tensor, w
 
 
 def require(agreement: Agreement, what: str) -> None:
+    if not math.isfinite(agreement.loss_before):
+        raise UserError(f"{what}: the model's own logits are not finite, for its weights hold NaN or Inf: start from another checkpoint")
     if not agreement.holds:
         raise UserError(f"{what}: {agreement}: nothing was written; this is a defect, please report it with the configuration")

@@ -5,8 +5,12 @@
 Streams matrix by matrix, needs no process group and no GPU, and ends with a comparison of the logits of both sides on the
 run's data. The folder gets its name when that comparison holds.
 
-OUTPUT_FOLDER/conversion.json has `origin` (run, step, tokens and files of the checkpoint, with their checksums) and `agreement` (what the
-comparison found; null with --no-check); README.md is the model's card.
+OUTPUT_FOLDER/conversion.json has `origin` (run, step, tokens and files of the checkpoint, with their checksums), `agreement` (what the
+comparison found; null with --no-check) and `files` (bytes and SHA-256 of what was written and compared); README.md is the model's card.
+A folder is there already when all of that still holds.
+
+A model that began as a Hugging Face folder keeps what training did not change: its family, its special tokens, its defaults of sampling.
+Its context is the longer one of its own and of the phases; a turn's end that the run's tokenizer knows is added to those of the folder.
 """
 
 import json
@@ -17,9 +21,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatron_jobs.conversion.families import FAMILIES, config_values, family_of, hugging_face_name, older_spellings
+from megatron_jobs.conversion.families import FAMILIES, config_values, family_of, hindrance, hugging_face_name, older_spellings, read_object
 from megatron_jobs.conversion.model_card import Exportable, model_card
-from mujina.files import whole_folder
+from mujina.files import sha256_of, whole_folder
 from mujina.matrices import Box
 from mujina.user_input import UserError, command_line
 
@@ -27,8 +31,13 @@ if TYPE_CHECKING:
     import torch
 
     from mujina.tensor_files import Planned
+    from tokenization.tokenizer import Tokenizer
 
-RECORD = "conversion.json"  # where a folder comes from, and how well it agrees
+RECORD = "conversion.json"  # where a folder comes from, how well it agrees, and what is in it
+CARDS = ("README.md", RECORD)  # a card may be written on by its readers
+# What a config.json says of the tokenizer and of the context, in any family.
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+OF_ALL_FAMILIES = (*SPECIAL, "max_position_embeddings", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 SHARD_BYTES = 4 * 2**30
 
 
@@ -41,17 +50,14 @@ def main(
     from megatron_jobs.checkpoints.checkpoint import Checkpoint
 
     source = Exported(Checkpoint(checkpoint))
-    if source.moe and source.moe.normalize_logits:
+    if hindered := hindrance(source.model, source.moe):
         if not no_check:
-            raise UserError(
-                "moe.normalize_logits (True) is known to no stock architecture, and the comparison of logits would fail: give --no-check "
-                f"to write {source.architecture} all the same, for engines that you have taught it"
-            )
+            raise UserError(hindered)
         print(
             "WARNING: this model normalises its router's logits (moe.normalize_logits), and no stock inference engine does: transformers, "
             f"vLLM and others will load this folder as {source.architecture} without an error and COMPUTE SOMETHING ELSE"
         )
-    if origin_of(output) == source.checkpoint.identity:
+    if is_written(output, source.checkpoint.identity, no_check):
         print(f"{output}: is there already")
         return
     write(source, output, no_check)
@@ -68,15 +74,19 @@ def write(source: "Exported", output: Path, no_check: bool, **record: Any) -> No
         write_companions(source, folder)
         agreement = None if no_check else _check(source, folder)
         (folder / "README.md").write_text(model_card(source.checkpoint, source.architecture, agreement), encoding="utf-8")
-        record = {"origin": source.checkpoint.identity, "agreement": agreement} | record
+        files = {path.name: _facts(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name not in CARDS}
+        record = {"origin": source.checkpoint.identity, "agreement": agreement, "files": files} | record
         (folder / RECORD).write_text(json.dumps(record, indent=1))
 
 
 class Exported:
     """A checkpoint as it is exported (`matrices.TensorSource`): every value rounded to the type that it is written in.
 
-    A mixture that `upcycle.py` makes of a dense model may stand in for the checkpoint. What was imported and not trained comes back under
-    the family's name, in the types and with the configuration that it had.
+    A mixture that `upcycle.py` makes of a dense model may stand in for the checkpoint. What was imported and not trained comes back in the
+    types and with the configuration that it had.
+
+    origin      the Hugging Face side of the folder that the model began as; empty without one
+    is_origin   whether nothing was trained since
     """
 
     def __init__(self, checkpoint: Exportable) -> None:
@@ -84,10 +94,13 @@ class Exported:
         self.checkpoint, self.model, self.moe = checkpoint, checkpoint.config.model, checkpoint.config.moe
         if self.moe:  # inference drops no tokens
             self.moe = self.moe.model_copy(update={"capacity_factor": None})
-        self.origin: dict[str, Any] = checkpoint.ledger.untouched_import or {}
-        self.model_type = self.origin["config"]["model_type"] if self.origin else family_of(self.model, self.moe)
+        ledger = checkpoint.ledger
+        self.origin: dict[str, Any] = ledger.hugging_face or {}
+        self.is_origin = ledger.untouched_import is not None
+        self.model_type = family_of(self.model, self.moe, self.origin["config"]["model_type"] if self.origin else None)
         self.architecture = FAMILIES[self.model_type].architecture
-        self.type = self.origin.get("type") or ("F32" if checkpoint.config.train.precision == "fp32" else "BF16")
+        trained = "F32" if checkpoint.config.train.precision == "fp32" else "BF16"
+        self.type: str = self.origin["type"] if self.is_origin else trained
 
     @property
     def dtype(self) -> str:
@@ -110,7 +123,7 @@ class Exported:
             yield Planned(hugging_face_name(name, names), shape, self._dtype_of(name), read)
 
     def _dtype_of(self, name: str) -> "torch.dtype":
-        return _dtype(self.origin.get("other_types", {}).get(name, self.type))
+        return _dtype(self.origin["other_types"].get(name, self.type) if self.is_origin else self.type)
 
 
 def _dtype(safetensors_type: str) -> "torch.dtype":
@@ -127,42 +140,81 @@ def _write_weights(source: Exported, folder: Path) -> None:
 
 def write_companions(source: Exported, folder: Path) -> None:
     """Configuration, generation configuration, tokenizer and chat template."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import AutoConfig
 
     from tokenization.load import load as load_tokenizer
 
     run = source.checkpoint.config
-    tokenizer = load_tokenizer(run.tokenizer)
-    if source.origin:
-        respelled = ("torch_dtype", "rope_theta", "rope_scaling")  # of older folders, see `older_spellings`
-        values = {name: value for name, value in source.origin["config"].items() if name not in respelled}
-    else:
-        values = {"max_position_embeddings": max(phase.sequence_length for phase in run.phases)}
-        values |= {"bos_token_id": None, "eos_token_id": tokenizer.eod_id}
-        if source.model_type in ("mistral", "mixtral"):
-            values["sliding_window"] = None
-    values |= config_values(source.model_type, source.model, source.moe) | {"dtype": source.dtype}
-    AutoConfig.for_model(**values | {"model_type": source.model_type}).save_pretrained(folder)
+    tokenizer = load_tokenizer(run.tokenizer, run.end_of_document, run.begin_documents)
+    before = _config_before(source)
+    values: dict[str, Any] = {"sliding_window": None} if source.model_type in ("mistral", "mixtral") else {}
+    values |= {"bos_token_id": tokenizer.bos_id if tokenizer.begins_texts else None, "eos_token_id": tokenizer.eod_id}
+    values |= before | config_values(source.model_type, source.model, source.moe) | {"dtype": source.dtype}
+    longest = [phase.sequence_length for phase in run.phases]
+    config = AutoConfig.for_model(**values | {"model_type": source.model_type})
+    config.max_position_embeddings = max([config.max_position_embeddings, *longest] if before else longest)
+    config.save_pretrained(folder)
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | older_spellings(values), indent=2))
-    generation = {"eos_token_id": [tokenizer.eod_id, tokenizer.end_of_turn_id], "pad_token_id": tokenizer.eod_id}
-    GenerationConfig(**source.origin.get("generation_config", generation)).save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps(_generation(source, tokenizer), indent=2))
     tokenizer.save_hf(folder)
+    path = folder / "tokenizer_config.json"
+    about = read_object(path) if path.exists() else {}
+    if about.get("model_max_length", config.max_position_embeddings) < config.max_position_embeddings:
+        path.write_text(json.dumps(about | {"model_max_length": config.max_position_embeddings}, ensure_ascii=False, indent=2))
+
+
+def _config_before(source: Exported) -> dict[str, Any]:
+    """What the config.json of the folder that the model began as says, without what `config_values` says anew."""
+    config: dict[str, Any] = source.origin.get("config", {})
+    if config.get("model_type") != source.model_type:  # upcycled since
+        return {name: value for name, value in config.items() if name in OF_ALL_FAMILIES}
+    respelled = ("torch_dtype", "rope_theta", "rope_scaling")  # of older folders, see `older_spellings`
+    return {name: value for name, value in config.items() if name not in respelled}
+
+
+def _generation(source: Exported, tokenizer: "Tokenizer") -> dict[str, Any]:
+    """generation_config.json: what ends an answer, and the defaults of sampling that the model began with."""
+    ends = [tokenizer.eod_id, tokenizer.end_of_turn_id]
+    before: dict[str, Any] = source.origin.get("generation_config", {})
+    if source.is_origin and before:
+        return before
+    if source.origin:
+        config = source.origin["config"]
+        before = {name: config[name] for name in SPECIAL if config.get(name) is not None} | before
+        its_ends = before.get("eos_token_id") or []
+        ends = [*(its_ends if isinstance(its_ends, list) else [its_ends]), *ends]
+    else:
+        before = {"pad_token_id": tokenizer.eod_id}
+    before.pop("_from_model_config", None)  # it says more now
+    return before | {"eos_token_id": list(dict.fromkeys(ends))}
 
 
 def _check(source: Exported, folder: Path) -> dict[str, Any]:
     """Loads the folder as a user would and compares, on the first samples of the run."""
     from megatron_jobs.conversion import agreement
 
-    tokens = agreement.samples(source.checkpoint.config)[:, : source.origin.get("config", {}).get("sliding_window")]
+    tokens = agreement.samples(source.checkpoint.config)[:, : _config_before(source).get("sliding_window")]
     return agreement.compare_with_transformers(source, folder, tokens, "conversion").as_dict()
 
 
-def origin_of(folder: Path) -> dict[str, Any] | None:
+def is_written(folder: Path, identity: dict[str, Any], no_check: bool) -> bool:
+    """Whether a folder is of this model, was compared unless `no_check`, and has every file as it was then. Reads all of it."""
     try:
-        return json.loads((folder / RECORD).read_text())["origin"]
-    except (OSError, ValueError, KeyError):
-        return None
+        record = json.loads((folder / RECORD).read_text())
+        if record["origin"] != identity or not (record["agreement"] or no_check):
+            return False
+        files: dict[str, Any] = record["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    changed = [name for name, facts in files.items() if not (folder / name).is_file() or _facts(folder / name) != facts]
+    if changed:
+        print(f"{folder}: {changed[0]} is not what was written: it is converted again")
+    return not changed
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_jobs.config import ModelConfig, MoEConfig
+from megatron_jobs.config import ModelConfig, MoEConfig, RunConfig
 from mujina.user_input import UserError, parse
 
 # Names of `placement.py` and of the Hugging Face families; * is a number, the same on both sides in the same order.
@@ -117,8 +117,13 @@ def hugging_face_name(name: str, rules: dict[str, str]) -> str:
     return re.sub(r"\*", lambda _: next(numbers), rules[re.sub(r"(?<=\.)\d+(?=\.)", "*", name)])
 
 
-def family_of(model: ModelConfig, moe: MoEConfig | None) -> str:
-    """The key in FAMILIES of the stock architecture that can hold a model. Raises UserError where there is none."""
+def family_of(model: ModelConfig, moe: MoEConfig | None, origin: str | None = None) -> str:
+    """The key in FAMILIES of the stock architecture that can hold a model. Raises UserError where there is none.
+
+    `origin` is the family that the model came from, in which it stays where that can hold it.
+    """
+    if origin and _holds(FAMILIES[origin], model, moe):
+        return origin
     if model.qkv_bias and (moe or model.qk_norm):
         other = "moe" if moe else "model.qk_norm"
         raise UserError(f"model.qkv_bias (True) can be exported only as Qwen2, which has no {other}: train without one of them")
@@ -135,6 +140,32 @@ def family_of(model: ModelConfig, moe: MoEConfig | None) -> str:
                 f"has only {' or '.join(map(str, allowed))}: train with that, or use the checkpoint with this project alone"
             )
     return kind
+
+
+def hindrance(model: ModelConfig, moe: MoEConfig | None) -> str | None:
+    """Why `mujina convert` refuses a model, in words; None where it does not. Told before anything is computed, not after it."""
+    if moe and moe.normalize_logits:
+        return (
+            "moe.normalize_logits (True) is known to no stock architecture, and the comparison of logits would fail: give --no-check to "
+            "write it all the same, for engines that you have taught it"
+        )
+    try:
+        family_of(model, moe)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def tell_hindrance(config: RunConfig) -> None:
+    """Prints a line where `mujina convert` will refuse what the run trains."""
+    if reason := hindrance(config.model, config.moe):
+        print(f"NOTE: `mujina convert` will refuse this model: {reason}", flush=True)
+
+
+def _holds(family: Family, model: ModelConfig, moe: MoEConfig | None) -> bool:
+    if any(getattr(model, name) != value for name, value in family.switches.items()) or (moe is not None) != bool(family.moe_fields):
+        return False
+    return moe is None or all(getattr(moe, name) in allowed for name, allowed in family.moe_only.items())
 
 
 def config_values(model_type: str, model: ModelConfig, moe: MoEConfig | None) -> dict[str, Any]:
@@ -177,10 +208,7 @@ def read_config(path: Path) -> tuple[str, ModelConfig, MoEConfig | None, int | N
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}): name a Hugging Face folder") from None
+    values = read_object(path)
     kind = values.get("model_type")
     if kind not in FAMILIES:
         *others, last = FAMILIES
@@ -210,6 +238,17 @@ def read_config(path: Path) -> tuple[str, ModelConfig, MoEConfig | None, int | N
             ours |= {"scores": "topk_softmax" if values["norm_topk_prob"] else "softmax_topk", "every": _every(values, path)}
         moe = parse(ours, MoEConfig, str(path))
     return kind, model, moe, values.get("sliding_window")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object of a Hugging Face folder; raises UserError when the file is anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}): copy it again, or name another folder") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: is a JSON {type(values).__name__}, not an object: copy it again")
+    return values
 
 
 def _every(values: dict[str, Any], path: Path) -> int:

@@ -12,8 +12,8 @@ that it came from, equal to the last bit of every tensor.
 """
 
 import json
+import re
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,11 +22,11 @@ import yaml
 
 from megatron_jobs.config import from_dict
 from megatron_jobs.conversion import gguf
+from megatron_jobs.conversion.families import read_object
 from megatron_jobs.data.ledger import Ledger, Origin
 from mujina.files import whole_folder
 from mujina.user_input import UserError, command_line
 from tokenization.embeddings import extend_embeddings, respell
-from tokenization.hf import HfTokenizer
 from tokenization.load import load as load_tokenizer
 from tokenization.tokenizer import Tokenizer
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
 
 PRESET = "model.yaml"
+# Fields of a generation_config.json that speak of ids.
+OF_THE_VOCABULARY = re.compile(r".*_token_id|.*suppress_tokens|.*_words_ids|sequence_bias|_from_model_config")
 
 
 def main(
@@ -48,6 +50,7 @@ def main(
     """Writes a preset, the tokenizer, and weights where they change, for runs that start from a Hugging Face model."""
     from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
 
+    model, output = model.absolute(), output.absolute()  # a run may be started from any folder
     if not (model.is_file() or (model / "config.json").is_file()):
         raise UserError(f"{model}: is neither a GGUF file nor a folder with a config.json: check the path")
     with whole_folder(output, PRESET) as partial:
@@ -55,7 +58,7 @@ def main(
         if model.is_file():
             folder = partial if tokenizer is None else partial / "before"
             gguf.unpack(model, folder)
-        used = _open_tokenizer(folder)
+        used = load_tokenizer(folder)
         if tokenizer is not None:
             old, used = used, load_tokenizer(tokenizer)
             _replace_vocabulary(folder, partial, old, used)
@@ -66,35 +69,31 @@ def main(
         source = HuggingFaceFolder(folder)
         if used.vocab_size > source.model.vocab_size:
             raise UserError(f"{model}: its tokenizer has {used.vocab_size} pieces, more than its vocab_size ({source.model.vocab_size})")
-        if not no_check:
+        for remark in [*source.tensors.remarks, *filter(None, [used.remark])]:
+            print(remark)
+        if no_check:
+            source.verify()
+        else:
             from megatron_jobs.conversion import agreement
 
             agreement.compare_with_transformers(source, folder, agreement.texts(used)[:, : source.sliding_window], "import")
         if checkpoint:
             _write_checkpoint(source, partial / "checkpoints", output)
         (partial / PRESET).write_text(_preset(source, model, output, output if folder == partial else model), encoding="utf-8")
-    print(f"{output}: a run's YAML may now say extends: {output / PRESET} (relative to itself), and add run, data, train and phases")
-
-
-def _open_tokenizer(folder: Path) -> Tokenizer:
-    """The model's own. A foreign tokenizer.model may be none of ours; then the tokenizer.json beside it does."""
-    try:
-        return load_tokenizer(folder)
-    except UserError:
-        if not (folder / "tokenizer.json").exists():
-            raise
-        return HfTokenizer(folder)
+    print(f"{output}: a run's YAML may now say extends: {output / PRESET}, and add run, data, train and phases")
 
 
 def _replace_vocabulary(folder: Path, target: Path, old: Tokenizer, new: Tokenizer) -> None:
     """Writes the model in `folder` into `target`, with embeddings and output rows for the pieces of `new` made of those of `old`."""
-    from transformers import GenerationConfig
-
     num_rows = extend_embeddings(folder, target, 0, respell(new, old))
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    values |= {"vocab_size": num_rows, "bos_token_id": None, "eos_token_id": new.eod_id, "pad_token_id": None}
+    special = {"bos_token_id": new.bos_id if new.begins_texts else None, "eos_token_id": new.eod_id, "pad_token_id": None}
+    values = read_object(folder / "config.json") | special | {"vocab_size": num_rows}
     (target / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
-    GenerationConfig(eos_token_id=[new.eod_id, new.end_of_turn_id], pad_token_id=new.eod_id).save_pretrained(target)
+    path = folder / "generation_config.json"
+    generation = read_object(path) if path.exists() else {}
+    values = {name: value for name, value in generation.items() if not OF_THE_VOCABULARY.fullmatch(name)}
+    values |= {"eos_token_id": list(dict.fromkeys([new.eod_id, new.end_of_turn_id])), "pad_token_id": new.eod_id}
+    (target / path.name).write_text(json.dumps(values, indent=2), encoding="utf-8")
     new.save_hf(target)
 
 
@@ -104,7 +103,7 @@ def _write_checkpoint(source: "HuggingFaceFolder", folder: Path, output: Path) -
     from megatron_jobs.checkpoints.weights import shapes
 
     wanted = dict(shapes(source.model, source.moe))
-    types = Counter(source.dtype(name) for name in wanted)
+    types = {source.dtype(name) for name in wanted}
     values = {
         "run": output,
         "tokenizer": output,
@@ -114,18 +113,7 @@ def _write_checkpoint(source: "HuggingFaceFolder", folder: Path, output: Path) -
         "train": {"micro_batch_size": 1, "precision": "fp32" if "F32" in types else "bf16"},
         "phases": [],
     }
-    usual = types.most_common(1)[0][0]
-    companions = {
-        name: json.loads((source.folder / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("config", "generation_config")
-        if (source.folder / f"{name}.json").exists()
-    }
-    hugging_face = {
-        **companions,
-        "type": usual,
-        "other_types": {name: source.dtype(name) for name in wanted if source.dtype(name) != usual},
-    }
-    ledger = Ledger(origin=Origin(kind="imported", of=({"folder": str(source.folder)},), hugging_face=hugging_face))
+    ledger = Ledger(origin=Origin(kind="imported", of=({"folder": str(source.folder)},), hugging_face=source.facts()))
     write_weights(folder, from_dict(values, str(output)), source, wanted, ledger, "importing")
 
 
@@ -134,9 +122,8 @@ def _preset(source: "HuggingFaceFolder", model: Path, output: Path, weights: Pat
     if source.moe:
         sections["moe"] = source.moe.model_dump(mode="json")
     sections["train"] = {"init_from": str(weights)}
-    return f"# {model}, as mujina import has read it: a run's YAML says extends: and this file's path\n" + yaml.safe_dump(
-        sections, sort_keys=False
-    )
+    told = f"# {str(model)!r}, as mujina import has read it: a run's YAML says extends: and this file's path\n"
+    return told + yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Nothing else: what is not known there is left out.
 """
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,10 +42,10 @@ def model_card(checkpoint: Exportable, architecture: str, agreement: dict[str, A
         for name, consumed in phase.sources.items()
         if (manifest := _manifest(run.data.folder / f"{name}.json", consumed.checksum))
     }
-    known = {language for manifest in manifests.values() for language in manifest.languages if len(language) == 2}
+    known = {language for manifest in manifests.values() for language in manifest.languages if re.fullmatch("[a-z]{2}", language)}
     head = {"library_name": "transformers", "pipeline_tag": "text-generation"} | ({"language": sorted(known)} if known else {})
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# {run.run.name}",
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# {escaped(run.run.name)}",
         _model(checkpoint, architecture),
         _training(checkpoint, manifests),
         _agreement(agreement),
@@ -76,14 +77,14 @@ def _training(checkpoint: Exportable, manifests: dict[str, Manifest]) -> str:
     ledger = checkpoint.ledger
     told = f"Step {checkpoint.step:,}, {checkpoint.tokens:,} tokens" if checkpoint.step else "Not trained"
     if ledger.origin:
-        told += f", {ledger.origin}"
+        told += f", {escaped(str(ledger.origin))}"
     rows = []
     for phase in ledger.phases:
         for name, consumed in phase.sources.items() if phase.steps else ():
             about: list[str] = ["", "", ""]
             if manifest := manifests.get(name):
                 about = [f"{manifest.kind}, {manifest.origin}", _counted(manifest.languages), _counted(manifest.licences)]
-            rows.append((phase.name, name, f"{consumed.tokens:,}", *about))
+            rows.append(map(escaped, (phase.name, name, f"{consumed.tokens:,}", *about)))
     if not rows:
         return f"{told}."
     return f"{told}.\n\n" + _table(["phase", "source", "tokens", "kind and origin", "languages", "licences of the data"], rows)
@@ -97,6 +98,11 @@ def _agreement(agreement: dict[str, Any] | None) -> str:
         f"{agreement['max_relative_error']:.1e} at most and {agreement['mean_relative_error']:.1e} on average, relative to the largest; "
         f"mean loss {agreement['loss_after']:.6f} against {agreement['loss_before']:.6f}."
     )
+
+
+def escaped(label: str) -> str:
+    """A label of others on one line of Markdown, as it is spelled: no markup, no HTML, no cell of a table of its own."""
+    return re.sub(r"([\\`*\[\]<>&|~#]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(label.split()))
 
 
 def _manifest(path: Path, checksum: str) -> Manifest | None:

@@ -52,14 +52,14 @@ def origin_of(opened: Opened) -> Origin:
     """For the ledgers of the run that starts from it. Of a Hugging Face folder every file is read, for its checksum."""
     if isinstance(opened, Checkpoint):
         return opened.ledger.origin_for(opened.identity)
-    return Origin(kind="imported", of=(identity_of(opened),))
+    return Origin(kind="imported", of=(identity_of(opened),), hugging_face=opened.facts())
 
 
 def identity_of(opened: Opened) -> dict[str, Any]:
     """Tells a model from any other, by its checksums."""
     if isinstance(opened, Checkpoint):
         return opened.identity
-    files = [opened.folder / "config.json", *sorted(opened.folder.glob("*.safetensors"))]
+    files = [opened.folder / "config.json", *opened.tensors.files]
     return {
         "folder": str(opened.folder),
         "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files},

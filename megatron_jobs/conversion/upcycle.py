@@ -18,6 +18,7 @@ import typer
 from megatron_jobs import config as configuration
 from megatron_jobs.config import RunConfig
 from megatron_jobs.conversion import convert
+from megatron_jobs.conversion.families import tell_hindrance
 from megatron_jobs.data.ledger import Ledger, Origin
 from megatron_jobs.planning import flops
 from mujina.files import write_whole
@@ -45,8 +46,9 @@ def main(
     granular with exact scaling), logits that differ fail the command; where it does not, the difference is told, and only NaN fails.
     """
     mixture = Mixture(configuration.load(config), dense, "DENSE")
+    tell_hindrance(mixture.config)
     is_there = _is_folder if hugging_face else _is_checkpoint
-    if is_there(output, mixture):
+    if is_there(output, mixture, no_check):
         print(f"{output}: is there already")
         return
     agreement = None if no_check else _compare(mixture)
@@ -89,9 +91,14 @@ class Mixture:
     @functools.cached_property
     def ledger(self) -> Ledger:
         """Nothing is consumed yet. Of a Hugging Face folder every file is read, for its checksum."""
+        from megatron_jobs.checkpoints.checkpoint import Checkpoint
         from megatron_jobs.conversion.start import identity_of
 
-        return Ledger(origin=Origin(kind="upcycled", of=(identity_of(self.dense),), ledger=getattr(self.dense, "ledger", None)))
+        if isinstance(self.dense, Checkpoint):
+            before: dict[str, Any] = {"ledger": self.dense.ledger}
+        else:
+            before = {"hugging_face": self.dense.facts()}
+        return Ledger(origin=Origin(kind="upcycled", of=(identity_of(self.dense),), **before))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -100,18 +107,26 @@ class Mixture:
         return sections | {"ledger": json.loads(self.ledger.to_json())}
 
 
-def _is_checkpoint(output: Path, mixture: Mixture) -> bool:
+def _is_checkpoint(output: Path, mixture: Mixture, no_check: bool) -> bool:
+    """Whether the checkpoint is there, was compared unless `no_check`, and is what was saved. Reads all of it."""
     from megatron_jobs.checkpoints.checkpoint import Checkpoint
 
     if not (output / "latest").exists():
         return False
-    found = Checkpoint(output / "latest")
-    same = all(getattr(found.config, section) == getattr(mixture.config, section) for section in ("model", "moe", "seed"))
-    return same and found.ledger == mixture.ledger
+    try:
+        found = Checkpoint(output / "latest")
+        same = all(getattr(found.config, section) == getattr(mixture.config, section) for section in ("model", "moe", "seed"))
+        if not same or found.ledger != mixture.ledger or not (no_check or (output / "agreement.json").exists()):
+            return False
+        found.verify()
+    except UserError as error:
+        print(f"{error}: it is made again")
+        return False
+    return True
 
 
-def _is_folder(output: Path, mixture: Mixture) -> bool:
-    return convert.origin_of(output) == mixture.identity
+def _is_folder(output: Path, mixture: Mixture, no_check: bool) -> bool:
+    return convert.is_written(output, mixture.identity, no_check)
 
 
 def _compare(mixture: Mixture) -> "Agreement":
@@ -135,6 +150,8 @@ def _write_checkpoint(mixture: Mixture, agreement: "Agreement | None", output: P
 
     if agreement:
         write_whole(output / "agreement.json", json.dumps(agreement.as_dict(), indent=1).encode())
+    else:
+        (output / "agreement.json").unlink(missing_ok=True)  # of what was there before
     return write_weights(output, mixture.config, mixture, mixture.shapes, mixture.ledger, "upcycling")
 
 

@@ -23,7 +23,7 @@ def open_sources(config: RunConfig) -> dict[str, TokenBinary]:
 
     Raises UserError when a binary is damaged or made with another tokenizer than the run's.
     """
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, config.end_of_document, config.begin_documents)
     if tokenizer.vocab_size > config.model.vocab_size:  # imported models may have more rows than their tokenizer has pieces
         raise UserError(
             f"model.vocab_size ({config.model.vocab_size}) must not be below the number of pieces of the tokenizer in {config.tokenizer} "

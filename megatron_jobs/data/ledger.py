@@ -5,7 +5,7 @@ It is RUN/checkpoints/step-*/ledger.json:
     tokens, block_length    consumed by the run; tokens in a block of the sources
     phases                  name, steps, tokens, and of each source samples, tokens, the blocks that belong to the phase, and a checksum
     origin                  where the weights of step 0 came from: kind (imported, upcycled, averaged, trained), of (what identifies the
-                            models), ledger (the first one's own, with its origin), hugging_face (an imported folder's configuration)
+                            models), ledger (the first one's own, with its origin), hugging_face (configuration of a Hugging Face folder)
     interventions           skipped steps, rollbacks, and the windows of losses and norms (stability.Guard)
     expert_load             shares of the experts in the last step [layer][expert]
 """
@@ -41,7 +41,7 @@ class Origin(Section):
     kind: Literal["imported", "upcycled", "averaged", "trained"]
     of: tuple[dict[str, Any], ...]  # {run, step, tokens, files} of checkpoints, {folder, files} of Hugging Face folders
     ledger: "Ledger | None" = None  # of the first of them
-    hugging_face: dict[str, Any] | None = None  # imported: config, generation_config, type, other_types
+    hugging_face: dict[str, Any] | None = None  # of a Hugging Face folder: config, generation_config, type, other_types
 
     def __str__(self) -> str:
         """As people are told: "upcycled from runs/dense, step 450, 614,400 tokens"."""
@@ -61,6 +61,14 @@ class Ledger(Section):
     def untouched_import(self) -> dict[str, Any] | None:
         """The Hugging Face side of a model that was imported and not trained here."""
         return self.origin.hugging_face if self.origin and self.origin.kind == "imported" and not self.tokens else None
+
+    @property
+    def hugging_face(self) -> dict[str, Any] | None:
+        """The Hugging Face side of the folder that it all began with, however often it was trained, averaged or upcycled since."""
+        origin = self.origin
+        while origin and origin.hugging_face is None:
+            origin = origin.ledger.origin if origin.ledger else None
+        return origin.hugging_face if origin else None
 
     def origin_for(self, identity: dict[str, Any]) -> Origin:
         """The origin of a run that starts from the checkpoint of this ledger; one that was not trained passes its own on."""

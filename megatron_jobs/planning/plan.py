@@ -13,6 +13,7 @@ from rich.table import Table
 
 from megatron_jobs import config as configuration
 from megatron_jobs.config import Phase, RunConfig
+from megatron_jobs.conversion.families import tell_hindrance
 from megatron_jobs.data import feeder, phases
 from megatron_jobs.data.phases import Source
 from megatron_jobs.planning import flops, layouts, memory, planner
@@ -44,6 +45,7 @@ def main(
             f"layout            {gpus} processes: tensor {sizes.tensor}, pipeline {sizes.pipeline}, expert {sizes.expert}, "
             f"data {sizes.data(gpus)}"
         )
+    tell_hindrance(settings)
     sources = feeder.facts(feeder.open_sources(settings)) if settings.data.folder.is_dir() else None
     if sources is not None:
         settings = phases.resolve(settings, sources)

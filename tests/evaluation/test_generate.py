@@ -15,6 +15,13 @@ def test_the_command_prints_prompts_and_answers(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().out == "> five\none two … (cut off after 2 tokens)\n\n> four\none two … (cut off after 2 tokens)\n\n"
 
 
+def test_a_base_model_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_chain(tmp_path, {"five": "one", "one": "two", "two": "</s>"})
+    (folder / "chat_template.jinja").unlink()
+    generate.main(str(folder), ["four five"])
+    assert capsys.readouterr().out.endswith("has no chat template: the prompts are completed as plain text\n\n> four five\none two\n\n")
+
+
 def test_the_command_asks_a_server(capsys: pytest.CaptureFixture[str]) -> None:
     with chat_server() as server:
         generate.main(f"{server.url}#teacher", ["five", "long"], max_new_tokens=2)

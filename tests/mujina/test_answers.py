@@ -39,6 +39,41 @@ def test_stops_at_the_end_of_the_sequence(tmp_path: Path) -> None:
     assert greedily(folder) == Answer("one", "stop", 4, 2)
 
 
+@pytest.mark.parametrize("place", ["template", "generation_config", "list"])
+def test_stops_at_the_end_of_turn_of_any_family(tmp_path: Path, place: str) -> None:
+    """Told by the template that writes it behind an answer, or by the folder's list of what ends one."""
+    folder = save_chain(tmp_path, {"<|assistant|>": "one", "one": "<|system|>", "<|system|>": "three"})
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # the family has no <|end|>, and <|system|> has another part
+        (folder / name).write_text((folder / name).read_text().replace("<|end|>", "<|over|>"))
+    if place == "template":
+        path = folder / "chat_template.jinja"
+        path.write_text(path.read_text().replace("<|end|>", "<|system|>"))
+    else:
+        asked = {"eos_token_id": WORDS.index("<|system|>") if place == "generation_config" else [1, WORDS.index("<|system|>")]}
+        (folder / "generation_config.json").write_text(json.dumps(asked))
+    assert greedily(folder).text == "one" and greedily(folder).stopped
+
+
+def test_a_prompt_beyond_the_context_is_told(tmp_path: Path) -> None:
+    """The context is 64 tokens; the template adds three to the prompt."""
+    answerer = open_answerer(str(save_chain(tmp_path, {"<|assistant|>": "one", "one": "two", "two": "one"})))
+    with pytest.raises(UserError, match=r"prompt 'five five.*' has 64 tokens, .* holds 64 together with the answer: shorten it"):
+        list(answerer.answer([question("five " * 61)], GREEDY))
+    [[long], [short]] = answerer.answer([question("five " * 55), question("five")], GREEDY)
+    assert (long.finish_reason, long.num_answer_tokens) == ("context", 6) and not long.stopped
+    assert (short.finish_reason, short.num_answer_tokens) == ("length", 8)
+
+
+def test_a_base_model_completes_plain_text(tmp_path: Path) -> None:
+    folder = save_chain(tmp_path, {"five": "one", "one": "two", "two": "</s>"})
+    (folder / "chat_template.jinja").unlink()
+    answerer = open_answerer(str(folder), completes=True)
+    [[answer]] = answerer.answer([question("four five")], GREEDY)
+    assert answer == Answer("one two", "stop", num_prompt_tokens=2, num_answer_tokens=3)
+    with pytest.raises(UserError, match="a prompt without a token"):
+        list(answerer.answer([question("")], GREEDY))
+
+
 def test_says_when_the_answer_was_cut_off(tmp_path: Path) -> None:
     folder = save_chain(tmp_path, {"<|assistant|>": "one", "one": "two", "two": "one"})
     answer = greedily(folder, 4)
@@ -143,7 +178,7 @@ def test_a_tokenizer_without_a_token_to_stop_at(tmp_path: Path) -> None:
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     settings["eos_token"] = None
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=r"neither <\|end\|> nor"):
+    with pytest.raises(UserError, match="neither its tokenizer nor its generation_config.json names a token that ends an answer"):
         open_answerer(str(tmp_path))
 
 

@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mujina.user_input import UserError
 from tests.tokenization.conftest import SPECIAL, texts
@@ -155,9 +155,9 @@ def test_a_template_or_the_chat_pieces_are_needed(bpe_folder: Path, tmp_path: Pa
         load(tmp_path).render([{"role": "user", "content": "1"}])
 
 
-def test_what_is_no_bpe_tokenizer_is_explained(bpe_folder: Path, folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
-    with pytest.raises(UserError, match="of the kind Unigram.*tokenizer.model"):
+def test_what_is_no_tokenizer_is_explained(bpe_folder: Path, folder: Path, tmp_path: Path) -> None:
+    tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="of the kind WordLevel, only BPE and Unigram are read"):
         load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="not a Hugging Face tokenizer"):
@@ -169,3 +169,42 @@ def test_what_is_no_bpe_tokenizer_is_explained(bpe_folder: Path, folder: Path, t
     with pytest.raises(UserError, match="'<end>'.*is no piece"):
         load(tmp_path)
     assert load(bpe_folder).hash != load(folder).hash
+
+
+def test_a_unigram_tokenizer_of_others_is_read(tmp_path: Path) -> None:
+    """As of Japanese Llamas: ▁ for spaces, control pieces named in special_tokens_map.json, and a tokenizer.model that is not ours."""
+    from transformers import AutoTokenizer
+
+    backend = tokenizers.Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme="never", split=False)
+    trainer = trainers.UnigramTrainer(vocab_size=800, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>")
+    backend.train_from_iterator([text[:2_000] for text in texts()[::40]], trainer)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": null}')
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": {"content": "<s>"}, "eos_token": "</s>", "unk_token": "<unk>"}')
+    (tmp_path / "tokenizer.model").write_bytes(_sentencepiece_bpe())  # none of ours, for other engines
+    tokenizer, reference = load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eod_id) == (1, 2)
+    for text in ("これはのである。 The cat", "def f(x):\n    return x"):
+        assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False)
+        assert [ids.tolist() for ids in tokenizer.encode_batch([text])] == [tokenizer.encode(text)]
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    ids = tokenizer.encode("a</s>b<s>")
+    assert not {1, 2} & set(ids) and tokenizer.decode(ids) == "a</s>b<s>"
+    tokenizer.save_hf(tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in tmp_path.iterdir()} - {"out"}
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="`mujina tokenizer` has not made it, .* save_pretrained"):
+        load(tmp_path)
+
+
+def _sentencepiece_bpe() -> bytes:
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    lines = iter(["the cat sat on the mat", "return x"] * 20)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=40, minloglevel=1)
+    return model.getvalue()

@@ -86,7 +86,7 @@ def test_transformers_loads_the_folder_and_agrees(tokenizer: Tokenizer, folder: 
     for place in (folder, tmp_path / "export"):
         loaded = AutoTokenizer.from_pretrained(place)
         assert len(loaded) == tokenizer.vocab_size
-        assert [loaded.bos_token, loaded.eos_token, loaded.unk_token, loaded.pad_token] == ["<s>", "</s>", "<unk>", "<pad>"]
+        assert [loaded.bos_token, loaded.eos_token, loaded.unk_token, loaded.pad_token] == [None, "</s>", "<unk>", "<pad>"]
         assert loaded.eos_token_id == tokenizer.eod_id
         for text in ("吾輩は猫である。\n\n    def encode(self)\t# 🦡", " leading and  double", "spelled <0x0A> bytes", ""):
             ids = loaded.encode(text, add_special_tokens=False)

@@ -19,6 +19,7 @@ from transformers import (
 
 from megatron_jobs.config import ModelConfig, MoEConfig
 from megatron_jobs.conversion import agreement
+from megatron_jobs.conversion.tensors import read_files
 from mujina.user_input import UserError
 from tests.ranks import run_ranks
 
@@ -50,7 +51,7 @@ def test_transformers_layer_by_layer_is_its_whole_model(tmp_path, family):
     want = saved(FOLDERS[family], tmp_path)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) > 2
-    assert agreement.transformers_logits(tmp_path, files, TOKENS, "test").equal(want)
+    assert agreement.transformers_logits(tmp_path, read_files(files), TOKENS, "test").equal(want)
 
 
 def test_transformers_names_what_is_missing_or_left_over(tmp_path):
@@ -65,7 +66,7 @@ def test_transformers_names_what_is_missing_or_left_over(tmp_path):
             last = name.removeprefix("model.layers.2.") + ".more" * (trouble == "unexpected_keys")
             where = "test, layer 2: " if "layers" in name else "test: "
             with pytest.raises(UserError, match=f"^{where}transformers reports {trouble}: .*{re.escape(last)}'"):
-                agreement.transformers_logits(tmp_path, [tmp_path / "all.safetensors"], TOKENS, "test")
+                agreement.transformers_logits(tmp_path, read_files([tmp_path / "all.safetensors"]), TOKENS, "test")
 
 
 def test_layer_by_layer_is_the_whole_model_in_less_memory():

@@ -1,5 +1,7 @@
 """Every family of Hugging Face models, there and back: logits as in transformers, tensors equal to the last bit, refusals by name."""
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -12,11 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from megatron_jobs import config as configuration
 from megatron_jobs.checkpoints.checkpoint import seal
-from megatron_jobs.config import MoEConfig
-from megatron_jobs.conversion import convert, import_hf
-from megatron_jobs.conversion.families import family_of
+from megatron_jobs.config import MoEConfig, RunConfig
+from megatron_jobs.conversion import convert, import_hf, upcycle
+from megatron_jobs.conversion.families import config_values, family_of
 from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
+from megatron_jobs.planning import plan
+from mujina import sbatch
 from mujina.user_input import UserError
+from slurm import submit
 from tests.conftest import MOE, tiny
 from tests.megatron_jobs.conversion.test_import import run_from, transformers_loss
 from tests.megatron_jobs.test_train import losses, train_here
@@ -135,6 +140,41 @@ def test_what_no_stock_architecture_holds_is_refused(prepared, model, moe, messa
     config = tiny(prepared, Path("run"), model=model).model
     with pytest.raises(UserError, match=message):
         family_of(config, None if moe is None else MoEConfig(**MOE | moe))
+
+
+REFUSED = "NOTE: `mujina convert` will refuse this model: moe.every (2) has no place in MixtralForCausalLM"
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_what_convert_will_refuse_is_told_before_anything_is_computed(prepared, tmp_path, monkeypatch, capsys, every):
+    monkeypatch.setattr(sbatch, "test", lambda arguments: "")
+    run = tiny(prepared, tmp_path / "run", moe=MOE | dict(every=every))
+    path, script = tmp_path / "run.yaml", tmp_path / "one.sh"
+    path.write_text(json.dumps(run.model_dump(mode="json")))
+    script.write_text("#SBATCH --nodes=1\n")
+    dense = folder_like(prepared, tmp_path / "dense", run)
+    for verb in (
+        lambda: plan.main(path),
+        lambda: submit.main(path, script=script, dry_run=True),
+        lambda: upcycle.main(path, dense, tmp_path / "mixture", no_check=True),
+        lambda: print(*run_ranks(1, told_in_training, run)),
+    ):
+        verb()
+        assert (REFUSED in capsys.readouterr().out) == (every == 2)
+
+
+def folder_like(prepared: Path, folder: Path, run: RunConfig) -> Path:
+    """A dense model of a run's sizes."""
+    sizes = config_values("llama", run.model, None)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes)).save_pretrained(folder)
+    load_tokenizer(prepared / "tokenizer").save_hf(folder)
+    return folder
+
+
+def told_in_training(run: RunConfig) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        train_here(run, 1)
+    return out.getvalue()
 
 
 def edited(folder: Path, copy: Path, **values: Any) -> Path:

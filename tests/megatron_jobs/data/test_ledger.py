@@ -14,7 +14,7 @@ from tests.megatron_jobs.test_train import train_here
 from tests.ranks import run_ranks
 
 DENSE = {"run": "runs/dense", "step": 3, "tokens": 7, "files": {"a": {"bytes": 1, "sha256": "x"}}}
-IMPORTED = {"config": {"model_type": "llama"}, "type": "BF16", "other_types": {}}
+IMPORTED = {"config": {"model_type": "llama", "bos_token_id": None}, "type": "BF16", "other_types": {}}
 TWO = "the mean of runs/dense, step 3, 7 tokens; runs/dense, step 4, 7 tokens"
 
 
@@ -39,6 +39,14 @@ def test_ledgers_of_version_0_1_are_read(key, value, kind, told):
         assert ledger.untouched_import == IMPORTED
     if "run" in value:
         assert ledger.origin.ledger.tokens == 7
+
+
+@pytest.mark.parametrize("kind", ["trained", "averaged", "upcycled"])
+def test_the_folder_that_it_began_with_is_known_at_the_end_of_any_chain(kind):
+    trained = Ledger(tokens=7, origin=Origin(kind="imported", of=({"folder": "hf"},), hugging_face=IMPORTED))
+    later = Ledger(tokens=9, origin=Origin(kind=kind, of=(DENSE,), ledger=trained))
+    assert Ledger.from_json(later.to_json(), "here").hugging_face == trained.hugging_face == IMPORTED
+    assert later.untouched_import is None and Ledger(tokens=9).hugging_face is None
 
 
 def test_what_is_no_ledger_is_told():
