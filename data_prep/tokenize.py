@@ -97,7 +97,7 @@ def tokenize(name: str, source: SourceConfig, files: list[str], output: Path, wo
             tally.add_shard(shard)
             say(f"{writer.num_documents:,} documents, {writer.num_tokens:,} tokens")
         if writer.num_documents == 0:
-            where = ", ".join(files) or f"its steps dropped all, see {output / name / 'report.html'}"
+            where = f"its steps dropped all, see {output / name / 'report.html'}" if source.steps else ", ".join(files)
             raise UserError(f"source {name}: holds no documents ({where}): leave it out, or give files that hold some")
         manifest = writer.finish(tally.labels(name, source, fingerprint))
     shutil.rmtree(shards, ignore_errors=True)  # also when a run was killed just before it came here

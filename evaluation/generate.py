@@ -19,7 +19,7 @@ def main(
         str, typer.Argument(metavar="HF_FOLDER", help="Folder of a Hugging Face model with a chat tokenizer, or http://host:port/v1#model.")
     ],
     prompts: Annotated[list[str], typer.Argument(help="What the user says; several prompts are answered one by one.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
 ) -> None:
     """Answers prompts with a chat model, greedily."""
     sampling = Sampling(max_new_tokens)

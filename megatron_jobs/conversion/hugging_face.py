@@ -36,7 +36,7 @@ class HuggingFaceFolder:
             try:
                 tensors = safe_open(file, framework="pt")
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{file}: is not a whole safetensors file ({error}): copy the folder again") from None
+                raise UserError(f"{file}: is not a whole safetensors file ({error}): copy this file again") from None
             self._slices |= {name: tensors.get_slice(name) for name in tensors.keys() if not name.endswith(COMPUTED)}
         rules = FAMILIES[self.model_type].names
         self._names: dict[str, str] = {}
@@ -52,7 +52,7 @@ class HuggingFaceFolder:
 
     def _check_tensor(self, name: str, shape: list[int]) -> None:
         if name not in self._slices:
-            raise UserError(f"{self.folder}: has no tensor {name}, which the model of its config.json needs: copy the folder again")
+            raise UserError(f"{self.folder}: has no tensor {name}, which its config.json asks for: take the config.json of these weights")
         found = self._slices[name]
         if found.get_shape() != shape:
             raise UserError(f"{self.folder}: {name} has the shape {found.get_shape()}, and by config.json it is {shape}: mend config.json")
@@ -84,7 +84,9 @@ def weight_files(folder: Path) -> list[Path]:
         names = ["model.safetensors"]
     for name in names:
         if not (folder / name).exists():
-            raise UserError(f"{folder / name}: is missing: copy the folder again, or save the model with save_pretrained of transformers")
+            raise UserError(
+                f"{folder / name}: is missing: bring it, or save the model with save_pretrained of transformers, as safetensors"
+            )
     return [folder / name for name in names]
 
 
