@@ -51,7 +51,7 @@ class SourceConfig(SourceFacts):
     """What the documents go through, in order; none: they are tokenized as they are."""
     damaged: Literal["stop", "skip"] = "stop"
     """What a damaged file or row does: stop the run, or be passed over and reported."""
-    tasks: int | None = Field(default=None, gt=0)
+    tasks: int | None = Field(default=None, gt=0, le=100_000)
     """Tasks that share the files, for steps; more than files make no sense. Null: one for each gigabyte, and at least 16."""
     answer_weights: bool = False
     """Of kind chat: beside the tokens lies the channel `weights`, uint8, 1 for each token that the assistant has to say, its end of turn
@@ -99,7 +99,7 @@ class PrepareConfig(Section):
     """Whether the tokenizer's `bos_token` begins every document; auto: as transformers does it, a text where tokenizer.json adds it, a
     dialogue where the chat template writes it. Runs on the binaries say the same.
     """
-    processes: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), gt=0)
+    processes: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), gt=0, le=4096)
     """Processes on this machine, one for each core unless given; no result depends on it."""
     executor: Literal["local", "slurm", "ray"] = "local"
     """Where the steps run."""

@@ -306,7 +306,7 @@ def open_binary(prefix: str | Path, tokenizer_hash: str | None = None) -> TokenB
     Raises UserError when they do not belong together.
     """
     prefix = Path(prefix)
-    manifest = _read_manifest(prefix)
+    manifest = read_manifest(prefix)
     bin_path, idx_path = path_of(prefix, "bin"), path_of(prefix, "idx")
     if tokenizer_hash not in (None, manifest.tokenizer_hash):
         raise UserError(
@@ -335,20 +335,24 @@ def open_binary(prefix: str | Path, tokenizer_hash: str | None = None) -> TokenB
     return TokenBinary(prefix, manifest)
 
 
-def _read_manifest(prefix: Path) -> Manifest:
+def read_manifest(prefix: Path) -> Manifest:
+    """<prefix>.json; raises UserError when it is no manifest, or not there."""
     path = path_of(prefix, "json")
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        manifest = Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such manifest, so {prefix} is not a whole binary: run python -m data_prep.prepare (again)") from None
     except pydantic.ValidationError as error:
         raise UserError(f"{path}: is not a manifest ({error.errors()[0]['msg']}): prepare the source again") from None
+    if manifest.dtype not in DTYPE_CODES:
+        raise UserError(f"{path}: dtype ({manifest.dtype}) must be {' or '.join(DTYPE_CODES)}: prepare the source again")
+    return manifest
 
 
 def _former_channels(prefix: Path) -> set[str]:
     """The channels of the binary that is there, if one is."""
     try:
-        return set(_read_manifest(prefix).channels)
+        return set(read_manifest(prefix).channels)
     except UserError:
         return set()
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_prep.indexed import Channel, TokenBinary, open_binary
+from data_prep.indexed import Channel, TokenBinary, open_binary, path_of
 from mujina.user_input import UserError, command_line
 from tokenization.load import load
 from tokenization.tokenizer import Tokenizer
@@ -60,7 +60,11 @@ def frequent_pieces(binary: TokenBinary, tokenizer: Tokenizer) -> list[tuple[str
     tokens = binary.tokens[:COUNTED]
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for start in range(0, tokens.size, CHUNK):
-        counts += np.bincount(tokens[start : start + CHUNK], minlength=counts.size)
+        chunk = tokens[start : start + CHUNK]
+        if chunk.min() < 0 or chunk.max() >= counts.size:
+            path = path_of(binary.prefix, "bin")
+            raise UserError(f"{path}: holds ids that none of the {counts.size:,} pieces has: it is damaged, prepare the source again")
+        counts += np.bincount(chunk, minlength=counts.size)
     order = np.argsort(-counts, kind="stable")[:FREQUENT]
     return [(tokenizer.piece(int(token)), float(counts[token] / tokens.size)) for token in order if counts[token]]
 

@@ -112,7 +112,8 @@ def tokenize(name: str, source: SourceConfig, files: list[str], output: Path, wo
             tally.add_shard(shard)
             say(f"{writer.num_documents:,} documents, {writer.num_tokens:,} tokens")
         if writer.num_documents == 0:
-            where = ", ".join(files) or f"all that it held was dropped or passed over, see {output / name / 'report.html'}"
+            said = f"all that it held was dropped or passed over, see {output / name / 'report.html'}"
+            where = said if source.steps else ", ".join(files)
             raise UserError(f"source {name}: holds no documents ({where}): leave it out, or give files that hold some")
         manifest = writer.finish(tally.labels(name, source, fingerprint))
     shutil.rmtree(shards, ignore_errors=True)  # also when a run was killed just before it came here

@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Self
 
 from mujina.processes import end_with_parent
-from mujina.user_input import UserError
+from mujina.user_input import UserError, explain
 
 AHEAD = 3
 
@@ -72,10 +72,18 @@ class Workers:
         except (EOFError, ConnectionError):
             process = self._processes[connection]
             process.join()
-            raise UserError(
-                f"a worker process ended with status {process.exitcode}: see what it wrote above; -9 is a kill, most often for want of "
-                f"memory: set `processes` to fewer than {len(self._processes)} and start again"
-            ) from None
+            raise UserError(f"a worker process {_end_of(process.exitcode, len(self._processes))}") from None
+
+
+def _end_of(status: int, processes: int) -> str:
+    """How a worker ended, and what to do about it."""
+    if status >= 0:
+        return f"ended with status {status}: what it wrote above says why; start again once that is mended"
+    name = signal.Signals(-status).name
+    if status != -signal.SIGKILL:
+        return f"was ended by {name}: what it wrote above may say why; start again"
+    fewer = f"set `processes` below {processes}" if processes > 1 else "work on a machine with more of it"
+    return f"was killed ({name}): unless somebody did so, the kernel for want of memory (`dmesg` tells): {fewer}, and start again"
 
 
 def _serve(connection: Connection, others: list[Connection]) -> None:
@@ -93,5 +101,5 @@ def _serve(connection: Connection, others: list[Connection]) -> None:
         except UserError as error:
             result = error
         except OSError as error:
-            result = UserError(f"a file cannot be read or written ({error}): look for space on the disk and for permissions")
+            result = UserError(explain(error) or f"a file cannot be read or written ({error}): start again")
         connection.send(result)

@@ -59,6 +59,9 @@ def configuration() -> str:
         "`# yaml-language-server: $schema=run.schema.json` on top of a file (`--of VERB` chooses another configuration).\n",
         "`extends: other.yaml` (or a list, the later over the earlier) lays a file over others, section by section. What a file includes",
         "is relative to that file; paths of data, runs and models, and paths in overrides (`key=value`), to the working directory.\n",
+        "Values are what people mean, in files and in overrides: `no`, `on` and `24:00:00` are texts, `1e-4` is a number, `30e9` and",
+        "`30_000` are whole ones; true is not 1, and a text in quotes is no number. A key twice, a number that begins with 0 (`010`),",
+        "`.inf` and `.nan` are errors with their line.\n",
     ]
     for verb in explain.CONFIGURATIONS:
         parts.append(f"## {verb}\n\nRead by {READ_BY.get(verb, f'`mujina {verb}`')}.\n")

@@ -17,7 +17,7 @@ from mujina.user_input import command_line
 def main(
     model: Annotated[str, typer.Argument(metavar="HF_FOLDER", help="Folder of a Hugging Face model, or http://host:port/v1#model.")],
     prompts: Annotated[list[str], typer.Argument(help="What the user says; several prompts are answered one by one.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
 ) -> None:
     """Answers prompts with a chat model, greedily; a base model, which has no chat template, completes them as plain text."""
     sampling = Sampling(max_new_tokens)

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pydantic
 
-from evaluation.files import parse_object, read_text
 from mujina.answers import Sampling
-from mujina.user_input import Section, UserError, parse
+from mujina.user_input import Section, UserError, parse, read_object
 
 
 class Measure(Section):
@@ -92,7 +91,7 @@ def _means(suite: Suite, samples: Sequence[Sample]) -> Scores:
 def read_result(path: Path) -> Result:
     """Reads what `mujina evaluate` wrote; raises UserError naming the file when it is anything else, or of an older form."""
     remedy = "`mujina evaluate` writes it"
-    values = parse_object(read_text(path, remedy), str(path), remedy)
+    values = read_object(path, remedy)
     if not values.keys() >= Result.model_fields.keys():
         raise UserError(f"{path}: is no result, or one of an older form: evaluate again with `mujina evaluate`, which writes today's")
     return parse(values, Result, str(path))

@@ -6,9 +6,10 @@ Needs no torch. Counts start with `num_`, `tokens` are tokens, intervals are opt
 
 import math
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
+from annotated_types import Ge, Gt, Le
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from data_prep.row import Kind, Origin
@@ -18,6 +19,10 @@ from tokenization.tokenizer import BeginDocuments
 VOCABULARY_MULTIPLE = 128  # one size at every tensor-parallel size, and a shape that GPU kernels like
 # Values of the logits of which the loss takes the softmax at a time, in float32: what fits a cache, what keeps a GPU busy.
 SOFTMAX_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
+MOST_INCREMENTS = 1_000  # of a batch ramp
+MOST = 1_000_000  # of whatever makes sense far below it only: a slip of the hand must not be reckoned with for hours
+Size = Annotated[int, Gt(0), Le(MOST)]
+Share = Annotated[float, Gt(0), Le(10**15)]
 
 
 class RopeScaling(Section):
@@ -42,19 +47,19 @@ class RopeScaling(Section):
 class ModelConfig(Section):
     """A decoder of the Llama family: RMSNorm, SwiGLU, rotary positions, grouped queries; and what Qwen2 and Qwen3 add to it."""
 
-    num_layers: PositiveInt
+    num_layers: PositiveInt = Field(le=10_000)
     """Decoder layers."""
-    hidden_size: PositiveInt
+    hidden_size: Size
     """Width of the residual stream."""
-    ffn_hidden_size: PositiveInt
+    ffn_hidden_size: Size
     """Neurons of a dense FFN (SwiGLU: gate, up and down each have so many)."""
-    num_attention_heads: PositiveInt
+    num_attention_heads: Size
     """Query heads; a multiple of `num_query_groups`."""
-    num_query_groups: PositiveInt
+    num_query_groups: Size
     """Key and value heads; as many as `num_attention_heads` for plain multi-head attention."""
-    head_size: PositiveInt
+    head_size: Size
     """Width of a head; `hidden_size / num_attention_heads` where it is left out."""
-    vocab_size: PositiveInt
+    vocab_size: PositiveInt = Field(le=2**31)
     """Pieces of the tokenizer. The matrices have the next multiple of 128 rows, of which those behind it are never looked up."""
     norm_epsilon: PositiveFloat = 1e-5
     """Added to the mean square in RMSNorm."""
@@ -125,13 +130,13 @@ class UpcyclingConfig(Section):
 class MoEConfig(Section):
     """FFNs that are mixtures of experts. The defaults are Mixtral's: top-k of the router's logits, softmax over the chosen, dropless."""
 
-    num_experts: PositiveInt
+    num_experts: Size
     """Experts of a layer."""
-    top_k: PositiveInt
+    top_k: Size
     """Experts that a token goes through; at most `num_experts`."""
-    ffn_hidden_size: PositiveInt | None = None
+    ffn_hidden_size: Size | None = None
     """Neurons of one expert; null: the model's."""
-    shared_ffn_hidden_size: NonNegativeInt = 0
+    shared_ffn_hidden_size: Annotated[int, Ge(0), Le(MOST)] = 0
     """Neurons of an expert that every token goes through; 0: there is none."""
     every: PositiveInt = 1
     """The first of each so many layers is a mixture, the others are dense."""
@@ -212,17 +217,17 @@ class ParallelConfig(Section):
     Experts divide the tensor, context and data dimensions of a pipeline stage anew: expert_tensor × expert × the copies of each expert.
     """
 
-    tensor: PositiveInt = 1
+    tensor: Size = 1
     """Ranks that share each matrix, and the sequence between the layers."""
-    pipeline: PositiveInt = 1
+    pipeline: Size = 1
     """Stages of layers; divides `model.num_layers`."""
-    virtual_pipeline: PositiveInt = 1
+    virtual_pipeline: Size = 1
     """Chunks of layers in each stage (interleaved schedule); above 1 only with `pipeline` above 1."""
-    context: PositiveInt = 1
+    context: Size = 1
     """Ranks that share each sequence; 2 × context divides every phase's `sequence_length`."""
-    expert: PositiveInt = 1
+    expert: Size = 1
     """Ranks that share the experts of a layer; divides `moe.num_experts`."""
-    expert_tensor: PositiveInt = 1
+    expert_tensor: Size = 1
     """Ranks that share each expert's matrices."""
 
     def data(self, world_size: int) -> int:
@@ -235,9 +240,9 @@ class ParallelConfig(Section):
 class OptimizerConfig(Section):
     """AdamW with decoupled weight decay; none on norms. The learning rate belongs to the phases."""
 
-    beta1: PositiveFloat = 0.9
+    beta1: PositiveFloat = Field(default=0.9, lt=1)
     """Decay of the mean of the gradients, a step."""
-    beta2: PositiveFloat = 0.95
+    beta2: PositiveFloat = Field(default=0.95, lt=1)
     """Decay of the mean of their squares, a step."""
     epsilon: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
@@ -254,9 +259,9 @@ class LearningRate(Section):
     (warm-up, stable, decay). "1-sqrt" and "exponential" are the decays of Hägele et al. 2024 (arXiv 2405.18392) and of MiniCPM.
     """
 
-    start: PositiveFloat
+    start: PositiveFloat = Field(le=100)
     """The rate after the warm-up."""
-    end: NonNegativeFloat
+    end: NonNegativeFloat = Field(le=100)
     """The rate at the phase's last step; above 0 for `exponential`."""
     shape: Literal["constant", "linear", "cosine", "1-sqrt", "exponential"] = "cosine"
     """The curve from `start` to `end`."""
@@ -295,13 +300,13 @@ class Portion(Section):
     A plain number in the place of this section is a weight.
     """
 
-    weight: PositiveFloat | None = None
+    weight: Share | None = None
     """Share of what the amounts leave of the phase's tokens, relative to the other weights."""
     tokens: PositiveInt | None = None
     """So many tokens of it."""
-    epochs: PositiveFloat | None = None
+    epochs: Share | None = None
     """So many times all of it."""
-    loss_weight: PositiveFloat = 1.0
+    loss_weight: Share = 1.0
     """Of each of its tokens in the loss."""
 
     @pydantic.model_validator(mode="after")
@@ -347,13 +352,13 @@ class Phase(Section):
     """Stands in logs and the ledger; every name once."""
     tokens: PositiveInt | None = None
     """Budget in tokens, of which whole steps are trained; null where every source has an amount: their sum."""
-    sequence_length: PositiveInt
+    sequence_length: PositiveInt = Field(le=2**31)
     """Tokens of a sample; divides `data.block_length`."""
-    global_batch_size: PositiveInt
+    global_batch_size: Size
     """Samples of a step, all ranks together; a multiple of micro-batch size × data-parallel size."""
     batch_ramp: BatchRamp | None = None
     """The batch grows to `global_batch_size`; null: it is that from the first step."""
-    sources: dict[str, PositiveFloat | Portion] = Field(min_length=1)
+    sources: dict[str, Share | Portion] = Field(min_length=1)
     """What is trained on, by the names of the binaries in `data.folder`: a weight, or a section with an amount."""
     learning_rate: LearningRate
     """The phase's piece of the learning-rate curve."""
@@ -370,7 +375,7 @@ class Phase(Section):
     @classmethod
     def _earlier_spelling(cls, values: Any) -> Any:
         """Checkpoints of version 0.1 have `z_loss` beside the phase's other fields."""
-        if isinstance(values, dict) and "z_loss" in values:
+        if isinstance(values, dict) and "z_loss" in values and isinstance(values.get("loss", {}), dict):
             loss = {"z_loss": values["z_loss"]} | values.get("loss", {})
             return {name: value for name, value in values.items() if name != "z_loss"} | {"loss": loss}
         return values
@@ -424,6 +429,11 @@ class Phase(Section):
             raise ValueError(
                 f"phase {self.name}: batch_ramp must reach global_batch_size ({self.global_batch_size}) from start ({ramp.start}) in whole "
                 f"increments ({ramp.increment}): change one of them"
+            )
+        if ramp and (steps := (self.global_batch_size - ramp.start) // ramp.increment) > MOST_INCREMENTS:
+            raise ValueError(
+                f"phase {self.name}: batch_ramp.increment ({ramp.increment}) makes {steps:,} batch sizes, and {MOST_INCREMENTS:,} are the "
+                "most: raise it"
             )
         if self.tokens is None:
             for source in self.sources:
@@ -484,7 +494,7 @@ class TrainConfig(Section):
     """Steps between records of each layer's gradient and weight norm; null: none."""
     fp8_shadow_interval: PositiveInt = 100
     """Steps between comparisons of the loss in fp8 with the one in bf16."""
-    hang_minutes: PositiveFloat = 10
+    hang_minutes: PositiveFloat = Field(default=10, le=100_000)
     """Minutes without an ended step, after which the run counts as hung and ends with the stacks of all ranks in its logs."""
     init_from: Path | None = None
     """A checkpoint or Hugging Face folder whose weights (and no optimizer state) start the run."""

@@ -8,6 +8,7 @@ Needs no torch.
 """
 
 import contextlib
+import errno
 import faulthandler
 import os
 import re
@@ -26,6 +27,10 @@ from mujina.exits import MISTAKE
 from mujina.user_input import explain
 
 GRACE = 10  # seconds that the other ranks get to say where they are, or to end, before the run is taken down
+# What the system refuses once, and would refuse again on any node; all else may be a disk or a network that is not well.
+_LASTING = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+}
 # What gloo, NCCL and their sockets say when another rank is gone.
 _PEER_IS_GONE = re.compile(r"Connection (reset|closed|refused)|Broken pipe|NCCL|gloo|Timed out waiting", re.IGNORECASE)
 
@@ -60,7 +65,8 @@ def claim(attempt: Path, who: str, text: str) -> bool:
 
 def first_rank(attempt: Path) -> int | None:
     """The rank whose error was the first, where one has written it down."""
-    found = re.match(r"rank (\d+) on", (attempt / "first_error").read_text()) if (attempt / "first_error").exists() else None
+    path = attempt / "first_error"
+    found = re.match(r"rank (\d+) on", path.read_text(errors="replace")) if path.exists() else None
     return int(found[1]) if found else None
 
 
@@ -74,7 +80,7 @@ def supervised(attempt: Path, rank: int, world_size: int, hang_seconds: float) -
     except Exception as error:
         _report(error, attempt, rank, console)
         # Not by an exception: taking the process groups down can wait for ranks that are gone.
-        _end(MISTAKE if explain(error) else 1)
+        _end(MISTAKE if _told(error) else 1)
     finally:
         watchdog.close()
 
@@ -189,8 +195,13 @@ def _redirect(log: Path, rank: int) -> int:
     return console
 
 
+def _told(error: Exception) -> str | None:
+    """What to tell of a mistake that would come again; None of anything else."""
+    return None if isinstance(error, OSError) and error.errno not in _LASTING else explain(error)
+
+
 def _report(error: Exception, attempt: Path, rank: int, console: int) -> None:
-    told = explain(error)
+    told = _told(error)
     text = f"error: {told}" if told else traceback.format_exc()
     if told is None and _PEER_IS_GONE.search(str(error)):
         _wait_for_first_error(attempt)

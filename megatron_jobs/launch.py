@@ -21,12 +21,15 @@ from typing import Annotated
 import typer
 
 from megatron_jobs import config as configuration
-from megatron_jobs import failures
+from megatron_jobs import failures, stability
+from megatron_jobs.config import RunConfig
 from megatron_jobs.data import feeder, phases
+from megatron_jobs.data.order import DataOrder
 from megatron_jobs.planning import layouts
+from megatron_jobs.stability import Guard
 from mujina.exits import MISTAKE, STOPPED
 from mujina.processes import end_with_parent
-from mujina.user_input import command_line
+from mujina.user_input import UserError, command_line
 
 TAIL = 15  # lines of a traceback or log that are shown
 
@@ -34,16 +37,15 @@ TAIL = 15  # lines of a traceback or log that are shown
 def main(
     config: Annotated[Path, typer.Argument(help="the run's YAML file")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example train.micro_batch_size=2")] = None,
-    processes: Annotated[int, typer.Option(help="how many processes: one a GPU, or a few on a CPU")] = 1,
+    processes: Annotated[int, typer.Option(min=1, max=1024, help="how many processes: one a GPU, or a few on a CPU")] = 1,
 ) -> None:
     """Trains to the end of the last phase; a run that was interrupted goes on where its newest whole checkpoint stands."""
     settings = configuration.load(config, overrides)
     layouts.check(settings, processes)
     sources = feeder.facts(feeder.open_sources(settings))
     settings = phases.resolve(settings, sources)
-    phases.shares(settings, sources)
     num_steps = phases.num_steps(settings.phases)
-    if (settings.run / "checkpoints" / f"step-{num_steps:08d}").exists():
+    if _is_done(settings, DataOrder(settings, sources), num_steps):
         print(f"{settings.run}: all {num_steps} steps are done")
         return
     before = len(failures.attempts(settings.run))
@@ -67,6 +69,25 @@ def main(
     if block:
         print(block, file=sys.stderr)
     sys.exit(status if status > 0 else 1)
+
+
+def _is_done(config: RunConfig, order: DataOrder, num_steps: int) -> bool:
+    """Whether the newest whole checkpoint is that of this run's last step. Raises UserError when it is another run's, or never trained."""
+    folder = config.run / "checkpoints"
+    if not any(int(path.name.removeprefix("step-")) >= num_steps for path in folder.glob("step-" + 8 * "[0-9]")):
+        return False  # the trainer looks at it
+
+    from megatron_jobs.checkpoints.checkpoint import newest_whole
+
+    newest, guard = newest_whole(folder), Guard(config.stability, stability.read_rollbacks(config.run))
+    if newest is None or newest.step < num_steps or not guard.agrees(newest.step, newest.ledger.interventions):
+        return False  # the last one is damaged, or was rolled back
+    phases.check_resumable(newest.config, config, newest.step)
+    order.check_continues(newest.ledger)
+    if not newest.updates:
+        guard.from_ledger(newest.ledger.interventions)
+        raise UserError(guard.never_updated(config.run, newest.step))
+    return True
 
 
 @contextlib.contextmanager

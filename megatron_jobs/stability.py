@@ -10,12 +10,14 @@ import json
 import math
 import statistics
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_jobs.config import StabilityConfig
 from mujina.files import write_whole
+from mujina.user_input import read_text, reading
 
 MAD_TO_SIGMA = 1.4826  # the median absolute deviation of a normal distribution times this is its standard deviation
 FLOOR = 0.01  # of the median: the least deviation that is reckoned with, so that a flat curve does not make everything a spike
@@ -117,15 +119,36 @@ class Guard:
             action, reason = "stop", f"{reason}, after {self.skips_in_a_row} skipped steps in a row (stability.max_skips)"
         return Verdict(action, reason, median, deviation)
 
+    def never_updated(self, run: Path, step: int) -> str:
+        """What to tell of a run whose steps were all left out."""
+        told = [f"{run}: all {step} steps are done, and none has updated the weights: they are those that it began with"]
+        told += [f"  {line}" for line in self.history()]
+        told.append("  try: other weights to start from, a lower learning rate or other data, in another run")
+        return "\n".join(told)
+
     def history(self) -> list[str]:
         """The interventions so far, a line each."""
         lines = [f"step {skip['step']} was skipped: {skip['reason']}" for skip in self.skipped[-self.config.max_skips :]]
         return lines + [f"steps {back['first']} to {back['last']} were passed over: {back['reason']}" for back in self.rollbacks]
 
 
+def not_finite(field: str, broken: Mapping[str, int]) -> str:
+    """What to tell of the weights that `field` gives: how many values of which matrices are NaN or Inf."""
+    named = ", ".join(f"{name} ({count:,})" for name, count in sorted(broken.items())[:5])
+    return (
+        f"{field}: {sum(broken.values()):,} values of the weights to start from are NaN or Inf, in {named}"
+        f"{f' and {len(broken) - 5} more' if len(broken) > 5 else ''}: take weights that are whole; `mujina checkpoint inspect` counts them"
+    )
+
+
 def read_rollbacks(run: Path) -> list[dict[str, Any]]:
-    path = run / "rollbacks.json"
-    return json.loads(path.read_text()) if path.exists() else []
+    """Raises UserError when the file is none of ours."""
+    path, remedy = run / "rollbacks.json", "bring it back, or remove it to forget what was rolled back"
+    if not path.exists():
+        return []
+    text = read_text(path, remedy)
+    with reading(path, "a list of rollbacks", remedy):
+        return [{"first": int(back["first"]), "last": int(back["last"]), "reason": back["reason"]} for back in json.loads(text)]
 
 
 def write_rollbacks(run: Path, rollbacks: list[dict[str, Any]]) -> None:

@@ -32,6 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Annotated, Any
 
+import pydantic
 import typer
 
 from mujina import sbatch
@@ -39,7 +40,7 @@ from mujina.exits import MISTAKE, STOPPED
 from mujina.files import sha256_of, write_whole
 from mujina.processes import end_with_parent
 from mujina.stations import Plan, Station, files_named, read_chain
-from mujina.user_input import UserError, command_line
+from mujina.user_input import UserError, command_line, reading
 
 
 @dataclass
@@ -74,7 +75,10 @@ class Journal:
         lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
         if self._file and lines[-1]:  # power was lost in the middle of a line
             self._file.truncate(sum(len(line) + 1 for line in lines[:-1]))
-        self.rows = [Row(**json.loads(line)) for line in lines[:-1]]
+        self.rows = []
+        for number, line in enumerate(lines[:-1], start=1):
+            with reading(f"{path} line {number}", "a row of a chain's journal", "take the line out, and its station runs again"):
+                self.rows.append(pydantic.TypeAdapter(Row).validate_json(line))
         for row in self.rows:
             if row.job and (end := sbatch.ended(folder / "jobs", row.job, row.tasks)):
                 row.status, row.seconds = end

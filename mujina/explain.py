@@ -20,10 +20,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pydantic
 import typer
-import yaml
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
+from mujina import strict_yaml
 from mujina.user_input import Section, UserError, command_line, nearest
 
 CONFIGURATIONS = {
@@ -155,7 +155,7 @@ def _type(annotation: Any, rules: Sequence[Any] = ()) -> str:
     if origin is Annotated:
         return _type(arguments[0], arguments[1:])
     if rules:
-        bounds = [f"{BOUNDS[type(rule)][0]} {getattr(rule, BOUNDS[type(rule)][1]):g}" for rule in rules if type(rule) in BOUNDS]
+        bounds = [f"{word} {_number(getattr(rule, name))}" for kind, (word, name) in BOUNDS.items() for rule in rules if type(rule) is kind]
         bounds += ["not empty" for rule in rules if isinstance(rule, MinLen)]
         return f"{_type(annotation)} {' and '.join(bounds)}".strip()
     if origin is Literal:
@@ -173,10 +173,14 @@ def _type(annotation: Any, rules: Sequence[Any] = ()) -> str:
     return PLAIN.get(annotation, str(annotation))
 
 
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
 def _yaml(value: Any) -> str:
     if isinstance(value, pydantic.BaseModel):
         value = {name: _plain(inner) for name, inner in value if inner != type(value).model_fields[name].default}
-    return yaml.safe_dump(_plain(value), default_flow_style=True, allow_unicode=True, width=10_000).removesuffix("\n...\n").strip()
+    return strict_yaml.dump(_plain(value), default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()
 
 
 def _plain(value: Any) -> Any:

@@ -1,17 +1,19 @@
-"""What users give us, and how we answer when it is wrong: strict YAML, and errors in their terms.
+"""What users give us, and how we answer when it is wrong: strict YAML, files of others, and errors in the users' terms.
 
 Every room may import this file; it imports no room and nothing heavy.
 """
 
+import contextlib
 import difflib
 import errno
 import functools
+import json
 import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
@@ -19,22 +21,65 @@ import pydantic
 import typer
 import yaml
 
+from mujina import strict_yaml
 from mujina.exits import MISTAKE
+
+SHOWN = 100  # characters of a value in an error
+SPACE = "make space on the disk (or raise the quota) and start again: what is whole stays"
+# What the system says no to, and what the user can do.
+REMEDIES = {
+    **dict.fromkeys((errno.ENOENT, errno.EINVAL), "check the path"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "check who may read and write there"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTEMPTY), "name another place, or remove what is there"),
+    **dict.fromkeys((errno.ENODEV, errno.ENXIO, errno.EISDIR), "name a file"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), SPACE),
+    errno.ENOTDIR: "a part of the path is a file: check the path",
+    errno.ENAMETOOLONG: "shorten the name",
+    errno.ELOOP: "the link leads to itself: check the path",
+    errno.EROFS: "name a place that can be written",
+    errno.EXDEV: "name a place on the same disk",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+# Of pydantic's messages, by their type: the rule, where pydantic's own words are none for users, and the remedy.
+RULES = {
+    "bool_type": "must be true or false: write one of them",
+    "int_type": "must be a whole number: write one, without quotes",
+    "int_from_float": "must be a whole number: write one",
+    "float_type": "must be a number: write one, without quotes",
+    "string_type": "must be a text: put it in quotes",
+    "finite_number": "must be a finite number: write one",
+    "string_pattern_mismatch": "may hold letters, digits, _, - and . only: take the other characters out",
+}
 
 
 class UserError(Exception):
     """A mistake that the user can mend. The message names the field or file, the value, the rule and the remedy."""
 
 
+def _strict(schema: Any) -> Any:
+    """A pydantic-core schema in which numbers and truth values are made of nothing else."""
+    if isinstance(schema, list | tuple):
+        return type(schema)(_strict(one) for one in schema)
+    if not isinstance(schema, dict):
+        return schema
+    kept = ("metadata", "default", "expected")
+    strict = {"strict": True} if schema.get("type") in ("bool", "int", "float") else {}
+    return {key: value if key in kept else _strict(value) for key, value in schema.items()} | strict
+
+
 class Section(pydantic.BaseModel):
-    """One section of a configuration: frozen, and an unknown key is an error.
+    """One section of a configuration: frozen, and an unknown key is an error. A number is finite; a text is none, and 1 is not true.
 
     The string under a field is its documentation: what it means, its unit, the rule it obeys (`mujina explain` reads it).
     """
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     from_file: ClassVar[tuple[str, ...]] = ()  # fields for which a file may name another that holds them, and nothing else
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: pydantic.GetCoreSchemaHandler) -> Any:
+        return _strict(handler(source))
 
 
 def _is_name(text: str) -> str:
@@ -60,14 +105,14 @@ def read_yaml(path: str | Path, model: type[T], overrides: list[str] | None = No
     for override in overrides or []:
         key, separator, text = override.partition("=")
         if not separator:
-            raise UserError(f"override {override!r} is not of the form key=value: write for example optimizer.max_norm=1.0")
-        given = yaml.safe_load(text)
+            raise UserError(f"override {override!r} is not of the form key=value: write for example {next(iter(model.model_fields))}=…")
+        given = _from_yaml(text, f"override {override!r}")
         given = _included(override, Path(), key, given) if key in model.from_file and isinstance(given, str) else given
-        values = _merge(values, _nested(key.split("."), given))
+        values = _merge(values, functools.reduce(lambda inside, name: {name: inside}, reversed(key.split(".")), given))
     return parse(values, model, str(path))
 
 
-def parse(values: dict[str, Any], model: type[T], where: str) -> T:
+def parse(values: Any, model: type[T], where: str) -> T:
     """Validates `values` against `model`; raises one UserError that lists every problem in `where`."""
     try:
         return model.model_validate(values)
@@ -76,8 +121,44 @@ def parse(values: dict[str, Any], model: type[T], where: str) -> T:
         raise UserError("\n".join(f"{where}: {problem}" for problem in problems)) from None
 
 
+def read_text(path: str | Path, remedy: str = "check the path") -> str:
+    """The text of a file; raises UserError, ending with `remedy`, when it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {_reason(error)}: {remedy}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.object[error.start]:#04x} at {error.start}): {remedy}") from None
+
+
+def parse_object(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
+    """The JSON object that `text` spells; raises UserError, naming `where` and ending with `remedy`, when it is anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: is not JSON ({error}): {remedy}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: is not a JSON object ({_shown(value)}): {remedy}")
+    return value
+
+
+def read_object(path: str | Path, remedy: str = "check the path") -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError, ending with `remedy`."""
+    return parse_object(read_text(path, remedy), str(path), remedy)
+
+
+@contextlib.contextmanager
+def reading(path: str | Path, what: str, remedy: str) -> Iterator[None]:
+    """Around the code that takes apart what somebody else has written: where `path` is not `what`, it ends with one UserError."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, EOFError) as error:
+        told = " ".join(str(error).split())[:SHOWN]
+        raise UserError(f"{path}: is not {what} ({type(error).__name__}: {told}): {remedy}") from None
+
+
 def command_line(*mains: Callable[..., None]) -> None:
-    """Runs `main` as a command line (typer reads its annotations); a UserError or a full disk ends it with one line and status MISTAKE.
+    """Runs `main` as a command line (typer reads its annotations); what the user can mend ends it with one line and status MISTAKE.
 
     Of several, the first argument chooses one by its name.
     """
@@ -98,8 +179,9 @@ def explain(error: BaseException) -> str | None:
     """What to tell the user about an error that they can mend; None for any other."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{error}: make space on the disk (or raise the quota) and start again: what is whole stays"
+    if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+        where = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        return f"{where}{where and ': '}{_reason(error)}: {REMEDIES.get(error.errno, 'look at the disk or the network, and start again')}"
     return None
 
 
@@ -109,21 +191,29 @@ def nearest(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(known)) or 'none'}"
 
 
-def _load(path: Path, from_file: tuple[str, ...] = ()) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file: check the path") from None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {error}") from None
+def _load(path: Path, from_file: tuple[str, ...] = (), below: tuple[str, ...] = ()) -> dict[str, Any]:
+    place = os.path.realpath(path)
+    if place in below:
+        raise UserError(f"{path}: extends itself, by way of {below[-1]}: take that `extends:` out")
+    values = _from_yaml(read_text(path), str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds no keys: a configuration is a YAML mapping")
     parents = values.pop("extends", [])
     for key in from_file:
         if isinstance(values.get(key), str):
             values[key] = _included(str(path), path.parent, key, values[key])
-    layers = [_load(path.parent / parent, from_file) for parent in ([parents] if isinstance(parents, str) else parents)]
+    parents = [parents] if isinstance(parents, str) else parents
+    if not (isinstance(parents, list) and all(isinstance(parent, str) for parent in parents)):
+        raise UserError(f"{path}: extends ({_shown(parents)}) must be the path of a file, or a list of them: write one")
+    layers = [_load(path.parent / parent, from_file, (*below, place)) for parent in parents]
     return functools.reduce(_merge, [*layers, values])
+
+
+def _from_yaml(text: str, where: str) -> Any:
+    try:
+        return strict_yaml.load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: cannot be read as YAML: {strict_yaml.told(error)}") from None
 
 
 def _included(where: str, folder: Path, key: str, name: str) -> Any:
@@ -143,10 +233,6 @@ def _merge(base: Any, top: Any) -> Any:
     return base | {key: _merge(base.get(key), value) for key, value in top.items()}
 
 
-def _nested(keys: list[str], value: Any) -> dict[str, Any]:
-    return {keys[0]: _nested(keys[1:], value) if len(keys) > 1 else value}
-
-
 def _explain(problem: Any, model: type[pydantic.BaseModel]) -> str:
     field = ".".join(str(part) for part in (problem["loc"][:-2] if problem["loc"][-1:] == ("[key]",) else problem["loc"]))
     if problem["type"] == "extra_forbidden":
@@ -154,8 +240,18 @@ def _explain(problem: Any, model: type[pydantic.BaseModel]) -> str:
         return f"unknown key {field}: {nearest(str(problem['loc'][-1]), known)}"
     if problem["type"] == "missing":
         return f"{field} is missing: add it"
-    value = "" if isinstance(problem["input"], (dict, pydantic.BaseModel)) else f" ({problem['input']!r})"
-    return f"{field}{value}: {problem['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+    value = "" if isinstance(problem["input"], (dict, pydantic.BaseModel)) else f" ({_shown(problem['input'])})"
+    return f"{field}{value}: {RULES.get(problem['type'], problem['msg'].removeprefix('Value error, '))}".removeprefix(": ")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} …"
+
+
+def _reason(error: OSError) -> str:
+    """What the system says, in its words."""
+    return (error.strerror or str(error)).lower()
 
 
 def _section_at(model: type[pydantic.BaseModel], loc: tuple[Any, ...]) -> type[pydantic.BaseModel]:

@@ -15,7 +15,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from mujina.files import write_whole
+from mujina.user_input import parse_object, read_object, read_text, reading
 
 EXCLUDED_SECONDS = 24 * 3600  # after which a node may be tried again
 
@@ -47,14 +50,19 @@ class Attempt:
 OUTCOMES = ("done", "time", "stopped", "mistake", "crash", "preflight")
 
 
+_ATTEMPT = pydantic.TypeAdapter(Attempt)
+
+
 def attempts(run: Path) -> list[Attempt]:
     """All attempts of a run, oldest first."""
-    path = run / "slurm/attempts.jsonl"
+    path, remedy = run / "slurm/attempts.jsonl", "take the line out"
     found: dict[tuple[str, int], Attempt] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        values = json.loads(line)
-        key = (values["job"], values["restart"])
-        found[key] = Attempt(**asdict(found[key]) | values) if key in found else Attempt(**values)
+    for number, line in enumerate(read_text(path).splitlines() if path.exists() else [], start=1):
+        where = f"{path} line {number}"
+        values = parse_object(line, where, remedy)
+        with reading(where, "an attempt", remedy):
+            key = (values["job"], values["restart"])
+            found[key] = _ATTEMPT.validate_python(asdict(found[key]) | values if key in found else values)
     return list(found.values())
 
 
@@ -80,8 +88,9 @@ def submitted(run: Path, job: str) -> None:
 def jobs(run: Path) -> list[str]:
     """All jobs of a run, oldest first, those included that have not begun."""
     path = run / "slurm/jobs"
-    known = path.read_text().split() if path.exists() else []
-    return sorted({*known, *(attempt.job for attempt in attempts(run))}, key=int)
+    known = read_text(path).split() if path.exists() else []
+    with reading(path, "a list of the numbers of jobs", "take out what is none"):
+        return sorted({*known, *(attempt.job for attempt in attempts(run))}, key=int)
 
 
 def standing(run: Path) -> tuple[int, int]:
@@ -89,24 +98,33 @@ def standing(run: Path) -> tuple[int, int]:
     path = run / "checkpoints/latest/checkpoint.json"
     if not path.exists():
         return 0, 0
-    about = json.loads(path.read_text())
-    return about["step"], about["tokens"]
+    about = read_object(path)
+    with reading(path, "the description of a checkpoint", "the checkpoint is damaged: let `latest` point at an older one"):
+        return int(about["step"]), int(about["tokens"])
 
 
 def last_step(run: Path) -> dict[str, Any] | None:
-    """The last whole line of metrics.jsonl; None before there is one."""
+    """Of the last whole line of metrics.jsonl: step, phase, loss and tokens_per_second; None before there is one."""
     path = run / "metrics.jsonl"
     if not path.exists():
         return None
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 1_000_000))  # a line has some kilobytes, more with norms of many layers
         lines = file.read().split(b"\n")[:-1]
-    return json.loads(lines[-1]) if lines else None
+    if not lines:
+        return None
+    with reading(path, "the metrics of a run, in its last line", "go on with `mujina train`, which tidies the file"):
+        step = json.loads(lines[-1])
+        kinds = {"step": int, "phase": str, "loss": float, "tokens_per_second": float}
+        return {name: kind(step[name]) for name, kind in kinds.items()}
 
 
 def excluded(run: Path) -> dict[str, dict[str, Any]]:
     """{node: {"reason", "since"}} of the nodes that the run stays away from, for a day each."""
-    return {node: about for node, about in _nodes(run).get("excluded", {}).items() if time.time() - about["since"] < EXCLUDED_SECONDS}
+    with reading(run / "slurm/nodes.json", "what the preflight wrote", "remove it to try all nodes again"):
+        nodes = _nodes(run).get("excluded", {}).items()
+        recent = [(node, about) for node, about in nodes if time.time() - float(about["since"]) < EXCLUDED_SECONDS]
+        return {node: {"reason": str(about["reason"]), "since": float(about["since"])} for node, about in recent}
 
 
 def ever_excluded(run: Path) -> set[str]:
@@ -122,7 +140,7 @@ def record_nodes(run: Path, verdict: dict[str, Any], bad: dict[str, str]) -> Non
 
 def _nodes(run: Path) -> dict[str, Any]:
     path = run / "slurm/nodes.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_object(path, "remove it to try all nodes again") if path.exists() else {}
 
 
 def _append(path: Path, line: str) -> None:

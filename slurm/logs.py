@@ -20,8 +20,8 @@ POLL_SECONDS = 0.5
 def main(
     run_or_config: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, or its YAML file")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="go on, attempt after attempt, until Ctrl-C")] = False,
-    rank: Annotated[int, typer.Option(help="whose log")] = 0,
-    lines: Annotated[int, typer.Option(help="how many of its last lines")] = LINES,
+    rank: Annotated[int, typer.Option(min=0, help="whose log")] = 0,
+    lines: Annotated[int, typer.Option(min=1, help="how many of its last lines")] = LINES,
 ) -> None:
     """Prints the end of a rank's log."""
     folder = folder_of(run_or_config)

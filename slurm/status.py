@@ -66,7 +66,7 @@ def folder_of(run_or_config: Path) -> Path:
 def _first_error(folder: Path, attempt: history.Attempt) -> str:
     """What the first rank to fail has written in this attempt; the attempt's reason where none has."""
     written = [path for logs in failures.attempts(folder) if (path := logs / "first_error").exists()]
-    return written[-1].read_text().strip() if written and written[-1].stat().st_mtime >= attempt.began else attempt.reason
+    return written[-1].read_text(errors="replace").strip() if written and written[-1].stat().st_mtime >= attempt.began else attempt.reason
 
 
 def _jobs(jobs: list[str]) -> list[str]:

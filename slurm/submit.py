@@ -20,7 +20,7 @@ from megatron_jobs.conversion.families import tell_hindrance
 from megatron_jobs.data import feeder, phases
 from megatron_jobs.planning import layouts, plan, planner
 from mujina import sbatch
-from mujina.user_input import UserError, command_line
+from mujina.user_input import UserError, command_line, read_text, reading
 from slurm import history
 
 BYTES_PER_PARAMETER = 12  # of a checkpoint: float32 weights and two moments
@@ -29,8 +29,10 @@ BYTES_PER_PARAMETER = 12  # of a checkpoint: float32 weights and two moments
 def main(
     config: Annotated[Path, typer.Argument(help="the run's YAML file")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example train.micro_batch_size=2")] = None,
-    nodes: Annotated[int | None, typer.Option(help="to train on; default: those of the script")] = None,
-    spare: Annotated[int, typer.Option(help="further nodes, of which the slowest or sick ones are left out at each start")] = 0,
+    nodes: Annotated[int | None, typer.Option(min=1, max=100_000, help="to train on; default: those of the script")] = None,
+    spare: Annotated[
+        int, typer.Option(min=0, max=100_000, help="further nodes, of which the slowest or sick ones are left out at each start")
+    ] = 0,
     time: Annotated[str | None, typer.Option(help="limit of each job, such as 24:00:00; the run requeues itself")] = None,
     gpu: Annotated[str, typer.Option(help="that the nodes have, for the plan: h100, h200, …")] = "h100",
     script: Annotated[
@@ -42,13 +44,15 @@ def main(
     settings = configuration.load(config, overrides)
     script = script or sbatch.SCRIPTS / ("pretrain_8x8b.sh" if settings.moe else "pretrain_8b.sh")
     asked = directives(script)
-    nodes = nodes or int(asked.get("nodes", 1))
-    processes = nodes * int(asked.get("ntasks-per-node", 1))
+    with reading(script, "a script whose #SBATCH --nodes, --ntasks-per-node and --gpus-per-node are numbers", "write numbers"):
+        nodes = nodes or int(asked.get("nodes", 1))
+        processes = nodes * int(asked.get("ntasks-per-node", 1))
+        gpus_per_node = int(asked.get("gpus-per-node", "0").rpartition(":")[2])
     layouts.check(settings, processes)
     sources = feeder.facts(feeder.open_sources(settings))
     settings = phases.resolve(settings, sources)
     phases.shares(settings, sources)
-    if gpus_per_node := int(asked.get("gpus-per-node", "0").rpartition(":")[2]):
+    if gpus_per_node:
         _check_memory(settings, planner.machine(processes, gpu, gpus_per_node, "transformer-engine"), gpu)
     _check_disk(settings)
     tell_hindrance(settings)
@@ -71,9 +75,8 @@ def main(
 
 def directives(script: Path) -> dict[str, str]:
     """The #SBATCH lines of a script: {option: value}. Raises UserError when there is no such file."""
-    if not script.is_file():
-        raise UserError(f"--script ({script}): no such file: name another, or leave the option out for Mujina's own")
-    return {name: value or "" for name, value in re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?", script.read_text(), re.MULTILINE)}
+    text = read_text(script, "name another --script, or leave the option out for Mujina's own")
+    return {name: value or "" for name, value in re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?", text, re.MULTILINE)}
 
 
 def _check_memory(config: RunConfig, machine: planner.Machine, gpu: str) -> None:

@@ -34,7 +34,8 @@ MAY_ENTER = {
     "megatron_jobs.conversion": "mujina tokenization data_prep moe megatron_jobs.config megatron_jobs.conversion.families "
     "megatron_jobs.data megatron_jobs.planning megatron_jobs.checkpoints megatron_jobs.engine",
     "megatron_jobs.monitoring": "mujina moe megatron_jobs.config megatron_jobs.ranks megatron_jobs.data megatron_jobs.planning",
-    "megatron_jobs.launch": "mujina megatron_jobs.config megatron_jobs.failures megatron_jobs.data megatron_jobs.planning",
+    "megatron_jobs.launch": "mujina megatron_jobs.config megatron_jobs.failures megatron_jobs.stability megatron_jobs.data "
+    "megatron_jobs.planning megatron_jobs.checkpoints",
     "megatron_jobs.train": "mujina megatron_jobs.config megatron_jobs.ranks megatron_jobs.failures megatron_jobs.stability "
     "megatron_jobs.data megatron_jobs.planning megatron_jobs.checkpoints megatron_jobs.engine megatron_jobs.conversion "
     "megatron_jobs.conversion.families megatron_jobs.monitoring",

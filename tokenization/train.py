@@ -43,7 +43,7 @@ class TrainConfig(Section):
     """JSONL or JSONL.gz files of rows with `text` or `messages`."""
     output: str
     """The folder to write."""
-    vocab_size: int = Field(gt=264)
+    vocab_size: int = Field(gt=264, le=10_000_000)
     """Pieces, the 4 control, 4 chat and 256 byte pieces included; above 264."""
     character_coverage: float = Field(default=0.9995, gt=0.9, le=1.0)
     """Share of the character occurrences that get pieces of their own; the rest is spelled in bytes."""
@@ -55,7 +55,7 @@ class TrainConfig(Section):
     """
     presplit_delimiter: str | None = Field(default=None, min_length=1)
     """The same for inputs that a morphological analyser has been over: the string that it put between the words."""
-    num_threads: int = Field(default=4, gt=0)
+    num_threads: int = Field(default=4, gt=0, le=4096)
     """Part of the fingerprint, because sums of floats depend on how many threads share them."""
     seed: int = 1
     """Of the sample of lines."""

@@ -1,4 +1,4 @@
-"""Run folders as the report reads them: `config.yaml`, `metrics.jsonl`, `events.jsonl` and `checkpoints/latest/ledger.json`.
+"""Run folders as the report reads them: `config.yaml`, `metrics.jsonl`, `events.jsonl`, `rollbacks.json`, `checkpoints/latest/ledger.json`.
 
 A run may still be going on, and older ones recorded less: what is not there is None or empty.
 """
@@ -9,14 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import pydantic
-import yaml
 
-from evaluation.files import parse_object, read_text
 from evaluation.report.charts import Band, Line, Mark, Points, smooth
-from mujina.user_input import Section, UserError, parse
+from mujina import gaps
+from mujina.user_input import Section, UserError, parse, parse_object, read_object, read_text, read_yaml
 
 _SMOOTHED_SHARE = 1 / 40  # of a run's steps: the window of the smoothed lines, and "the end" of a run
 # What `mujina train` writes of its own: a spike that was only logged is "update", since the step's update was made.
@@ -31,9 +29,9 @@ OTHER_EVENT_COLOUR = "var(--event-4)"
 
 
 class _Part(Section):
-    """What the page shows of a file; other rooms may write more into it."""
+    """What the page shows of a file; other rooms may write more into it, and a loss that is not finite."""
 
-    model_config = pydantic.ConfigDict(extra="ignore")
+    model_config = pydantic.ConfigDict(extra="ignore", allow_inf_nan=True)
 
 
 class GpuHealth(_Part):
@@ -90,6 +88,17 @@ class Event(Section):
     what: str
 
 
+class Rollback(_Part):
+    """Steps that were passed over, and have no lines."""
+
+    first: int
+    last: int
+
+
+class Rollbacks(_Part):
+    rollbacks: list[Rollback] = []
+
+
 class SourceUse(_Part):
     """What a phase has consumed of one source."""
 
@@ -142,7 +151,7 @@ class Config(_Part):
 
     model: ModelShape
     moe: MoEShape | None = None
-    parallel: dict[str, Any] = {}
+    parallel: dict[str, int] = {}
     train: TrainOptions = TrainOptions()
     phases: list[PlannedPhase]
 
@@ -159,6 +168,7 @@ class Run:
     events: list[Event]  # without the saves
     saves: list[Event]
     ledger: Ledger
+    lost: str = ""  # steps whose lines are gone, in words
 
     @property
     def window(self) -> int:
@@ -242,17 +252,11 @@ def read_run(folder: Path, name: str, colour: str) -> Run:
     remedy = f"`mujina train` writes it: train the run, or check that {folder} is a run folder"
     config_path = folder / "config.yaml"
     config_text = read_text(config_path, remedy)
-    try:
-        values = yaml.safe_load(config_text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{config_path}: is not YAML ({error}): {remedy}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{config_path}: holds no keys: {remedy}")
-    config = parse(values, Config, str(config_path))
+    config = read_yaml(config_path, Config)
 
     ledger_path = folder / "checkpoints" / "latest" / "ledger.json"
     ledger_remedy = "`mujina train` writes it with the first checkpoint: wait for that, or lower train.checkpoint_interval"
-    ledger = parse(parse_object(read_text(ledger_path, ledger_remedy), str(ledger_path), ledger_remedy), Ledger, str(ledger_path))
+    ledger = parse(read_object(ledger_path, ledger_remedy), Ledger, str(ledger_path))
     steps = _read_lines(folder / "metrics.jsonl", Step, remedy)
     if not steps:
         raise UserError(f"{folder / 'metrics.jsonl'}: holds no finished step: wait for the first one, or start the run with `mujina train`")
@@ -261,7 +265,17 @@ def read_run(folder: Path, name: str, colour: str) -> Run:
     # "update" is the verdict on a spike that is only logged: the step's update is made.
     events = [event.model_copy(update={"what": "spike"}) if event.what == "update" else event for event in events]
     saves = [event for event in events if event.what == "checkpoint"]
-    return Run(name, colour, config, config_text, steps, [event for event in events if event.what != "checkpoint"], saves, ledger)
+    others = [event for event in events if event.what != "checkpoint"]
+    return Run(name, colour, config, config_text, steps, others, saves, ledger, _lost(folder, steps))
+
+
+def _lost(folder: Path, steps: list[Step]) -> str:
+    path, rollbacks = folder / "rollbacks.json", Rollbacks()
+    if path.exists():
+        remedy = "bring it back, or remove it"
+        rollbacks = parse(parse_object(f'{{"rollbacks": {read_text(path, remedy)}}}', str(path), remedy), Rollbacks, str(path))
+    passed_over = [(back.first, back.last) for back in rollbacks.rollbacks]
+    return gaps.lost((step.step for step in steps), steps[-1].step, passed_over)
 
 
 def _read_lines[T: Section](path: Path, model: type[T], remedy: str) -> list[T]:

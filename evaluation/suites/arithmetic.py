@@ -14,12 +14,11 @@ from typing import Literal
 
 import pydantic
 
-from evaluation.files import parse_object, read_text
 from evaluation.progress import answered
 from evaluation.result import Measure, Result, Sample, Suite, summarize
 from mujina.answers import Answer, Answerer, Conversation, Message, Sampling
 from mujina.files import sha256_of
-from mujina.user_input import Section, UserError, parse
+from mujina.user_input import Section, UserError, parse, parse_object, read_text
 
 SAMPLING = Sampling(max_new_tokens=128)  # room for some working before the fixed form
 MEASURES = {
@@ -42,8 +41,15 @@ class Problem(Section):
     model_config = pydantic.ConfigDict(extra="ignore")
 
     messages: tuple[Message, ...] = pydantic.Field(min_length=1)
-    answer: str = pydantic.Field(pattern=r"^-?[0-9]+$")
+    answer: str
     language: Literal["ja", "en"]
+
+    @pydantic.field_validator("answer")
+    @classmethod
+    def _is_a_number(cls, answer: str) -> str:
+        if not re.fullmatch("-?[0-9]{1,1000}", answer):
+            raise ValueError("must be a whole number in digits, such as 42 or -7: write one")
+        return answer
 
     @pydantic.field_validator("messages")
     @classmethod
@@ -85,7 +91,7 @@ def score(problems: Sequence[Problem], found: Sequence[Answer]) -> list[Sample]:
                 group=GROUPS[problem.language],
                 right=correct,
                 verdict="correct" if correct else "wrong number" if well_formed else "not well-formed",
-                scores={"well-formed": well_formed, "correct": correct},
+                scores={"well-formed": float(well_formed), "correct": float(correct)},
             )
         )
     return samples

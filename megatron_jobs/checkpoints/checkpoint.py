@@ -35,10 +35,11 @@ from megatron_jobs.data.ledger import Ledger
 from mujina.files import sha256_of, sync, write_parts, write_whole
 from mujina.matrices import Box, TensorSource
 from mujina.tensor_files import Planned, header, progress, read_header, write_safetensors
-from mujina.user_input import UserError, nearest
+from mujina.user_input import UserError, nearest, read_object, read_text, reading
 
 STATES = ("master", "exp_avg", "exp_avg_sq")  # float32 weights, and AdamW's two moments
 FORMAT = 2
+DAMAGED = "the checkpoint is damaged; take an older one"
 FILE_BYTES = 2**30  # of the checkpoints that no rank writes
 
 
@@ -49,18 +50,21 @@ class Checkpoint:
         """Raises UserError when the folder is not a whole checkpoint; `verify` looks at the contents of the files too."""
         self.folder = folder = _at_end_of_phase(folder)
         about = _description(folder)
-        self.step: int = about["step"]
-        self.tokens: int = about["tokens"]
-        self.updates: int = about["updates"]  # of the optimizer: fewer than steps where some were left out
-        self.config: RunConfig = configuration.from_dict(about["config"], str(folder / "checkpoint.json"))
-        self.shapes: dict[str, tuple[int, int]] = {name: (rows, columns) for name, (rows, columns) in about["shapes"].items()}
-        self.files: dict[str, dict[str, Any]] = about["files"]
+        with reading(folder / "checkpoint.json", "the description of a checkpoint", DAMAGED):
+            self.step: int = about["step"]
+            self.tokens: int = about["tokens"]
+            self.updates: int = about["updates"]  # of the optimizer: fewer than steps where some were left out
+            self.config: RunConfig = configuration.from_dict(about["config"], str(folder / "checkpoint.json"))
+            self.shapes: dict[str, tuple[int, int]] = {name: (rows, columns) for name, (rows, columns) in about["shapes"].items()}
+            self.files: dict[str, dict[str, Any]] = {
+                name: {"bytes": of["bytes"], "sha256": of["sha256"]} for name, of in about["files"].items()
+            }
         for name, facts in self.files.items():
             size = (folder / name).stat().st_size if (folder / name).exists() else None
             if size != facts["bytes"]:
                 raise UserError(
                     f"{folder / name}: {'is missing' if size is None else f'has {size:,} bytes'}, and the checkpoint was saved "
-                    f"with {facts['bytes']:,}: the checkpoint is damaged; take an older one"
+                    f"with {facts['bytes']:,}: {DAMAGED}"
                 )
 
     @functools.cached_property
@@ -68,15 +72,13 @@ class Checkpoint:
         """Where everything is, by state and name of the matrix: box, file, and position of its first byte in the file."""
         found: dict[tuple[str, str], list[tuple[Box, Path, int]]] = {}
         for path in (self.folder / name for name in self.files if name.endswith(".safetensors")):
-            try:
+            with reading(path, "a list of matrices", DAMAGED):
                 pieces, start = read_header(path)
                 for key, about in pieces.items():
                     state, name, row0, column0 = key.split("/")
                     rows, columns = about["shape"]
                     box = Box(int(row0), int(row0) + rows, int(column0), int(column0) + columns)
                     found.setdefault((state, name), []).append((box, path, start + about["data_offsets"][0]))
-            except ValueError as error:
-                raise UserError(f"{path}: is no list of matrices ({error}): the checkpoint is damaged; take an older one") from None
         return found
 
     @property
@@ -91,7 +93,8 @@ class Checkpoint:
 
     @property
     def ledger(self) -> Ledger:
-        return Ledger.from_json((self.folder / "ledger.json").read_text(), str(self.folder / "ledger.json"))
+        path = self.folder / "ledger.json"
+        return Ledger.from_json(read_text(path, DAMAGED), str(path))
 
     def read(self, name: str, box: Box, state: str = "master") -> torch.Tensor:
         """float32 on the CPU, shape [box.rows, box.columns]. Raises UserError when a part of the box was not saved."""
@@ -126,7 +129,7 @@ class Checkpoint:
             while left:
                 count = os.preadv(file.fileno(), [left], position)
                 if count == 0:
-                    raise UserError(f"{path}: ends before its time: the checkpoint is damaged; take an older one")
+                    raise UserError(f"{path}: ends before its time: {DAMAGED}")
                 left, position = left[count:], position + count
         if not is_direct:
             target.copy_(rows[:, both.column0 - saved.column0 : both.column1 - saved.column0])
@@ -140,13 +143,13 @@ class Checkpoint:
         names = sorted(self.files, key=lambda name: (not name.endswith(".safetensors"), name))
         for name in names[share::num_shares]:
             if sha256_of(self.folder / name) != self.files[name]["sha256"]:
-                raise UserError(f"{self.folder / name}: its checksum is not that of the save: the checkpoint is damaged; take an older one")
+                raise UserError(f"{self.folder / name}: its checksum is not that of the save: {DAMAGED}")
 
 
 def _at_end_of_phase(named: Path) -> Path:
     """The folder of RUN@PHASE; another name as it is. Raises UserError when the run has no such phase."""
     run, at, phase = named.name.rpartition("@")
-    if not at or named.exists():
+    if not (run and at) or named.exists():
         return named
     checkpoints = named.with_name(run) / "checkpoints"
     phases = configuration.from_dict(_description(checkpoints / "latest")["config"], str(checkpoints / "latest/checkpoint.json")).phases
@@ -157,15 +160,15 @@ def _at_end_of_phase(named: Path) -> Path:
 
 
 def _description(folder: Path) -> dict[str, Any]:
-    try:
-        about = json.loads((folder / "checkpoint.json").read_text())
-        its_format = about["format"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder}: not a whole checkpoint ({error}): name a folder such as RUN/checkpoints/latest") from None
+    remedy = "name a folder such as RUN/checkpoints/latest"
+    if not (folder / "checkpoint.json").is_file():
+        raise UserError(f"{folder}: not a whole checkpoint (it has no checkpoint.json): {remedy}")
+    about = read_object(folder / "checkpoint.json", remedy)
+    its_format = about.get("format")
     if its_format != FORMAT:
         raise UserError(f"{folder}: is of format {its_format}, this version reads {FORMAT}: use the version that saved it")
     if about.pop("sha256", None) != seal(about):
-        raise UserError(f"{folder / 'checkpoint.json'}: its checksum is not that of the save: the checkpoint is damaged; take an older one")
+        raise UserError(f"{folder / 'checkpoint.json'}: its checksum is not that of the save: {DAMAGED}")
     return about
 
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from megatron_jobs.config import from_dict
 from megatron_jobs.conversion import gguf
 from megatron_jobs.conversion.families import read_object
 from megatron_jobs.data.ledger import Ledger, Origin
+from mujina import strict_yaml
 from mujina.files import whole_folder
 from mujina.user_input import UserError, command_line
 from tokenization.embeddings import extend_embeddings, respell
@@ -123,7 +123,7 @@ def _preset(source: "HuggingFaceFolder", model: Path, output: Path, weights: Pat
         sections["moe"] = source.moe.model_dump(mode="json")
     sections["train"] = {"init_from": str(weights)}
     told = f"# {str(model)!r}, as mujina import has read it: a run's YAML says extends: and this file's path\n"
-    return told + yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
+    return told + strict_yaml.dump(sections, sort_keys=False)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from data_prep.indexed import Manifest
+from data_prep.indexed import Manifest, read_manifest
 from megatron_jobs.config import RunConfig
 from megatron_jobs.data.ledger import Ledger
 from mujina.matrices import TensorSource
@@ -109,7 +109,7 @@ def _manifest(path: Path, checksum: str) -> Manifest | None:
     """What is known of a source, where it is still the one that was consumed."""
     if not path.exists():
         return None
-    manifest = Manifest.model_validate_json(path.read_bytes())
+    manifest = read_manifest(path.with_suffix(""))
     return manifest if manifest.bin_sha256 == checksum else None
 
 

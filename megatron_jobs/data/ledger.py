@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import pydantic
 
-from mujina.user_input import Section, parse
+from mujina.user_input import Section, parse, parse_object, reading
 
 
 class Consumed(Section):
@@ -80,7 +80,9 @@ class Ledger(Section):
     @classmethod
     def from_json(cls, text: str, where: str) -> "Ledger":
         """Raises UserError when the text is no ledger."""
-        return parse(json.loads(text), cls, where)
+        remedy = "the checkpoint is damaged; take an older one"
+        with reading(where, "a ledger", remedy):
+            return parse(parse_object(text, where, remedy), cls, where)
 
     @pydantic.model_validator(mode="before")
     @classmethod

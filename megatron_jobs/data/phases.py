@@ -169,8 +169,14 @@ def validation_blocks(data: DataConfig) -> int:
 
 
 def training_blocks(source: Source, data: DataConfig) -> int:
-    """Blocks of a source that training may use in an epoch. Raises UserError when validation leaves none."""
-    blocks = blocks_in(source.num_tokens, data.block_length) - validation_blocks(data)
+    """Blocks of a source that training may use in an epoch. Raises UserError when there is none, or validation leaves none."""
+    whole = blocks_in(source.num_tokens, data.block_length)
+    if whole <= 0:
+        raise UserError(
+            f"data.block_length ({data.block_length:,}): source {source.name} holds {source.num_tokens:,} tokens, and not one whole block "
+            "and the token behind it: lower it, prepare more of the source, or leave the source out"
+        )
+    blocks = whole - validation_blocks(data)
     if data.validation_tokens and blocks <= 0:
         raise UserError(
             f"data.validation_tokens ({data.validation_tokens:,}): source {source.name} holds {source.num_tokens:,} tokens, so that "

@@ -23,9 +23,9 @@ from mujina.user_input import UserError, command_line
 def main(
     config: Annotated[Path, typer.Argument(help="the run's YAML file")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example parallel.pipeline=4")] = None,
-    gpus: Annotated[int | None, typer.Option(help="check the layout for this many processes")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, max=1_000_000, help="check the layout for this many processes")] = None,
     gpu: Annotated[str | None, typer.Option(help="predict memory and speed on these, and search layouts: h100, h200, …")] = None,
-    gpus_per_node: Annotated[int, typer.Option(help="with --gpu: GPUs that NVLink joins")] = 8,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="with --gpu: GPUs that NVLink joins")] = 8,
     stack: Annotated[str, typer.Option(help=f"with --gpu: the program, {' or '.join(planner.STACKS)}")] = "transformer-engine",
     tokens_per_day: Annotated[float | None, typer.Option(help="a speed, for example 60e9: when each phase would end")] = None,
 ) -> None:

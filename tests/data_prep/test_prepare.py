@@ -399,7 +399,7 @@ def test_of_several_bad_rows_the_first_is_named(tokenizer_folder: Path, tmp_path
 def test_a_worker_that_is_killed_is_reported(tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = write_rows(tmp_path / "web.jsonl", [{"text": "x"}])
     monkeypatch.setattr(tokenize_module, "rows_of", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(UserError, match="a worker process ended with status -9.*`processes`"):
+    with pytest.raises(UserError, match="a worker process was killed .SIGKILL.*`processes`"):
         prepare(config(tokenizer_folder, tmp_path / "out", web={"documents": [documents]}))
 
 

@@ -1,6 +1,8 @@
 """Workers give results in order and do not outlive the process that gave them work."""
 
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -57,3 +59,23 @@ def test_a_worker_in_the_middle_of_a_task_ends_when_its_parent_is_killed() -> No
     while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:  # which only waits for init
         assert time.monotonic() < deadline, "it goes on writing what the next run will write"
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "processes, work, argument, told",
+    [
+        (1, signal.raise_signal, signal.SIGTERM, r"was ended by SIGTERM: .*; start again$"),
+        (1, os._exit, 3, r"ended with status 3: what it wrote above says why; start again once that is mended$"),
+        (
+            1,
+            signal.raise_signal,
+            signal.SIGKILL,
+            r"was killed \(SIGKILL\): .*want of memory .*: work on a machine with more of it",
+        ),
+        (2, signal.raise_signal, signal.SIGKILL, r"was killed \(SIGKILL\): .*: set `processes` below 2, and start again$"),
+        (1, open, "missing", r"missing: no such file or directory: check the path$"),
+    ],
+)
+def test_how_a_worker_ended_is_told_with_what_helps(processes, work, argument, told) -> None:
+    with Workers(processes) as workers, pytest.raises(UserError, match=told):
+        list(workers.map(work, [(argument,)]))

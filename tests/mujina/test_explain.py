@@ -1,8 +1,11 @@
 """Every field says what it means, and `mujina explain` finds it, with its type, default and place in YAML."""
 
+import ast
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -48,7 +51,7 @@ def test_a_field_shows_type_default_meaning_and_an_example(capsys):
     assert shown.startswith("train.precision fp32, bf16 or fp8; default bf16 ") and "Transformer Engine" in shown
     assert shown.endswith("train: precision: bf16")
     assert "whole number above 0, or null; default null" in explained(capsys, "phases.sources.tokens")
-    assert "whole number above 0; must be given" in explained(capsys, "model.num_layers")
+    assert "whole number above 0 and at most 10,000; must be given" in explained(capsys, "model.num_layers")
     assert "copy, noise, drop or granular" in explained(capsys, "moe.upcycling.operator")
     assert "sources: NAME: steps: - step: language threshold: 0.65" in explained(capsys, "sources.steps.language.threshold", of="prepare")
 
@@ -91,3 +94,21 @@ def test_nothing_heavy_is_imported(verb):
     code = f"import sys; from mujina import explain; explain.main(None, '{verb}'); print({{'torch', 'transformers'}} & {{*sys.modules}})"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert shown.stdout.endswith("set()\n"), shown
+
+
+def test_the_keys_that_errors_name_exist() -> None:
+    """Every `train.precision` in an error of ours is a field of a run's configuration."""
+    run = explain.configuration("train")
+    sections = [name for name, info in run.model_fields.items() if explain.sections_in(info.annotation)]
+    named = re.compile(rf"(?<![\w./])({'|'.join(sections)})\.[a-z_]\w*(\.[a-z_]\w*)*(?!\w*[({{/])")
+    found = []
+    for room in ("mujina", "data_prep", "tokenization", "moe", "megatron_jobs", "evaluation", "slurm"):
+        for path in Path(room).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Raise):
+                    texts = [one.value for one in ast.walk(node) if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+                    found += [key[0] for text in texts for key in named.finditer(text)]
+    for key in found:
+        if not key.endswith((".safetensors", ".json")):
+            explain.find(run, key)
+    assert len(found) > 30

@@ -49,6 +49,7 @@ def _facts(run: Run) -> dict[str, str]:
         "Events": ", ".join(f"{count} × {what}" for what, count in Counter(event.what for event in run.events).items()) or "–",
         "Loss at the end": f"{statistics.mean(end):.3f}{over}" if end else "not finite",
         "Steps without a finite loss": f"{num_broken:,}" if num_broken else "–",
+        "Lines lost from metrics.jsonl": f"steps {run.lost}" if run.lost else "–",
     }
 
 

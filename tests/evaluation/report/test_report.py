@@ -92,6 +92,16 @@ def test_an_old_run_stands_beside_one_of_today(tmp_path: Path) -> None:
     assert re.search(r'data-label="old" d=""', both) and not re.search(r'data-label="new" d=""', both)
 
 
+def test_lines_that_are_lost_are_told(tmp_path: Path) -> None:
+    """Steps that were passed over never had one."""
+    run = make_run(tmp_path / "run", {"web": 9})
+    assert "Lines lost" not in build(tmp_path, run)
+    rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(rows[:2] + rows[4:6] + rows[8:]))
+    (run / "rollbacks.json").write_text('[{"first": 7, "last": 8, "reason": "a spike"}]')
+    assert "<th>Lines lost from metrics.jsonl</th><td>steps 3 to 4</td>" in build(tmp_path, run)
+
+
 def test_losses_that_are_not_finite_are_counted_and_not_drawn(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", {"web": 5}, top={"loss": float("nan"), "grad_norm": float("inf")})
     html = build(tmp_path, run)

@@ -38,7 +38,7 @@ def test_a_missing_file_names_itself_and_the_command(tmp_path: Path, name: str) 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("config.yaml", "model: [", "is not YAML"),
+        ("config.yaml", "model: [", "cannot be read as YAML: line 1"),
         ("config.yaml", "", "holds no keys"),
         ("config.yaml", "phases: []", "model is missing"),
         ("metrics.jsonl", "", "holds no finished step"),

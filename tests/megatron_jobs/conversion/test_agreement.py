@@ -109,3 +109,12 @@ def go_through(tied: bool, moe_section: dict | None) -> tuple[float, int, int]:
             most = max(most, now)
     whole = sum(4 * rows * columns for _, (rows, columns) in shapes(config, moe))
     return float((found - want).abs().max()), most, whole
+
+
+def test_weights_that_are_not_finite_are_no_defect_of_ours():
+    logits, labels = torch.randn(1, 4, 8), torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(UserError, match="test: logits agree .*; this is a defect, please report it"):
+        agreement.require(agreement.compare(logits, logits + 1, labels, 1e-4), "test")
+    broken = logits.where(logits != logits.max(), torch.nan)
+    with pytest.raises(UserError, match="test: the model's own logits are not finite .*; take weights that are whole"):
+        agreement.require(agreement.compare(broken, broken, labels, 1e-4), "test")

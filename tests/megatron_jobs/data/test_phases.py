@@ -28,6 +28,14 @@ def test_weights_share_what_the_amounts_leave():
     assert quotas(run_config([phase("p", 640, sources=mix)]), there) == [{"a": 5, "b": 8, "c": 20, "d": 7}]
 
 
+@pytest.mark.parametrize("portion", [1.0, {"tokens": 64}, {"epochs": 1.0}])
+def test_a_source_shorter_than_a_block_is_told_as_that(portion):
+    """More epochs would not help: not one sample can be made of it."""
+    config = run_config([phase("p", None if isinstance(portion, dict) else 640, sources={"a": portion})], max_epochs=1)
+    with pytest.raises(UserError, match=r"data.block_length \(64\): source a holds 64 tokens, and not one whole block .*: lower it"):
+        quotas(config, sources(a=64))
+
+
 def test_amounts_alone_make_the_budget():
     mix = {"a": {"tokens": 1000}, "b": {"epochs": 1.0}}
     there = sources(a=2000, b=257)
