@@ -40,7 +40,6 @@ OTHERS = [byte for byte in range(0x100) if byte not in PRINTABLE]
 CHARACTER_OF = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(0x100 + n) for n, byte in enumerate(OTHERS)}
 BYTE_OF = {character: byte for byte, character in CHARACTER_OF.items()}
 BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
-SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")  # what a chat template may name
 
 
 class HfTokenizer:
@@ -63,7 +62,8 @@ class HfTokenizer:
         self._reference.encode_special_tokens = True
         self._reference.post_processor = None  # adds nothing that is asked for here, and takes spaces out of the tokens' offsets
         config = self._read_config()
-        tokens = {name: token["content"] if isinstance(token, dict) else token for name, token in config.items() if name in SPECIAL}
+        # what a chat template may name: bos_token, eos_token, and those of the model's own
+        tokens = {name: _content(token) for name, token in config.items() if name.endswith("_token")}
         self._special = {name: token for name, token in tokens.items() if isinstance(token, str)}
         if "eos_token" not in self._special:
             raise UserError(f"{folder / 'tokenizer_config.json'}: names no eos_token, which ends every document: add it")
@@ -164,6 +164,10 @@ class HfTokenizer:
                 is_answer += [part.is_answer] * len(its_ids)
         return Rendered(np.array(ids, np.int32), np.array(is_answer, bool))
 
+    def template_notes(self) -> list[str]:
+        """What the chat template adds to dialogues and leaves out of them, such as a system prompt or reasoning."""
+        return self._chat.notes() if self._chat else []
+
     def save_hf(self, folder: str | Path) -> None:
         """Copies what transformers.AutoTokenizer needs into `folder`."""
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -225,6 +229,10 @@ class HfTokenizer:
         texts = [text for text in PROBE if not self._guarded.search(text)]
         agrees = [ids.tolist() for ids in _arrays(fast, texts)] == [self.encode(text) for text in texts]
         return fast if agrees else None
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _arrays(engine: gigatoken.Tokenizer, texts: list[str]) -> list[np.ndarray]:
