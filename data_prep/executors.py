@@ -217,13 +217,16 @@ def _finish_alone(config: PrepareConfig, name: str, _: int) -> None:
     _use_tokenizer(config)
     with Workers(config.processes) as workers, _hold(config, name):
         manifest = _finish(config, name, workers, print)
-    for note in notes([manifest] if manifest else []):
+    for note in notes(config, [manifest] if manifest else []):
         print(note)
 
 
-def notes(manifests: list[Manifest]) -> list[str]:
-    """What is not in these binaries."""
-    return [f"source {one.name}: {one.num_empty:,} documents of nothing were left out" for one in manifests if one.num_empty]
+def notes(config: PrepareConfig, manifests: list[Manifest]) -> list[str]:
+    """What is not in these binaries, or was not in their documents."""
+    empty = [f"source {one.name}: {one.num_empty:,} documents of nothing were left out" for one in manifests if one.num_empty]
+    if config.tokenizer is None or not any(one.template_hash for one in manifests):
+        return empty
+    return empty + [f"{config.tokenizer}: its chat template {note}" for note in load(config.tokenizer).template_notes()]
 
 
 def _finish(config: PrepareConfig, name: str, workers: Workers, say: Callable[[str], None]) -> Manifest | None:

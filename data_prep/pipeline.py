@@ -153,6 +153,7 @@ def report(name: str, source: SourceConfig, folder: Path) -> SourceReport:
         ("licence", source.licence),
         ("teacher", source.teacher or "none"),
         ("documents", ", ".join(source.documents)),
+        *((label, note) for label, step in _labelled(source) if isinstance(step, Step) for note in step.notes()),
     ]
     return SourceReport(
         source=name,

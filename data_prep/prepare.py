@@ -33,7 +33,7 @@ def _print_tables(config: PrepareConfig, manifests: list[Manifest]) -> None:
         console.print(*(folder / "report.html" for folder in piped.values()), sep="\n")
     if manifests:
         console.print(_binaries(manifests))
-        for note in notes(manifests):
+        for note in notes(config, manifests):
             console.print(note, markup=False, soft_wrap=True)
 
 

@@ -101,5 +101,6 @@ def _serve(connection: Connection, others: list[Connection]) -> None:
         except UserError as error:
             result = error
         except OSError as error:
+            error.filename = error.filename or "a file of the output"  # a write does not know its file's name
             result = UserError(explain(error) or f"a file cannot be read or written ({error}): start again")
         connection.send(result)

@@ -243,6 +243,7 @@ def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
     All that is in it is then on the disk, however it was written.
     `mark` is a file that every complete folder of this kind holds; a folder without it is somebody else's and is left alone (UserError).
     """
+    folder = Path(os.path.abspath(folder))  # what is written beside it has its name, which `.` and `..` do not tell
     if folder.exists() and not (folder / mark).exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: exists, is not empty and holds no {mark}: name another folder, or remove this one")
     partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))

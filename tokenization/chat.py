@@ -10,17 +10,25 @@ What the assistant has to say is told in one of two ways:
 
 Neither is guessed at: a template that writes earlier turns otherwise once others follow (without their reasoning, for example), that ends
 a turn with no control token, or whose generation prompt is not how a turn begins is refused. So is a token that is an answer by half.
+
+A template is somebody else's program: it is given the time and the memory that a dialogue may take, and what it adds to a dialogue, or
+leaves out of one, is told (`ChatTemplate.notes`).
 """
 
 import hashlib
 import json
 import re
+import resource
+import signal
+import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
 from functools import cached_property
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension
@@ -31,7 +39,11 @@ from mujina.user_input import UserError
 
 BLOCK = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 REMEDY = "put {% generation %} and {% endgeneration %} around what the assistant says (with the token that ends its turn)"
-Messages = Sequence[dict[str, str]]
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the keys by which a message's reasoning is known
+SECONDS = 10  # of CPU time that a template may take to write a dialogue once
+MEMORY = 4 << 30  # bytes that it may take for that
+MOST_ADDED = 4 << 20  # characters that it may write besides twice what is said
+Messages = Sequence[dict[str, Any]]
 Span = tuple[int, int]  # of characters, the second one not included
 
 
@@ -70,18 +82,19 @@ class ChatTemplate:
         # What a message spells like a control token goes through the template with a mark in it, which nobody wrote.
         taken = self._source + "".join(str(value) for message in messages for value in message.values())
         mark, begin, end = islice((chr(code) for code in range(0xE000, 0xF900) if chr(code) not in taken), 3)
-        messages = [{key: self._spelled.sub(rf"\g<0>{mark}", value) for key, value in message.items()} for message in messages]
-        try:
-            written = self._write(messages, add_generation_prompt, begin, end)
-        except TemplateError as error:
-            raise UserError(
-                f"{self._where}: its chat template cannot write this dialogue ({error}): see what messages it expects"
-            ) from None
-        text, answers = _blocks(written, begin, end)
-        if not with_answers:
-            answers = []
-        elif not self._has_blocks:
-            answers = [self._answer(messages, turn, text) for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        messages = [self._marked(_as_transformers(message), mark) for message in messages]
+        with self._bounded():
+            try:
+                written = self._write(messages, add_generation_prompt, begin, end)
+            except TemplateError as error:
+                raise UserError(
+                    f"{self._where}: its chat template cannot write this dialogue ({error}): see what messages it expects"
+                ) from None
+            text, answers = _blocks(written, begin, end)
+            if not with_answers:
+                answers = []
+            elif not self._has_blocks:
+                answers = [self._answer(messages, turn, text) for turn, message in enumerate(messages) if message["role"] == "assistant"]
         edges = [edge for answer in answers for edge in answer]
         if edges != sorted(edges):
             raise self._refuse("makes the answers of two turns overlap", REMEDY)
@@ -97,6 +110,62 @@ class ChatTemplate:
             parts += control
             start = match.end()
         return parts + [Part(text[a:b].replace(mark, ""), False, is_answer) for a, b, is_answer in _cut(start, len(text), edges)]
+
+    def notes(self) -> list[str]:
+        """What the template adds to a dialogue or leaves out of it, told from two that it writes."""
+        thought = [{"role": "user", "content": "User1"}, {"role": "assistant", "content": "<think>\nThought1\n</think>\n\nAnswer1"}]
+        again = [{key: value.replace("1", "2") for key, value in turn.items()} for turn in thought]
+        plain = [{"role": "user", "content": "User1"}, {"role": "assistant", "content": "Answer1"}]
+        texts = list[str]()
+        for messages in plain, [*thought, *again], [{"role": "system", "content": "System1"}, *plain]:
+            try:
+                texts.append("\0".join(part.text for part in self.parts(messages, with_answers=False) if not part.is_control))
+            except UserError:
+                texts.append("")  # it is refused where it comes, with its reason
+        notes = list[str]()
+        if "strftime_now" in self._source:
+            notes.append("writes the date of the day into dialogues")
+        for added in dict.fromkeys(re.split(r"\0|User1|Answer1", texts[0])):
+            if " " in added.strip() or "think" in added:
+                notes.append(f"adds {added.strip()[:200]!r}, which no turn says")
+        for text, said, what in (
+            (texts[1], "Thought1", "what earlier answers have between <think> and </think>"),
+            (texts[1], "Thought2", "what the last answer has between <think> and </think>"),
+            (texts[2], "System1", "the system's turn"),
+        ):
+            notes += [f"leaves out {what}"] if text and said not in text else []
+        return notes
+
+    def _marked(self, value: Any, mark: str) -> Any:
+        """The value with a mark in each text that is spelled like a control token."""
+        if isinstance(value, str):
+            return self._spelled.sub(rf"\g<0>{mark}", value)
+        if isinstance(value, dict):
+            return {key: self._marked(inside, mark) for key, inside in value.items()}
+        return [self._marked(inside, mark) for inside in value] if isinstance(value, list) else value
+
+    @contextmanager
+    def _bounded(self) -> Iterator[None]:
+        """Ends an endless template, and one that takes all memory. In another thread than the main one, where no signal comes, the
+        former only by what it writes."""
+
+        def stop(*_: object) -> None:
+            raise self._refuse(f"takes more than {SECONDS} seconds for one dialogue", "mend the loop that does not end")
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        is_main = _is_main_thread()
+        resource.setrlimit(resource.RLIMIT_AS, (min([size + MEMORY, *(limit for limit in (soft, hard) if limit >= 0)]), hard))
+        before = signal.signal(signal.SIGVTALRM, stop) if is_main else None
+        try:
+            yield
+        except MemoryError:
+            raise self._refuse(f"takes more than {MEMORY >> 30} GiB for one dialogue", "mend what repeats a text so often") from None
+        finally:
+            if is_main:
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+                signal.signal(signal.SIGVTALRM, before)
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
     def _answer(self, messages: Messages, turn: int, whole: str) -> Span:
         """Where the answer of a turn stands in the whole dialogue, told from the dialogue up to this turn."""
@@ -132,16 +201,30 @@ class ChatTemplate:
 
     def _write(self, messages: Messages, add_generation_prompt: bool, begin: str = "", end: str = "") -> str:
         """The template's text, `begin` and `end` around each of its generation blocks. Raises jinja's TemplateError."""
-        values = self._special | {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        return self._compiled.render(values, answer_begins=begin, answer_ends=end)
+        values = {"tools": None, "documents": None} | self._special | {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        if _is_main_thread():
+            signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 1)  # again each second: jinja takes an exception for a value that it lacks
+        pieces, left = [], MOST_ADDED + 2 * sum(len(str(message)) for message in messages)
+        try:
+            for piece in self._compiled.generate(values, answer_begins=begin, answer_ends=end):
+                pieces.append(piece)
+                left -= len(piece)
+                if left < 0:
+                    raise self._refuse("writes more and more that nobody said", "mend the loop that does not end")
+        except (TemplateError, UserError, MemoryError):
+            raise
+        except Exception as error:  # whatever the template does: divides by zero, calls itself for ever
+            raise TemplateError(f"{type(error).__name__}: {error}") from None
+        return "".join(pieces)
 
     @cached_property
     def _compiled(self) -> Template:
-        # Hugging Face renders with this class and these settings, so what is tested here is what a server will do. But for the date of
-        # today: the same dialogue is to give the same ids tomorrow, and templates have a date for engines that tell none.
+        # Hugging Face renders with this class, these settings and these names (transformers.utils.chat_template_utils), so what is
+        # tested here is what a server will do.
         extensions = [_Generation, "jinja2.ext.loopcontrols"]
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        environment.globals["raise_exception"] = _raise
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
         return environment.from_string(self._source)
 
 
@@ -157,8 +240,24 @@ class _Generation(Extension):
         return nodes.Scope([begin, *body, end], lineno=line)
 
 
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
 def _raise(message: str) -> None:
     raise TemplateError(message)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+    """Without the escapes of jinja's own, which is for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _as_transformers(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as transformers hands it to a template: without empty keys, its reasoning by all the names that templates use."""
+    message = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((message[key] for key in REASONING if key in message), None)
+    return message if reasoning is None else {"thinking": reasoning} | message | {"reasoning_content": reasoning}
 
 
 def _blocks(written: str, begin: str, end: str) -> tuple[str, list[Span]]:

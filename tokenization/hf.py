@@ -45,7 +45,6 @@ OTHERS = [byte for byte in range(0x100) if byte not in PRINTABLE]
 CHARACTER_OF = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(0x100 + n) for n, byte in enumerate(OTHERS)}
 BYTE_OF = {character: byte for byte, character in CHARACTER_OF.items()}
 BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
-SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")  # what a chat template may name
 KINDS = ("BPE", "Unigram")
 SAID = "acorns"  # by an assistant, to see what a template writes behind it
 
@@ -74,7 +73,8 @@ class HfTokenizer:
         begun = self._reference.encode("a").ids
         self._reference.post_processor = None  # adds nothing that is asked for here, and takes spaces out of the tokens' offsets
         config, more = self._read("tokenizer_config.json"), self._read("special_tokens_map.json")
-        tokens = {name: _content(config.get(name) or more.get(name)) for name in SPECIAL}
+        # what a chat template may name: bos_token, eos_token, and those of the model's own
+        tokens = {name: _content(token) for name, token in [*more.items(), *config.items()] if name.endswith("_token") and token}
         self._special = {name: token for name, token in tokens.items() if token is not None}
         eos = end_of_document or self._special.get("eos_token")
         if eos is None:
@@ -198,6 +198,10 @@ class HfTokenizer:
                 ids += its_ids
                 is_answer += [part.is_answer] * len(its_ids)
         return Rendered(np.array(ids, np.int32), np.array(is_answer, bool))
+
+    def template_notes(self) -> list[str]:
+        """What the chat template adds to dialogues and leaves out of them, such as a system prompt or reasoning."""
+        return self._chat.notes() if self._chat else []
 
     def save_hf(self, folder: str | Path) -> None:
         """Copies what there is of the tokenizer into `folder`; with `begin_documents` in it as transformers understands it."""

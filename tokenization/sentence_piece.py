@@ -107,6 +107,10 @@ class SentencePieceTokenizer:
             is_answer += [part.is_answer] * (len(ids) - len(is_answer))
         return Rendered(np.array(ids, np.int32), np.array(is_answer, bool))
 
+    def template_notes(self) -> list[str]:
+        """What the chat template adds to dialogues and leaves out of them."""
+        return self._chat.notes()
+
     def save_hf(self, folder: str | Path) -> None:
         """Writes what transformers.AutoTokenizer needs into `folder`, without remote code; `tokenizer.model` goes with it.
 

@@ -103,5 +103,8 @@ class Tokenizer(Protocol):
         Raises UserError when the template refuses the dialogue, or when it cannot be told which tokens are answers (`tokenization.chat`).
         """
 
+    def template_notes(self) -> list[str]:
+        """What the chat template adds to dialogues and leaves out of them, such as a system prompt or reasoning."""
+
     def save_hf(self, folder: str | Path) -> None:
         """Writes what transformers.AutoTokenizer needs into `folder`, without remote code."""

@@ -1,9 +1,11 @@
 """Documents that hold a piece of an evaluation set are dropped: a model that has read the questions is not measured by them."""
 
 import glob
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from datatrove.data import Document
@@ -16,13 +18,17 @@ from mujina.files import read_rows
 from mujina.user_input import UserError
 
 FEWEST = 10  # letters: shorter texts of a set are answers such as "Paris", which say nothing
+MOST_TOLD = 3  # texts of a set in the report
+NO_RUNS = np.empty(0, np.uint64)
 CJK = 0x2E80  # here the scripts begin that say in one character what others say in two or more
 
 
 class Decontaminate(Step):
     """Drops documents that share a run of `num_characters` with a text of an evaluation set.
 
-    A shorter text of a set counts where it is the whole of a document or of a dialogue's turn.
+    A shorter text of a set counts where it is the whole of a document or of a dialogue's turn. What stands in many rows of a set, such as
+    the header of its prompts, is no leak and does not count, nor does a run that is such a header by more than half; the report has it.
+    Many are more than half of the rows; where there are 20 or more, ten of them and one in a hundred.
     """
 
     step: Literal["decontaminate"] = "decontaminate"
@@ -45,19 +51,14 @@ class Decontaminate(Step):
         return files
 
     def start(self) -> Judge:
-        runs = {n: _Runs() for n in (self.num_characters, (self.num_characters + 1) // 2)}
+        runs = {n: _Runs() for n in self._lengths()}
         whole: dict[bytes, str] = {}
-        for path in self.files():
-            name, texts = path.name.split(".")[0], [letters(text) for text in self._texts(path)]
-            if not any(len(codes) >= FEWEST for codes in texts):
-                fields = f" in the fields {', '.join(self.fields)}" if self.fields else ""
-                raise UserError(f"sets: {path}: holds no text of {FEWEST} letters or more{fields}: check the file and `fields`")
-            for codes in texts:
-                n = (self.num_characters + 1) // 2 if np.count_nonzero(codes >= CJK) * 2 > len(codes) else self.num_characters
-                if len(codes) >= n:
-                    runs[n].add(name, codes, ngram_hashes(codes, n))
-                elif len(codes) >= FEWEST:
-                    whole.setdefault(codes.tobytes(), name)
+        for one in self._sets():
+            for text, keep in zip(one.texts, one.own(), strict=True):
+                if len(text.hashes):
+                    runs[text.n].add(one.name, text.codes, text.hashes, np.flatnonzero(keep))
+                elif keep.all():
+                    whole.setdefault(text.codes.tobytes(), one.name)
         finders = [(n, found.finder()) for n, found in runs.items() if found.names]
 
         def judge(document: Document) -> str | None:
@@ -73,14 +74,109 @@ class Decontaminate(Step):
 
         return judge
 
-    def _texts(self, path: Path) -> list[str]:
+    def notes(self) -> list[str]:
+        """What counts as no leak because many rows of a set have it."""
+        return [
+            f"no leak: {number:,} of the {one.num_rows:,} rows of {one.name} have “{text}”"
+            for one in self._sets()
+            for text, number in one.shared_texts().most_common(MOST_TOLD)
+        ]
+
+    def _lengths(self) -> tuple[int, int]:
+        """Of a run of letters, and of one in a script that says more with each."""
+        return self.num_characters, (self.num_characters + 1) // 2
+
+    def _sets(self) -> Iterator["_Set"]:
+        long, short = self._lengths()
+        for path in self.files():
+            rows = {tuple(letters(text).tobytes() for text in row) for row in self._rows(path)}
+            one = _Set(path.name.split(".")[0], len(rows), [])
+            for number, row in enumerate(sorted(rows)):
+                for codes in (np.frombuffer(text, np.uint32) for text in row):
+                    n = short if np.count_nonzero(codes >= CJK) * 2 > len(codes) else long
+                    if len(codes) >= min(n, FEWEST):
+                        one.texts.append(_Text(number, n, codes, ngram_hashes(codes, n) if len(codes) >= n else NO_RUNS))
+            if not any(len(text.codes) >= FEWEST for text in one.texts):
+                fields = f" in the fields {', '.join(self.fields)}" if self.fields else ""
+                raise UserError(f"sets: {path}: holds no text of {FEWEST} letters or more{fields}: check the file and `fields`")
+            yield one
+
+    def _rows(self, path: Path) -> Iterator[list[str]]:
+        """The strings of each row."""
         if path.suffix == ".txt":
             try:
-                return path.read_text(encoding="utf-8").splitlines()
+                yield from ([line] for line in path.read_text(encoding="utf-8-sig").splitlines())
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"sets: {path}: cannot be read as UTF-8 ({error}): convert the file") from None
-        rows = (row for _, row in read_rows(path))
-        return [text for row in rows for key, value in row.items() if self.fields is None or key in self.fields for text in _strings(value)]
+            return
+        for _, row in read_rows(path):
+            yield [text for key, value in row.items() if self.fields is None or key in self.fields for text in _strings(value)]
+
+
+class _Text(NamedTuple):
+    """A text of a set: its row, the length of its runs, its code points, and the hash of each run (none where it is shorter)."""
+
+    row: int
+    n: int
+    codes: NDArray[np.uint32]
+    hashes: NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class _Set:
+    """The texts of the rows of a set, equal rows once."""
+
+    name: str
+    num_rows: int
+    texts: list[_Text]
+
+    def own(self) -> Iterator[NDArray[np.bool_]]:
+        """Which runs of each text count; of a text without runs, whether it does."""
+        for text, shared in zip(self.texts, self._shared(), strict=True):
+            if not len(text.hashes):
+                yield ~shared[:1]
+            else:
+                ends = np.cumsum(np.append(0, shared))
+                num_shared = ends[text.n :] - ends[: -text.n]
+                keep = 2 * num_shared <= text.n
+                # of a text with little of its own the runs that have most of that
+                yield keep if keep.any() else (num_shared == num_shared.min()) & (num_shared <= text.n - FEWEST)
+
+    def shared_texts(self) -> Counter[str]:
+        """How the stretches of letters begin that stand in many rows, and in how many they do."""
+        found = set[tuple[str, int]]()
+        for text, shared in zip(self.texts, self._shared(), strict=True):
+            edges = np.flatnonzero(np.diff(np.concatenate([[False], shared, [False]])))
+            found |= {("".join(map(chr, text.codes[a : min(b, a + text.n)].tolist())), text.row) for a, b in edges.reshape(-1, 2).tolist()}
+        return Counter(stretch for stretch, _ in found)
+
+    def _shared(self) -> Iterator[NDArray[np.bool_]]:
+        """Which letters of each text stand in a run, or in a whole short text, that many rows have."""
+        many = max(2, self.num_rows // 2 if self.num_rows < 20 else max(9, self.num_rows // 100))
+        hashes, rows = defaultdict[int, list[NDArray[np.uint64]]](list), defaultdict[int, list[NDArray[np.int64]]](list)
+        for text in self.texts:
+            hashes[text.n].append(text.hashes)
+            rows[text.n].append(np.full(len(text.hashes), text.row))
+        shared = {n: _in_many(np.concatenate(hashes[n]), np.concatenate(rows[n]), many) for n in hashes}
+        whole = Counter(codes for _, codes in {(text.row, text.codes.tobytes()) for text in self.texts if not len(text.hashes)})
+        for text in self.texts:
+            if not len(text.hashes):
+                yield np.full(len(text.codes), whole[text.codes.tobytes()] > many)
+                continue
+            edges = np.zeros(len(text.codes) + 1, np.int64)
+            starts = np.flatnonzero(np.isin(text.hashes, shared[text.n]))
+            np.add.at(edges, starts, 1)
+            np.add.at(edges, starts + text.n, -1)
+            yield np.cumsum(edges)[:-1] > 0
+
+
+def _in_many(hashes: NDArray[np.uint64], rows: NDArray[np.int64], many: int) -> NDArray[np.uint64]:
+    """The hashes that stand in more than so many rows."""
+    order = np.lexsort((rows, hashes))
+    hashes, rows = hashes[order], rows[order]
+    is_new = np.append(np.ones(min(len(hashes), 1), bool), (hashes[1:] != hashes[:-1]) | (rows[1:] != rows[:-1]))
+    found, counts = np.unique(hashes[is_new], return_counts=True)
+    return found[counts > many]
 
 
 class _Runs:
@@ -90,11 +186,14 @@ class _Runs:
         self.names: list[str] = []
         self._codes: list[NDArray[np.uint32]] = []
         self._hashes: list[NDArray[np.uint64]] = []
+        self._offsets: list[NDArray[np.int64]] = []
 
-    def add(self, name: str, codes: NDArray[np.uint32], hashes: NDArray[np.uint64]) -> None:
+    def add(self, name: str, codes: NDArray[np.uint32], hashes: NDArray[np.uint64], offsets: NDArray[np.int64]) -> None:
+        """The runs of a text that begin at these offsets."""
         self.names.append(name)
         self._codes.append(codes)
-        self._hashes.append(hashes)
+        self._hashes.append(hashes[offsets])
+        self._offsets.append(offsets)
 
     def finder(self) -> Callable[[NDArray[np.uint32], NDArray[np.uint64], int], str | None]:
         """A function (code points, hashes of their n-grams, n) that gives the name of the set with an equal run, or None."""
@@ -110,7 +209,7 @@ class _Runs:
             equal = hashes[nearest] == document[hits]
             for hit, place in zip(hits[equal].tolist(), places[nearest[equal]].tolist(), strict=True):
                 text = int(np.searchsorted(starts, place, "right")) - 1
-                offset = place - int(starts[text])
+                offset = int(self._offsets[text][place - int(starts[text])])
                 # Equal hashes are no proof.
                 if np.array_equal(codes[hit : hit + n], self._codes[text][offset : offset + n]):
                     return self.names[text]

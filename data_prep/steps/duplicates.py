@@ -3,19 +3,26 @@
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import xxhash
 from datatrove.data import Document
+from numpy.typing import NDArray
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from data_prep.steps.records import Records, group_starts, id_file, id_of, number_of, read_range, record_file, slices
 from data_prep.steps.step import CorpusStep, Judge, texts_of
 
 PARAGRAPH = re.compile(r"\n\s*\n")
+# Lines that documents share because they are written so, not because a site puts them there.
+MARKUP = re.compile(r"\s*(?:\\|</?[a-zA-Z!?]|[{}\])])|.*[{};]\s*\Z", re.DOTALL)
+ENDS, CLOSING = "。．.！!？?…、，,", "」』）)\"'”’"
+SENTENCE_WITHIN = re.compile(r"[.!?…]\s+\S|[。．！？]")
+NOTICE = re.compile(r"©|\(c\)|copyright|rights reserved|転載|cookie|クッキー|javascript", re.IGNORECASE)
+BLOCK = 3  # lines of a site inside of a text, such as a menu's
 
 
 class ExactDuplicates(CorpusStep):
@@ -61,9 +68,11 @@ def _find_copies(folder: Path, num_ranks: int, part: int) -> None:
 
 
 class RepeatedLines(CorpusStep):
-    """Takes out the lines, or paragraphs, that stand in more than `max_documents` documents; the first of those documents keeps them.
+    """Takes out the lines, or paragraphs, that a site puts on its pages: they stand in more than `max_documents` documents, and in this one
+    at its beginning or end, or three or more together; the first of those documents keeps them.
 
-    Lines count as equal up to white space. Dialogues pass as they are: what is repeated there, a system turn, is meant.
+    A single sentence stays, unless it lies outside of such a line at the beginning or end; so does markup, such as LaTeX's. Lines count
+    as equal up to white space. Code and dialogues pass as they are: what is repeated there, an import or a system turn, is meant.
     """
 
     step: Literal["repeated_lines"] = "repeated_lines"
@@ -79,7 +88,7 @@ class RepeatedLines(CorpusStep):
     def mark(self, documents: Iterable[Document], folder: Path, rank: int) -> Iterator[Document]:
         with record_file(folder / f"lines-{rank:05}", 3, _merged) as lines:
             for position, document in enumerate(documents):
-                if "messages" not in document.metadata:
+                if _is_prose(document):
                     hashes = np.unique(self._hashes(self._split(document.text)))
                     hashes = hashes[hashes != 0]
                     lines.add(np.stack([hashes, np.full_like(hashes, number_of(rank, position)), np.ones_like(hashes)]))
@@ -94,12 +103,13 @@ class RepeatedLines(CorpusStep):
 
         def judge(document: Document) -> str | None:
             number = np.uint64(number_of(rank, next(positions)))
-            if "messages" in document.metadata or not len(repeated):
+            if not _is_prose(document) or not len(repeated):
                 return None
             lines = self._split(document.text)
             hashes = self._hashes(lines)
             place = np.minimum(np.searchsorted(repeated, hashes), len(repeated) - 1)
-            out = (repeated[place] == hashes) & (first[place] != number)
+            is_repeated = repeated[place] == hashes
+            out = _of_the_site(lines, is_repeated.tolist(), (hashes == 0).tolist()) & (first[place] != number)
             if not out.any():
                 return None
             kept = [line for line, gone in zip(lines, out.tolist(), strict=True) if not gone]
@@ -118,6 +128,41 @@ class RepeatedLines(CorpusStep):
         least = self.min_characters
         hashes = [xxhash.xxh3_64_intdigest(line.encode("utf-8", "surrogatepass")) if len(line) >= least else 0 for line in plain]
         return np.array(hashes, np.uint64)
+
+
+def _is_prose(document: Document) -> bool:
+    return "messages" not in document.metadata and document.metadata.get("kind") != "code"
+
+
+def _is_sentence(line: str) -> bool:
+    """Whether it is one sentence, or the beginning of a letter."""
+    line = line.strip().rstrip(CLOSING)
+    return line.endswith(tuple(ENDS)) and not SENTENCE_WITHIN.search(line.rstrip(ENDS))
+
+
+def _of_the_site(lines: list[str], repeated: list[bool], short: list[bool]) -> NDArray[np.bool_]:
+    """Which of the repeated lines are a site's, by where they stand. Short ones, which are never touched, do not part a menu."""
+    is_markup = [again and MARKUP.match(line) is not None for line, again in zip(lines, repeated, strict=True)]
+    # Alone a line of the site; a sentence is one beside such a line only.
+    is_sure = [
+        again and not markup and (not _is_sentence(line) or NOTICE.search(line) is not None)
+        for line, again, markup in zip(lines, repeated, is_markup, strict=True)
+    ]
+    out = np.zeros(len(lines), bool)
+    for numbers in range(len(lines)), range(len(lines) - 1, -1, -1):  # from the beginning, and from the end
+        outside = list(takewhile(lambda n: repeated[n] or not lines[n].strip(), numbers))
+        innermost = max((place for place, n in enumerate(outside) if is_sure[n]), default=-1)
+        for n in outside[: innermost + 1]:
+            out[n] = repeated[n] and not is_markup[n]
+    block: list[int] = []
+    for n in range(len(lines) + 1):
+        if n < len(lines) and is_sure[n]:
+            block.append(n)
+        elif n == len(lines) or not short[n]:
+            if len(block) >= BLOCK:
+                out[block] = True
+            block = []
+    return out
 
 
 def _merged(lines_CN: Records) -> Records:

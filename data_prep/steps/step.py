@@ -29,6 +29,10 @@ class Step(Section, ABC):
         """The files of the user's that it reads, which are a part of what it does."""
         return []
 
+    def notes(self) -> list[str]:
+        """What the report says of it besides the counts."""
+        return []
+
 
 class CorpusStep(Section, ABC):
     """One step over the whole source. `folder` is its own, on a file system that all ranks share; memory does not grow with the source."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
 from fastwarc.stream_io import BrotliReader, WarcReader, ZstdReader
-from fastwarc.warc import WarcRecord, WarcRecordType
+from fastwarc.warc import HeaderMap, WarcRecord, WarcRecordType
 
 from data_prep.row import LONGEST, too_long
 
@@ -36,6 +36,7 @@ NEXT, LONGEST_NEXT = re.compile(rb"\nWARC/1\.\d[ \t]{0,8}\r?\n"), 20
 END_OF_HEAD = re.compile(rb"\n\r?\n")
 END_OF_RECORD = re.compile(rb"\r?\n\r?\n")
 CONTENT_LENGTH = re.compile(rb"^content-length[ \t]*:[ \t]*(\d{1,18})[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
+CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([^\s\"';,]+)", re.IGNORECASE)
 CHUNK = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\n]*)?\r?\n")
 AFTER_CHUNK = re.compile(rb"\r?\n")
 # Not pages, but what is written about them.
@@ -248,19 +249,19 @@ def _page_of(data: bytes) -> Page | Passed | str | None:
         record = WarcRecord.from_reader(io.BytesIO(data), quirks_mode=True)
     except OSError as error:
         return f"its head cannot be read ({error})"
-    kind, headers = record.record_type, record.headers
+    kind, headers = record.record_type, _by_name(record.headers)
     if kind & BESIDE:
         return None
     if not kind & (WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion):
         return Passed(f"{kind} records")
-    if cut := headers.get("WARC-Truncated"):
-        return Passed(f"truncated by the crawler ({cut.strip().lower()})")
-    url = headers.get("WARC-Target-URI")
-    about = (record.record_id or url, url, headers.get("WARC-Date"))
+    if cut := headers.get("warc-truncated"):
+        return Passed(f"truncated by the crawler ({cut.lower()})")
+    url = headers.get("warc-target-uri")
+    about = (record.record_id or url, url, headers.get("warc-date"))
     if kind == WarcRecordType.conversion:
         return Page(*about, record.reader.read(), is_html=False)
-    content_type, charset = _type_of(headers.get("Content-Type"))
-    if kind == WarcRecordType.response and (content_type or "application/http") == "application/http":
+    http: dict[str, str] | None = None
+    if kind == WarcRecordType.response and headers.get("content-type", "application/http").lower().startswith("application/http"):
         record.is_http = True  # also where its Content-Type is missing
         record.parse_http("none", LONGEST_HEAD, True, strict_mode=False)
         status = record.http_headers.status_code
@@ -268,32 +269,37 @@ def _page_of(data: bytes) -> Page | Passed | str | None:
             return "holds no HTTP response: fetch the page again"
         if not 200 <= status < 300 or status in (204, 205, 206):
             return Passed(f"status {status}")
-        http, body = record.http_headers, record.reader.read()
-        content_type, charset = _type_of(http.get("Content-Type"))
-        told = http.get("Content-Length") or ""
-        if told.isdecimal() and len(body) < int(told) and not http.get("Transfer-Encoding"):
+        http = _by_name(record.http_headers)
+    content_type, charset = _type_of((headers if http is None else http).get("content-type", ""))
+    identified, _ = _type_of(headers.get("warc-identified-payload-type", ""))
+    content_type = content_type if identified in UNKNOWN_TYPES else identified
+    if content_type not in (*HTML_TYPES, *UNKNOWN_TYPES):
+        return Passed(content_type)
+    body = record.reader.read()
+    if http is not None:
+        told = http.get("content-length", "")
+        if told.isdecimal() and len(body) < int(told) and "transfer-encoding" not in http:
             return Passed("body shorter than the server said")
-        unpacked = _body(body, http.get("Transfer-Encoding") or "", http.get("Content-Encoding") or "")
+        unpacked = _body(body, http.get("transfer-encoding", ""), http.get("content-encoding", ""))
         if isinstance(unpacked, str):
             return unpacked
         body = unpacked
-    else:
-        body = record.reader.read()
-    identified, _ = _type_of(headers.get("WARC-Identified-Payload-Type"))
-    content_type = identified if identified not in UNKNOWN_TYPES else content_type
     if not body.strip():
         return Passed("empty body")
-    if content_type in UNKNOWN_TYPES:
-        content_type = HTML_TYPES[0] if PAGE.match(body) else content_type or "no Content-Type, and no HTML"
-    if content_type not in HTML_TYPES:
-        return Passed(content_type)
+    if content_type in UNKNOWN_TYPES and not PAGE.match(body):
+        return Passed(content_type or "no Content-Type, and no HTML")
     return Page(*about, body, is_html=True, charset=charset)
 
 
-def _type_of(value: str | None) -> tuple[str, str | None]:
+def _by_name(headers: HeaderMap) -> dict[str, str]:
+    """The headers by their names in lower case; of two the first."""
+    return {name.lower(): value.strip() for name, value in reversed(headers.items())}
+
+
+def _type_of(value: str) -> tuple[str, str | None]:
     """The media type of a Content-Type in lower case, "" without one, and its charset."""
-    kind, _, parameters = (value or "").partition(";")
-    found = re.search(r"charset\s*=\s*[\"']?\s*([^\s\"';,]+)", parameters, re.IGNORECASE)
+    kind, _, parameters = value.partition(";")
+    found = CHARSET.search(parameters)
     return kind.split(",")[0].strip().lower(), found[1] if found else None
 
 

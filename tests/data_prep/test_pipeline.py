@@ -129,7 +129,7 @@ def test_a_full_disk_is_explained_and_mended_by_the_same_command(undisturbed: tu
     line = command(tmp_path, values(documents, tmp_path / "out", processes=2))
     little = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000))  # noqa: E731
     full = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, preexec_fn=little)
-    assert full.returncode == 2 and "look for space on the disk" in full.stderr, full.stderr
+    assert full.returncode == 2 and "a file of the output: file too large: make space on the disk" in full.stderr, full.stderr
     assert not (tmp_path / "out/code/documents").exists()
     assert subprocess.run(line, cwd=ROOT, capture_output=True).returncode == 0
     assert bytes_of(tmp_path / "out") == bytes_of(expected)

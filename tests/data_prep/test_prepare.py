@@ -168,13 +168,15 @@ def test_only_what_changed_is_built_again(tokenizer_folder: Path, tmp_path: Path
 def test_a_chat_template_is_a_part_of_what_it_wrote(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(tmp_path / "tokenizer")
     (tokenizer / "chat_template.jinja").write_text("{% for turn in messages %}{{ turn.content }}</s>{% endfor %}")
-    turns = [{"role": "user", "content": "7 + 5?"}, {"role": "assistant", "content": "12"}]
+    turns = [{"role": "user", "content": "7 + 5?", "weight": 1}, {"role": "assistant", "content": "12", "tool_calls": None}]
     chat = {"documents": [write_rows(tmp_path / "chat.jsonl", [{"messages": turns}])], "kind": "chat"}
     web = {"documents": [write_rows(tmp_path / "web.jsonl", [{"text": "the cat"}])]}
     before, same = (prepare(config(tokenizer, tmp_path / "out", chat=chat, web=web)) for _ in range(2))
     stamps = {name: (tmp_path / f"out/{name}.bin").stat().st_mtime_ns for name in ("chat", "web")}
-    (tokenizer / "chat_template.jinja").write_text("{% for turn in messages %}{{ turn.role }}: {{ turn.content }}</s>{% endfor %}")
-    after = prepare(config(tokenizer, tmp_path / "out", chat=chat, web=web))
+    (tokenizer / "chat_template.jinja").write_text("You are a cat.{% for turn in messages %}{{ turn.content }}</s>{% endfor %}")
+    settings = config(tokenizer, tmp_path / "out", chat=chat, web=web)
+    after = prepare(settings)
+    assert notes(settings, after) == [f"{tokenizer}: its chat template adds 'You are a cat.', which no turn says"]
     assert before == same and before[1] == after[1] and before[0].num_tokens < after[0].num_tokens
     assert [(tmp_path / f"out/{name}.bin").stat().st_mtime_ns == stamp for name, stamp in stamps.items()] == [False, True]
 
@@ -186,7 +188,7 @@ def test_documents_of_nothing_are_told_and_are_no_tokens(tokenizer_folder: Path,
     settings = config(tokenizer_folder, tmp_path / "out", web={"documents": [web]})
     (manifest,) = prepare(settings)
     assert (manifest.num_documents, manifest.num_empty, manifest.num_characters) == (1, 3, 7)
-    assert "source web: 3 documents of nothing were left out" in notes([manifest])
+    assert "source web: 3 documents of nothing were left out" in notes(settings, [manifest])
     none = write_rows(tmp_path / "none.jsonl", [{"text": nothing}])
     with pytest.raises(UserError, match="source none: holds no documents"):
         prepare(config(tokenizer_folder, tmp_path / "out", none={"documents": [none]}))

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,57 @@ def test_turns_and_fields(sets: list[str]) -> None:
     assert Decontaminate(sets=sets).start()(dialogue) == "contaminated: ja_reasoning"
     with pytest.raises(UserError, match="holds no text of 10 letters or more in the fields answer"):
         judged(sets, "", fields=["answer"])
+
+
+HEADER = "以下は、ある作業を説明する指示です。要求をきちんと満たす答えを書いてください。\n指示："
+PREFIX = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+OWN = [
+    "太郎さんは時速四キロで歩き、花子さんは時速六キロで歩きます。花子さんは何分早く着きますか。",
+    "紫式部が書いた長い物語の主人公の名前と、その父親である帝の名前をすべて答えなさい。",
+]
+
+
+@pytest.fixture(params=[2, 20, 300])
+def prompts(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A set of prompts with one header, twice `param` and some; the first two are OWN, three share a passage."""
+    draw = random.Random(1)
+    words = ["".join(draw.choices("あいうえおかきくけこさしすせそ", k=60)) for _ in range(2 * request.param)]
+    texts = [HEADER + text for text in (*OWN, *(JAPANESE + f"第{n}問、答えは何番ですか。" for n in range(3)), *words)]
+    rows = [{"prompt": text, "system": "あなたは優秀な日本語の助手です。", "en": PREFIX + f"{text[len(HEADER) :]}"} for text in texts]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "prompts.jsonl")
+
+
+def test_what_many_rows_share_is_no_leak(prompts: str) -> None:
+    judge = Decontaminate(sets=[prompts]).start()
+    for text in (
+        HEADER,
+        PREFIX,
+        f"{HEADER}東京の観光名所を五つ、それぞれの行き方とともに教えてください。",
+        f"{HEADER}太郎さんの好きな食べ物は？",
+    ):
+        assert judge(Document(text=text, id="")) is None
+    turns = [{"role": "system", "content": "あなたは優秀な日本語の助手です。"}, {"role": "user", "content": HEADER}]
+    assert judge(Document(text="", id="", metadata={"messages": turns})) is None
+    for text in (f"問：{OWN[0]}", HEADER + OWN[0], f"問：{OWN[1]}", HEADER + OWN[1], f"本文：{JAPANESE}"):  # the last: of three questions
+        assert judge(Document(text=text, id="")) == "contaminated: prompts"
+
+
+def test_what_is_no_leak_is_told(prompts: str) -> None:
+    told = "\n".join(Decontaminate(sets=[prompts]).notes())
+    number = sum(1 for _ in open(prompts))
+    assert f"no leak: {number} of the {number} rows of prompts have “以下はある作業を説明する指示です要求をきちんと満たす答えを書”" in told
+    assert "“belowisaninstructionthatdescribesatask" in told and "“あなたは優秀な日本語の助手です”" in told
+
+
+def test_a_text_with_little_of_its_own_is_found_by_that(tmp_path: Path) -> None:
+    kinds = [
+        f"{animal}の{what}の話" for animal in ("シマウマ", "アザラシ", "ムササビ") for what in ("ひとりたび", "けんかした", "ねむれない")
+    ]
+    texts = [HEADER + kind + "について、その理由を三つ挙げてから最後に結論を一文で述べてください。" for kind in kinds]
+    (tmp_path / "set.txt").write_text("\n".join(texts).replace("\n指示", "指示"))
+    found = [judged([str(tmp_path / "set.txt")], text) for text in (texts[3], texts[3].replace("アザラシ", "アライグマ"), HEADER)]
+    assert found == ["contaminated: set", None, None]
 
 
 def test_equal_hashes_are_no_proof(sets: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

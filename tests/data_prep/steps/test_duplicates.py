@@ -1,6 +1,7 @@
 """The first of equal documents stays, and what a site puts on all of its pages goes."""
 
 import random
+import re
 from collections import Counter, deque
 from pathlib import Path
 from typing import Any
@@ -72,17 +73,66 @@ def test_repeated_lines_stay_in_their_first_document(tmp_path: Path, pieces: Non
     seen: set[str] = set()
     expected = []
     for text in texts:
-        kept = []
-        for line in text.split("\n"):
-            plain = " ".join(line.split())
-            if len(plain) < 10 or counts[plain] <= 25 or plain not in seen:
-                kept.append(line)
-        seen |= {" ".join(line.split()) for line in text.split("\n")}
-        expected.append("\n".join(kept) if len(kept) == len(text.split("\n")) else "\n".join(kept).strip("\n"))
+        plain = [" ".join(line.split()) for line in text.split("\n")]
+        is_kept = [True] * len(plain)
+        kinds = "".join("b" if not line else "s" if len(line) < 10 else "R" if counts[line] > 25 else "." for line in plain)
+        blocks = [group for group in re.finditer("R[Rsb]*", kinds) if group[0].count("R") >= 3]
+        for group in (*blocks, *re.finditer(r"R[Rb]*\Z", kinds)):  # and what the document ends with
+            for n in range(*group.span()):
+                is_kept[n] = len(plain[n]) < 10 or plain[n] not in seen
+        kept = [line for line, stays in zip(text.split("\n"), is_kept, strict=True) if stays]
+        seen |= set(plain)
+        expected.append(text if all(is_kept) else "\n".join(kept).strip("\n"))
     assert 3 < sum(counts[line] > 25 for line in lines[2:]) < 12 and expected != texts
     documents = [text_document(text) for text in texts]
     assert set(judged(RepeatedLines(max_documents=25), documents, tmp_path / "x", num_ranks)) == {None}
     assert [document.text for document in documents] == expected
+
+
+TOP = "サイトの案内　トップページへ戻る"
+MENU = ["会社概要のページはこちら", "製品情報のページはこちら", "採用情報のページはこちら", "お問い合わせはこちら"]
+FOOTER = ["本サイトの内容の無断転載を禁じます。", "Copyright (c) 2020 Example Inc. All rights reserved."]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["{n}番目の式は次のとおり。", "\\begin{equation}", "x = {n}", "\\end{equation}", "となる{n}。", "\\end{document}"],
+        ["\\documentclass{article}", "\\usepackage{amsmath}", "\\usepackage{graphicx}", "\\begin{document}", "本文{n}。"],
+        ["{n}番目の法律の本文である。", "附　則", "この法律は、公布の日から施行する。"],
+        ["{n}番目の法律の本文である。", "この法律は、公布の日から施行する。", "この法律は、公布の日から施行する。", "別表{n}"],
+        ["Dear Sir or Madam,", "this is letter {n}.", "Thank you in advance for your answer.", "Yours sincerely,"],
+        ["拝啓　時下ますますご清栄のこととお喜び申し上げます。", "{n}番目の用件です。", "以上、よろしくお願いいたします。"],
+        ["節{n}の本文", "まとめと今後の課題について", "{n}のまとめ"],
+        ["<div class='entry-content'>", "text {n}", "</div><!-- entry-content -->", "</body></html>    "],
+        ["function f{n}() {", "    return document.body;", "}  // end of function", "last {n}"],
+    ],
+)
+def test_structure_and_sentences_of_prose_stay(tmp_path: Path, lines: list[str]) -> None:
+    texts = ["\n".join(lines).replace("{n}", str(n)) for n in range(15)]
+    documents = [text_document(text) for text in texts]
+    assert set(judged(RepeatedLines(), documents, tmp_path / "x", 2)) == {None}
+    assert [document.text for document in documents] == texts
+
+
+def test_what_a_site_puts_around_a_page_goes(tmp_path: Path) -> None:
+    law = "この法律は、公布の日から施行する。"
+    body = "{n}番目の本文は長く、この文書だけにある。\n" * 5 + "{n}番目の附則"
+    texts = [
+        "\n".join([TOP, "検索", *MENU, "", body, *MENU[:3], f"次の話題{n}", law, "", *FOOTER[::-1]]).replace("{n}", str(n))
+        for n in range(15)
+    ]
+    documents = [text_document(text) for text in texts]
+    assert set(judged(RepeatedLines(), documents, tmp_path / "x", 2)) == {None}
+    expected = f"検索\n\n{body}\n次の話題{{n}}\n{law}"
+    assert [document.text for document in documents] == [texts[0]] + [expected.replace("{n}", str(n)) for n in range(1, 15)]
+
+
+def test_code_is_left_alone(tmp_path: Path) -> None:
+    texts = [f"import numpy as np\nimport pandas as pd\nfrom typing import Any\nx{n} = np.zeros({n})" for n in range(15)]
+    documents = [text_document(text, kind="code") for text in texts]
+    assert set(judged(RepeatedLines(), documents, tmp_path / "x", 2)) == {None}
+    assert [document.text for document in documents] == texts
 
 
 def test_a_page_of_repeated_lines_only_is_dropped_and_a_dialogue_is_left_alone(tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ import brotli
 import pytest
 import zstandard
 
+from data_prep.executors import prepare
 from data_prep.steps import warc
 from data_prep.steps.read import read
 from mujina.user_input import UserError
 from tests.data_prep.steps.test_read import DEFAULTS, record
+from tests.data_prep.test_pipeline import config, rows_of
 
 PAGES = [b"<p>page %d" % number for number in range(5)]
 GOOD = [record(number, page) for number, page in enumerate(PAGES)]
@@ -196,6 +198,7 @@ def test_a_page_without_a_type_is_known_by_its_beginning(tmp_path: Path, start: 
     ("one", "reason"),
     [
         (record(1, b"\x89PNG", header="IMAGE/png"), "image/png"),
+        (record(1, b"\x1f\x8bx" * 9, header="image/png\r\nContent-Encoding: gzip"), "image/png"),
         (record(1, b"plain", header="text/plain"), "text/plain"),
         (record(1, b"nothing known", header=""), "no Content-Type, and no HTML"),
         (record(1, PAGE, status=404), "status 404"),
@@ -214,6 +217,19 @@ def test_what_is_no_page_is_counted_and_stops_nothing(tmp_path: Path, one: bytes
     passed = Counter[str]()
     texts = [document.text for document in read(str(tmp_path / "a.warc"), DEFAULTS, damaged, pytest.fail, lambda why: passed.update([why]))]
     assert (texts, passed) == ([TEXTS[0], TEXTS[2]], Counter({reason: 2}))
+
+
+def test_the_report_counts_what_was_passed_over(tmp_path: Path) -> None:
+    bad = record(1, b"x", header="text/html\r\nContent-Encoding: br")
+    for name in "ab":
+        (tmp_path / f"{name}.warc").write_bytes(
+            GOOD[0] + record(1, PAGE, status=404) + bad + record(2, b"GIF", header="image/gif") + GOOD[4]
+        )
+    prepare(config(str(tmp_path / "*.warc"), tmp_path / "out", source={"kind": "web", "damaged": "skip", "steps": [{"step": "extract"}]}))
+    assert [row["text"] for row in rows_of(tmp_path / "out/code/documents")] == ["page 0", "page 4"] * 2
+    report = (tmp_path / "out/code/report.html").read_text()
+    for line in ("2 × status 404", "2 × image/gif", "2 × its body cannot be unpacked", "a.warc record 3: its body cannot be unpacked"):
+        assert line in report
 
 
 def test_other_records_that_hold_pages(tmp_path: Path) -> None:
