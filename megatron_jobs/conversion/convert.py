@@ -10,7 +10,8 @@ comparison found; null with --no-check) and `files` (bytes and SHA-256 of what w
 A folder is there already when all of that still holds.
 
 A model that began as a Hugging Face folder keeps what training did not change: its family, its special tokens, its defaults of sampling.
-Its context is the longer one of its own and of the phases; a turn's end that the run's tokenizer knows is added to those of the folder.
+The context is the longest of that folder's, of the phases, and of those of the runs before; what ends a turn by the run's tokenizer is
+added to what ended one there.
 """
 
 import json
@@ -150,7 +151,7 @@ def write_companions(source: Exported, folder: Path) -> None:
     values: dict[str, Any] = {"sliding_window": None} if source.model_type in ("mistral", "mixtral") else {}
     values |= {"bos_token_id": tokenizer.bos_id if tokenizer.begins_texts else None, "eos_token_id": tokenizer.eod_id}
     values |= before | config_values(source.model_type, source.model, source.moe) | {"dtype": source.dtype}
-    longest = [phase.sequence_length for phase in run.phases]
+    longest = [source.checkpoint.ledger.context, *(phase.sequence_length for phase in run.phases)]
     config = AutoConfig.for_model(**values | {"model_type": source.model_type})
     config.max_position_embeddings = max([config.max_position_embeddings, *longest] if before else longest)
     config.save_pretrained(folder)

@@ -8,7 +8,6 @@
 What is not as `save_pretrained` writes it is told in `Tensors.remarks`; what contradicts itself is refused by name.
 """
 
-import pickle
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -154,15 +153,15 @@ class _Loaded:
 
 def _unpickled(file: Path) -> Iterator[tuple[str, Any]]:
     """Tensors alone are unpickled: no code of the file is run."""
-    remedy = "load it with transformers where you trust it, and save it with save_pretrained, which writes safetensors"
+    remedy = "copy it again, or load it with transformers where you trust it, and save it with save_pretrained"
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of any kind: what is no pickle is read as one, instruction by instruction
         raise UserError(f"{file}: is damaged, or holds more than tensors ({str(error).partition('\n')[0]}): {remedy}") from None
     if not isinstance(tensors, dict):
         raise UserError(f"{file}: holds a {type(tensors).__name__} and no tensors by their names: {remedy}")
-    if others := [name for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)]:
-        raise UserError(f"{file}: holds {others[0]}, which is no tensor: {remedy}")
+    if others := [name for name, tensor in tensors.items() if not (isinstance(name, str) and isinstance(tensor, torch.Tensor))]:
+        raise UserError(f"{file}: holds {others[0]}, which is no tensor with a name: {remedy}")
     return ((name, _Loaded(tensor)) for name, tensor in tensors.items())
 
 

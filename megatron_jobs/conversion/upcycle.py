@@ -18,7 +18,7 @@ import typer
 from megatron_jobs import config as configuration
 from megatron_jobs.config import RunConfig
 from megatron_jobs.conversion import convert
-from megatron_jobs.conversion.families import tell_hindrance
+from megatron_jobs.conversion.families import hindrance, tell_hindrance
 from megatron_jobs.data.ledger import Ledger, Origin
 from megatron_jobs.planning import flops
 from mujina.files import write_whole
@@ -46,6 +46,8 @@ def main(
     granular with exact scaling), logits that differ fail the command; where it does not, the difference is told, and only NaN fails.
     """
     mixture = Mixture(configuration.load(config), dense, "DENSE")
+    if hugging_face and not no_check and (reason := hindrance(mixture.config.model, mixture.config.moe)):
+        raise UserError(reason)
     tell_hindrance(mixture.config)
     is_there = _is_folder if hugging_face else _is_checkpoint
     if is_there(output, mixture, no_check):

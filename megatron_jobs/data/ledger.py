@@ -3,7 +3,8 @@
 It is RUN/checkpoints/step-*/ledger.json:
 
     tokens, block_length    consumed by the run; tokens in a block of the sources
-    phases                  name, steps, tokens, and of each source samples, tokens, the blocks that belong to the phase, and a checksum
+    phases                  name, steps, tokens, sequence_length (in tokens; older ledgers lack it), and of each source samples, tokens, the
+                            blocks that belong to the phase, and a checksum
     origin                  where the weights of step 0 came from: kind (imported, upcycled, averaged, trained), of (what identifies the
                             models), ledger (the first one's own, with its origin), hugging_face (configuration of a Hugging Face folder)
     interventions           skipped steps, rollbacks, and the windows of losses and norms (stability.Guard)
@@ -32,6 +33,7 @@ class PhaseRecord(Section):
     name: str
     steps: int
     tokens: int
+    sequence_length: int | None = None
     sources: dict[str, Consumed]
 
 
@@ -61,6 +63,12 @@ class Ledger(Section):
     def untouched_import(self) -> dict[str, Any] | None:
         """The Hugging Face side of a model that was imported and not trained here."""
         return self.origin.hugging_face if self.origin and self.origin.kind == "imported" and not self.tokens else None
+
+    @property
+    def context(self) -> int:
+        """The longest sequence, in tokens, that it was trained on, here or in what it came from; 0 where none is known."""
+        before = self.origin.ledger.context if self.origin and self.origin.ledger else 0
+        return max([before, *(phase.sequence_length or 0 for phase in self.phases if phase.steps)])
 
     @property
     def hugging_face(self) -> dict[str, Any] | None:

@@ -132,7 +132,8 @@ class DataOrder:
                 )
                 for share in self.shares[index]
             }
-            rows.append(PhaseRecord(name=phase.name, steps=here, tokens=consumed_tokens([phase], here), sources=sources))
+            tokens, length = consumed_tokens([phase], here), phase.sequence_length
+            rows.append(PhaseRecord(name=phase.name, steps=here, tokens=tokens, sequence_length=length, sources=sources))
         return Ledger(tokens=sum(row.tokens for row in rows), block_length=self.block_length, phases=tuple(rows))
 
     def check_continues(self, ledger: Ledger) -> None:

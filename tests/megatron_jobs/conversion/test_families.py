@@ -161,6 +161,9 @@ def test_what_convert_will_refuse_is_told_before_anything_is_computed(prepared, 
     ):
         verb()
         assert (REFUSED in capsys.readouterr().out) == (every == 2)
+    if every == 2:
+        with pytest.raises(UserError, match=r"^moe.every \(2\) has no place"):
+            upcycle.main(path, dense, tmp_path / "hf", hugging_face=True)
 
 
 def folder_like(prepared: Path, folder: Path, run: RunConfig) -> Path:

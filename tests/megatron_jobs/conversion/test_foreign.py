@@ -361,7 +361,13 @@ def test_a_bin_file_with_more_than_tensors_is_refused(stock, tmp_path):
     for content, message in (
         (tensors | {"trained_by": "me"}, "holds trained_by, which is no tensor"),
         ({"run": Path("x"), **tensors}, "holds more than tensors"),
+        ({3: torch.ones(2)}, "holds 3, which is no tensor with a name"),
+        ([1], "holds a list and no tensors"),
+        (b"no pickle", "is damaged"),
     ):
-        torch.save(content, tmp_path / "model/pytorch_model.bin")
+        if isinstance(content, bytes):
+            (tmp_path / "model/pytorch_model.bin").write_bytes(content)
+        else:
+            torch.save(content, tmp_path / "model/pytorch_model.bin")
         with pytest.raises(UserError, match=f"{message}.* save_pretrained"):
             HuggingFaceFolder(tmp_path / "model")

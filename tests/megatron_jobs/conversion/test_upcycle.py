@@ -167,6 +167,20 @@ def test_what_is_there_is_left_alone_unless_it_is_another(prepared, dense, start
         (tmp_path / "again").touch()
 
 
+def test_what_is_damaged_or_not_compared_is_made_again(prepared, dense, tmp_path, capsys):
+    run = tiny(prepared, tmp_path, moe=MOE)
+    config, start = written(run, tmp_path / "moe.yaml"), tmp_path / "start"
+    upcycle.main(config, dense["folder"], start, no_check=True)
+    weights = start / "latest/rank-00000.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    upcycle.main(config, dense["folder"], start, no_check=True)
+    assert "its checksum is not that of the save" in (said := capsys.readouterr().out) and "it is made again" in said
+    assert weights.read_bytes() == whole
+    mixture = upcycle.Mixture(run, dense["folder"], "DENSE")
+    assert upcycle._is_checkpoint(start, mixture, no_check=True) and not upcycle._is_checkpoint(start, mixture, no_check=False)
+
+
 def test_another_model_is_refused(prepared, dense, starts, tmp_path):
     config = written(tiny(prepared, tmp_path, moe=MOE, model=dict(num_layers=2)), tmp_path / "moe.yaml")
     for path in dense.values():

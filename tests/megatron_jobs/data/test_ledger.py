@@ -7,7 +7,7 @@ import pytest
 
 from megatron_jobs.checkpoints.checkpoint import Checkpoint
 from megatron_jobs.checkpoints.tools import average, summary
-from megatron_jobs.data.ledger import Ledger, Origin
+from megatron_jobs.data.ledger import Ledger, Origin, PhaseRecord
 from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
 from tests.megatron_jobs.test_train import train_here
@@ -47,6 +47,18 @@ def test_the_folder_that_it_began_with_is_known_at_the_end_of_any_chain(kind):
     later = Ledger(tokens=9, origin=Origin(kind=kind, of=(DENSE,), ledger=trained))
     assert Ledger.from_json(later.to_json(), "here").hugging_face == trained.hugging_face == IMPORTED
     assert later.untouched_import is None and Ledger(tokens=9).hugging_face is None
+
+
+def test_the_longest_sequence_of_any_run_before_is_known():
+    def trained(length, **values):
+        phases = [PhaseRecord(name="a", steps=1, tokens=length, sequence_length=length, sources={})]
+        phases.append(PhaseRecord(name="b", steps=0, tokens=0, sequence_length=4096, sources={}))  # not begun
+        return Ledger(tokens=length, phases=tuple(phases), **values)
+
+    for kind in ("trained", "averaged", "upcycled"):
+        assert trained(64, origin=Origin(kind=kind, of=(DENSE,), ledger=trained(2048))).context == 2048
+    assert trained(128, origin=Origin(kind="trained", of=(DENSE,), ledger=trained(64))).context == 128
+    assert Ledger(tokens=3, phases=(PhaseRecord(name="a", steps=1, tokens=3, sources={}),)).context == 0  # of an older version
 
 
 def test_what_is_no_ledger_is_told():
