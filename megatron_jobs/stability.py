@@ -119,6 +119,11 @@ class Guard:
             action, reason = "stop", f"{reason}, after {self.skips_in_a_row} skipped steps in a row (stability.max_skips)"
         return Verdict(action, reason, median, deviation)
 
+    def left_out_all(self, num_steps: int) -> bool:
+        """Whether none of the first steps has made an update."""
+        skipped = {skip["step"] for skip in self.skipped}
+        return all(step in skipped or self.passes_over(step) for step in range(1, num_steps + 1))
+
     def never_updated(self, run: Path, step: int) -> str:
         """What to tell of a run whose steps were all left out."""
         told = [f"{run}: all {step} steps are done, and none has updated the weights: they are those that it began with"]

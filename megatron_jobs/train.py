@@ -74,7 +74,8 @@ class Trainer:
         self.passes = Passes(config, self.state, self.order.names)
         self.step = self._go_on_from(start)
         layers = "Transformer Engine" if has_transformer_engine() else "local"
-        self.log = Log(config, self.step, groups.device_name(), layers) if ranks.rank() == 0 else None
+        passed_over = [(back["first"], back["last"]) for back in self.guard.rollbacks]
+        self.log = Log(config, self.step, groups.device_name(), layers, passed_over) if ranks.rank() == 0 else None
         if self.log and not self.step:
             tell_hindrance(config)
         self.watch = Watch.of_this_process(config.parallel.pipeline)
@@ -119,11 +120,18 @@ class Trainer:
             self.mark()
         self.saver.wait()
         self._tell_of_saves()
-        if self.log and not stopping:
-            self.log.close()
-        self._last_word("stopped" if stopping else "done")
         if stopping:
+            if self.log:
+                saved = config.run / f"checkpoints/step-{self.step:08d}"
+                self.log.event(self.step, "stopped", reason=f"saved in {saved}; the same command goes on from there")
+            self._last_word("stopped")
             raise SystemExit(STOPPED)
+        if self.guard.left_out_all(self.step):
+            self._last_word("failed")
+            raise UserError(self.guard.never_updated(config.run, self.step))
+        if self.log:
+            self.log.close()
+        self._last_word("done")
 
     def _is_due(self, interval: int | None, or_phase_end: bool = False) -> bool:
         """At the end of the step that is under way."""
@@ -187,7 +195,8 @@ class Trainer:
             return start.step
         weights, origin_of = _initial(self.config)
         self.origin = ranks.from_rank_0(origin_of() if ranks.rank() == 0 else None)
-        self.state.start_from(weights)
+        if broken := self.state.start_from(weights):
+            raise UserError(stability.not_finite(_start_field(self.config), broken))
         return 0
 
     def _roll_back(self, verdict: Verdict, step_in_phase: int) -> None:
@@ -240,6 +249,13 @@ class Trainer:
                 ]
             )
         )
+
+
+def _start_field(config: RunConfig) -> str:
+    """The field that says where the weights come from, with its value."""
+    if config.moe and config.moe.upcycle_from:
+        return f"moe.upcycle_from ({config.moe.upcycle_from})"
+    return f"train.init_from ({config.train.init_from})" if config.train.init_from else f"model.init_std ({config.model.init_std:g})"
 
 
 def _initial(config: RunConfig) -> tuple[TensorSource, Callable[[], Origin | None]]:

@@ -7,6 +7,7 @@ There is no dropout and the data order is a pure function, so there is no random
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +18,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+from megatron_jobs import ranks
 from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, box_key, boxes_of_range
 from megatron_jobs.checkpoints.weights import shapes
 from megatron_jobs.config import RunConfig
@@ -80,14 +82,18 @@ class TrainingState:
             gpt.config.grad_scale_func = self.optimizer.scale_loss
             gpt.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
-    def start_from(self, weights: TensorSource) -> None:
-        """Takes the weights, and forgets all updates."""
-        for _, state, name, box, values in self._boxes():
+    def start_from(self, weights: TensorSource) -> Counter[str]:
+        """Takes the weights, and forgets all updates. Collective; returns how many values of which matrices are not finite."""
+        broken: Counter[str] = Counter()
+        for is_first, state, name, box, values in self._boxes():
             if state == "master":
                 values.copy_(weights.read(name, box))
+                if is_first and (count := values.numel() - int(values.isfinite().sum())):
+                    broken[name] += count
             else:
                 values.zero_()
         self._is_filled(updates=0)
+        return sum(ranks.gathered(broken), Counter())
 
     def forget_updates(self) -> None:
         """Goes on with the weights as they are, as if no update had been made."""

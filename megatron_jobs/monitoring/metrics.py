@@ -35,12 +35,11 @@ expert died or a layer collapsed, or that it is over (moe/statistics.py).
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_jobs.config import RunConfig
@@ -49,20 +48,22 @@ from megatron_jobs.monitoring.vitals import Vitals
 from megatron_jobs.monitoring.wandb_run import WandbRun
 from megatron_jobs.planning import flops
 from moe import statistics
+from mujina import gaps, strict_yaml
 from mujina.files import write_whole
 
 
 class Log:
     """Only rank 0 has one."""
 
-    def __init__(self, config: RunConfig, last_step: int, device: str, layers: str) -> None:
+    def __init__(self, config: RunConfig, last_step: int, device: str, layers: str, passed_over: Sequence[tuple[int, int]] = ()) -> None:
         """`last_step` is the last one that is done: lines of later steps, from before a restart, are cut off.
 
         `device` is what a process computes on, `layers` whose layers the model is made of: for the first line, and for the MFU.
+        `passed_over` are the (first, last) steps that have no lines because they were never trained.
         """
         self.config = config
         config.run.mkdir(parents=True, exist_ok=True)
-        resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        resolved = strict_yaml.dump(config.model_dump(mode="json"), sort_keys=False)
         write_whole(config.run / "config.yaml", resolved.encode())
         self._work = Work(config)
         self._peak = flops.peak(device, config.train.precision) if torch.cuda.is_available() else None
@@ -71,7 +72,7 @@ class Log:
         self._wandb = WandbRun(config, self._console.say) if config.wandb else None
         is_restart = (config.run / "metrics.jsonl").exists()
         self._prometheus: Any = None
-        self._open(last_step)
+        kept = self._open(last_step)
         if config.prometheus:
             from megatron_jobs.monitoring.prometheus import Endpoint  # its library is imported for those who want it
 
@@ -79,6 +80,8 @@ class Log:
         self._console.say(f"{config.run}: {dist.get_world_size()} processes on {device}; {layers} layers")
         if last_step:
             self._console.say(f"{config.run}: goes on at step {last_step} of {self._work.num_steps}")
+        if lost := gaps.lost(kept, last_step, passed_over):
+            self._console.say(f"{config.run / 'metrics.jsonl'}: the lines of steps {lost} are lost: curves and reports lack them")
         if is_restart:
             self._record_event(last_step, "restart")
 
@@ -139,16 +142,18 @@ class Log:
             self._wandb.close()
         self._console.say(f"{self.config.run}: all {self._work.num_steps} steps are done")
 
-    def _open(self, last_step: int) -> None:
-        """Goes on behind `last_step`. A line that a killed process left unfinished goes too."""
+    def _open(self, last_step: int) -> list[int]:
+        """Goes on behind `last_step`; returns the steps that have a line. What is no line, or a killed process left unfinished, goes."""
         path, events = (self.config.run / name for name in ("metrics.jsonl", "events.jsonl"))
         if events.exists():
             write_whole(events, events.read_bytes()[: events.read_bytes().rfind(b"\n") + 1])
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= last_step] if path.exists() else []
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        kept = {line: step for line in lines if (step := _step_of(line)) <= last_step}
         write_whole(path, "".join(line + "\n" for line in kept).encode())
         self._metrics = path.open("a", buffering=1)
-        self._alarms = _alarms(self.config, kept)
+        self._alarms = _alarms(self.config, list(kept))
         self._tensorboard = SummaryWriter(str(self.config.run / "tensorboard"), purge_step=last_step + 1)
+        return [int(step) for step in kept.values()]
 
     def _send(self, record: dict[str, Any], step: int) -> None:
         values = dict(_scalars(record)) | {f"loss_by_phase/{record['phase']}": record["loss"]}
@@ -174,7 +179,8 @@ def _alarms(config: RunConfig, lines: list[str]) -> statistics.Alarms | None:
         return None
     alarms = statistics.Alarms(config.moe.layers(config.model), config.moe.top_k, statistics.WINDOW)
     for line in lines[-statistics.WINDOW :]:
-        alarms.look(json.loads(line)["expert_load"])
+        if load := json.loads(line).get("expert_load"):
+            alarms.look(load)
     return alarms
 
 
@@ -188,7 +194,8 @@ def _scalars(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
 
 
 def _step_of(line: str) -> float:
+    """Infinite where the line is none of ours."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:  # unfinished
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, LookupError, RecursionError, OverflowError):
         return math.inf

@@ -115,6 +115,7 @@ def test_sigterm_saves_after_the_step_and_the_next_start_goes_on(prepared, tmp_p
     assert first.returncode == 143 and "first error" not in shown, shown
     done = json.loads((tmp_path / "run/checkpoints/latest/checkpoint.json").read_text())["step"]
     assert 2 <= done < NUM_STEPS and metrics.read_text().count("\n") == done
+    assert f"step {done}: stopped: saved in {tmp_path}/run/checkpoints/step-{done:08d}; the same command goes on from there" in shown
     second = start(prepared, tmp_path, None, **sections)
     shown, _ = second.communicate(timeout=300)
     assert second.returncode == 0 and f"goes on at step {done} of {NUM_STEPS}" in shown

@@ -3,12 +3,16 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, prune
+from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, prune, write_weights
+from megatron_jobs.checkpoints.weights import InitialWeights
 from megatron_jobs.config import RunConfig, StabilityConfig
+from megatron_jobs.data.ledger import Ledger
 from megatron_jobs.stability import Guard, write_rollbacks
 from mujina.matrices import Box
 from tests.conftest import MOE, tiny
@@ -310,6 +314,32 @@ def test_killed_around_a_rollback(prepared, tmp_path, parallel):
     assert losses(parts.run) == losses(whole.run)
     assert steps(parts.run) == steps(whole.run) == [1, 2, 3, 9, 10]
     assert_same(parts.run, whole.run)
+
+
+def test_a_run_without_an_update_is_not_done(prepared, tmp_path):
+    with pytest.raises(AssertionError) as raised:
+        run_ranks(1, train_with_faults, tiny(prepared, tmp_path, stability=LOOSE | dict(pass_over=4)), {3: "nan", 6: "nan", 10: "nan"})
+    for text in ["UserError", "all 10 steps are done, and none has updated the weights", "steps 1 to 3 were passed over", "steps 7 to 10"]:
+        assert text in str(raised.value)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_weights_that_are_not_finite_are_refused_by_name(prepared, tmp_path, world_size):
+    whole = tiny(prepared, tmp_path / "whole")
+    weights = InitialWeights(whole.model, None, 1)
+    broken = {"layers.1.up": 3, "output": 2}
+
+    def with_nan(name: str, box: Box) -> torch.Tensor:
+        values = weights.read(name, box).clone()
+        values.view(-1)[: broken.get(name, 0)] = math.nan
+        return values
+
+    source = SimpleNamespace(read=with_nan)
+    found = write_weights(tmp_path / "start", whole, source, weights.shapes, Ledger(), "writing")
+    with pytest.raises(AssertionError) as raised:
+        run_ranks(world_size, train_here, tiny(prepared, tmp_path / "run", train=dict(init_from=str(found))))
+    told = f"UserError: train.init_from ({found}): 5 values of the weights to start from are NaN or Inf, in layers.1.up (3), output (2)"
+    assert told in str(raised.value) and not (tmp_path / "run/metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(

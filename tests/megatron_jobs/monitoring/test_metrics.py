@@ -109,6 +109,25 @@ def test_a_rollback_leaves_every_step_once(prepared, tmp_path):
     assert (event["step"], event["what"], event["to"]) == (5, "rollback", 3)
 
 
+def test_lines_lost_from_the_middle_are_told(prepared, tmp_path):
+    """What is no line of ours is no line; steps that were passed over never had one."""
+    rows = [json.dumps({"step": step, "expert_load": None}) for step in (1, 2, 7, 9)]
+    rows[2:2] = ['{"step": 4, "lo', "[3]", '{"step": "x"}', "null", "[" * 100_000]
+    (tmp_path / "metrics.jsonl").write_text("".join(row + "\n" for row in rows))
+    (told,) = run_ranks(1, reopened, tiny(prepared, tmp_path))
+    assert f"{tmp_path}/metrics.jsonl: the lines of steps 3 to 4, 8 are lost: curves and reports lack them" in told
+    assert [record["step"] for record in lines(tmp_path / "metrics.jsonl")] == [1, 2, 7, 9]
+
+
+def reopened(config: RunConfig) -> str:
+    from megatron_jobs.engine import groups
+    from megatron_jobs.monitoring.metrics import Log
+
+    with groups.of_run(config.parallel, config.seed), contextlib.redirect_stdout(io.StringIO()) as said:
+        Log(config, 9, "CPU", "local", passed_over=[(5, 6)])
+    return said.getvalue()
+
+
 @pytest.fixture
 def work(prepared, tmp_path) -> Work:
     return Work(tiny(prepared, tmp_path))
