@@ -495,7 +495,9 @@ class TrainConfig(Section):
     fp8_shadow_interval: PositiveInt = 100
     """Steps between comparisons of the loss in fp8 with the one in bf16."""
     hang_minutes: PositiveFloat = Field(default=10, le=100_000)
-    """Minutes without an ended step, after which the run counts as hung and ends with the stacks of all ranks in its logs."""
+    """Minutes in which no rank ends a step or a batch of a validation, reads or writes, after which the run counts as hung and ends with
+    the stacks of all ranks in its logs.
+    """
     init_from: Path | None = None
     """A checkpoint or Hugging Face folder whose weights (and no optimizer state) start the run."""
 

@@ -2,6 +2,7 @@
 
     RUN/logs/attempt-3/rank-1.log     all that rank 1 wrote; only rank 0 and the first error are on the console as well
     RUN/logs/attempt-3/first_error    which rank failed first, and its traceback: whoever fails later because of it names this file
+    RUN/logs/attempt-3/alive-1        changed by rank 1 as long as it gets on
     RUN/logs/attempt-3/hung-1         where rank 1 stood when the run hung; the stacks of all its threads are in its log
 
 Needs no torch.
@@ -24,8 +25,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mujina.exits import MISTAKE
+from mujina.processes import bytes_moved
 from mujina.user_input import explain
 
+MOVED = 1 << 20  # bytes: more than a process reads and writes that waits and tells of it
 GRACE = 10  # seconds that the other ranks get to say where they are, or to end, before the run is taken down
 # What the system refuses once, and would refuse again on any node; all else may be a disk or a network that is not well.
 _LASTING = {
@@ -105,19 +108,28 @@ def stop_on_signal() -> Callable[[], bool]:
 
 
 class Watchdog:
-    """Ends the run when nothing was marked for `hang_seconds`, and says where each rank stands. Every rank has its own."""
+    """Ends the run when no rank has got on for `hang_seconds`, and says where each one stands. Every rank has its own.
+
+    What gets on is marked: a step, a batch of a validation. So does who moves bytes, for a checkpoint may take longer to be verified, read
+    or written than a hang to be told; the others wait for that rank.
+    """
 
     def __init__(self, attempt: Path, rank: int, world_size: int, hang_seconds: float, console: int) -> None:
         self.attempt, self.rank, self.world_size, self.hang_seconds, self.console = attempt, rank, world_size, hang_seconds, console
         self._log = (attempt / f"rank-{rank}.log").open("a")
         self._closed = threading.Event()
+        self._alive, self._told = attempt / f"alive-{rank}", 0.0
         faulthandler.enable(self._log)  # a segmentation fault leaves its stack, too
         self.mark()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def mark(self) -> None:
-        """The run has got on: a step, a checkpoint or a validation has ended."""
+        """This rank has got on."""
         self._marked = time.monotonic()
+        self._wait_from(self._marked)
+
+    def _wait_from(self, moment: float) -> None:
+        self._last_life = moment
         # Where C code hangs and holds the interpreter, no Python thread runs any more; this one is not Python's.
         faulthandler.dump_traceback_later(self.hang_seconds + GRACE, file=self._log, exit=True)
 
@@ -126,14 +138,34 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
+        moved = bytes_moved()
         while not self._closed.wait(1):
+            if (now := bytes_moved()) > moved + MOVED:
+                moved = now
+                self.mark()
+            if self._marked > self._told + self.hang_seconds / 10:
+                self._tell_of_life()
             if (self.attempt / "first_error").exists():
                 self._closed.wait(GRACE)  # this rank may be waiting for one that is gone, and never know
                 if not self._closed.is_set():
                     _say(f"rank {self.rank} ends: {_first_line(self.attempt)}", self.rank, self.console)
                     _end(1)
-            elif time.monotonic() - self._marked > self.hang_seconds or any(self.attempt.glob("hung-*")):
+            elif any(self.attempt.glob("hung-*")) or time.monotonic() - self._last_life > self.hang_seconds and not self._others_live():
                 self._hung()
+
+    def _tell_of_life(self) -> None:
+        self._told = self._marked
+        moment = time.time() - (time.monotonic() - self._marked)
+        with contextlib.suppress(OSError):  # a full disk is no hang
+            self._alive.touch()
+            os.utime(self._alive, (moment, moment))
+
+    def _others_live(self) -> bool:
+        """Whether a rank has got on within `hang_seconds`; this one then waits for it."""
+        idle = max(0.0, time.time() - max((path.stat().st_mtime for path in self.attempt.glob("alive-*")), default=0.0))
+        if idle < self.hang_seconds:
+            self._wait_from(time.monotonic() - idle)
+        return idle < self.hang_seconds
 
     def _hung(self) -> None:
         faulthandler.cancel_dump_traceback_later()
@@ -143,7 +175,7 @@ class Watchdog:
             deadline = time.monotonic() + GRACE / 2
             while len(list(self.attempt.glob("hung-*"))) < self.world_size and time.monotonic() < deadline:
                 time.sleep(0.1)
-            text = f"hung: no step ended for {self.hang_seconds / 60:.3g} minutes (train.hang_minutes): {self._places()}"
+            text = f"hung: nothing got on for {self.hang_seconds / 60:.3g} minutes (train.hang_minutes): {self._places()}"
             claim(self.attempt, "rank 0", text)
             _say(f"{text}; the stacks are in {self.attempt}", self.rank, self.console)
             if "without an answer" in text:

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -108,7 +108,7 @@ class Trainer:
                 seconds = time.perf_counter() - began
                 vitals = self.watch.vitals(waited, state.gradients_at - began - waited)
                 if config.data.validation_tokens and self._is_due(config.train.validation_interval, or_phase_end=True):
-                    now_and_then["validation"] = self.passes.measure(phase, *self.feeder.validation(phase)).by_source
+                    now_and_then["validation"] = self._validated(phase)
                 if self.log:
                     told = {"phase": phase.name, "lr": learning_rate, "grad_norm": gradient_norm, "seconds": seconds}
                     self.log.step(self.step + 1, told | measured.as_record() | now_and_then, vitals)
@@ -136,6 +136,17 @@ class Trainer:
     def _is_due(self, interval: int | None, or_phase_end: bool = False) -> bool:
         """At the end of the step that is under way."""
         return bool(interval and (self.step + 1) % interval == 0) or (or_phase_end and self.step + 1 in self.phase_ends)
+
+    def _validated(self, phase: Phase) -> dict[str, float]:
+        """The mean loss of the held-out samples, by source."""
+
+        def marked() -> Iterator[feeder.MicroBatch]:
+            for batch in batches:
+                self.mark()
+                yield batch
+
+        batches, num_batches = self.feeder.validation(phase)
+        return self.passes.measure(phase, marked(), num_batches).by_source
 
     def _looked_at(self, phase: Phase, batches: list[feeder.MicroBatch]) -> dict[str, Any]:
         """What only some steps measure, between the gradients and the update."""

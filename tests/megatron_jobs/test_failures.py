@@ -103,6 +103,32 @@ def test_a_hang_ends_the_run_with_the_stacks_of_all_ranks(prepared, tmp_path, fa
             assert "in fault" in log
 
 
+WATCHED = """
+import os, pathlib, sys, time
+from megatron_jobs import failures
+failures.GRACE = 2
+attempt, rank, busy = pathlib.Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+with failures.supervised(attempt, rank, 2, hang_seconds=4):
+    began = time.monotonic()
+    while time.monotonic() < began + busy:
+        (attempt / f"data-{rank}").write_bytes(bytes(4 << 20))
+        time.sleep(0.5)
+    print("has written", flush=True)
+    time.sleep(1000)
+"""
+
+
+def test_a_rank_that_writes_lives_and_the_others_wait_for_it(tmp_path):
+    """Nobody marks anything for three times as long as a hang takes to be told; then both hang."""
+    attempt = failures.new_attempt(tmp_path)
+    command = [sys.executable, "-c", WATCHED, str(attempt)]
+    ranks = [subprocess.Popen([*command, str(rank), "12" if rank else "0"], cwd=ROOT, stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert "has written" in (attempt / "rank-1.log").read_text()
+    assert "hung: nothing got on" in said[0] and "ranks 0, 1 in <module>" in said[0], said
+
+
 def test_sigterm_saves_after_the_step_and_the_next_start_goes_on(prepared, tmp_path):
     phase = dict(name="web", tokens=NUM_STEPS * 8 * 32, sequence_length=32, global_batch_size=8, sources={"web": 1.0})
     phase |= dict(learning_rate=dict(start=1e-2, end=1e-3))
