@@ -23,7 +23,7 @@ INLINE = "a|b|code|em|font|i|mark|small|span|strong|u"
 INLINE = rf"</?(?:{INLINE}|{INLINE.upper()})\b[^<>]*+>"  # at twice the speed of IGNORECASE
 WRAP = re.compile(rf"\n\s*+(?=(?:{INLINE})*+{WIDE})")  # from the line end on: they are few
 WRAPPED = re.compile(rf"{WIDE}(?:{INLINE})*+\Z")
-PREFORMATTED = re.compile(r"(<[pP][rR][eE]\b.*?</[pP][rR][eE])", re.DOTALL)
+PREFORMATTED = re.compile(r"(<(?:pre|PRE)\b[^<]*+(?:<(?!/?(?:pre|PRE)\b)[^<]*+)*+</(?:pre|PRE))")
 BLANK_LINES = re.compile(r"\n{3,}")
 
 RUBY = re.compile(r"</?(?:rb|ruby)(?=[\s/>])[^>]*+>", re.IGNORECASE)
@@ -120,7 +120,7 @@ def without_ruby(html: str, ruby: Literal["drop", "parentheses"]) -> str:
 
     document = HTMLTree.parse(html).document
     assert document is not None
-    for node in document.query_selector_all("rp, rt, rtc"):
+    for node in document.query_selector_all("rp, rt, rtc")[:]:  # as a tuple: one by one takes the square of their number
         text = (node.text or "").strip()
         if ruby == "parentheses" and node.local_name != "rp" and text:
             node.before(document.create_text_node(f"{OPEN}{text}{CLOSE}" if node.local_name == "rt" else f"（{text}）"))
