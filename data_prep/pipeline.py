@@ -296,26 +296,26 @@ def _start(step: Step, _: int) -> Judge:
 
 def _check_continues(source: SourceConfig, files: list[str], tasks: int, folder: Path) -> None:
     """Completion markers say that a rank has ended, not with which steps: those stand in pipeline.json."""
-    inputs = [(path, 0 if path.startswith("datasets:") else os.path.getsize(path)) for path in files]
+    inputs = {path: 0 if path.startswith("datasets:") else os.path.getsize(path) for path in files}
     described = source.model_dump(mode="json", exclude={"documents", "damaged", "tasks", "answer_weights"})
-    fingerprint = hashlib.sha256(json.dumps([described, inputs, tasks]).encode()).hexdigest()
-    lists = {str(path): sha256_of(path) for step in source.steps if isinstance(step, Step) for path in step.files()}
+    fingerprint = hashlib.sha256(json.dumps([described, list(inputs.items()), tasks]).encode()).hexdigest()
+    files_read = inputs | {str(path): sha256_of(path) for step in source.steps if isinstance(step, Step) for path in step.files()}
     state = folder / "pipeline.json"
     if not state.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder}: exists, is not empty and holds no pipeline.json: choose another output, or remove this folder")
-        written = {"fingerprint": fingerprint, "source": described, "lists": lists}
+        written = {"fingerprint": fingerprint, "source": described, "files": files_read}
         write_whole(state, json.dumps(written, ensure_ascii=False, indent=2).encode())
         return
     try:
         known = json.loads(state.read_bytes())
-        same, before = known["fingerprint"] == fingerprint, known.get("lists", lists)
+        same, before = known["fingerprint"] == fingerprint, known.get("files", files_read)
+        different = {path for path in files_read.keys() | before.keys() if files_read.get(path) != before.get(path)}
     except (ValueError, LookupError, TypeError, AttributeError):
         raise UserError(f"{state}: is damaged, so nobody knows what {folder} holds: remove this folder to start afresh") from None
-    different = [path for path in lists.keys() | before.keys() if lists.get(path) != before.get(path)]
     for record in sorted((folder / "stages/read").glob("*.json")):
         if any(folder.glob(f"stages/*/completions/{record.stem}")):  # a rank that has not ended reads again whatever is there
-            different += changed(record)
+            different |= {*changed(record)}
     if not same or different:
         what = f" ({', '.join(sorted(different)[:3])}{' …' if len(different) > 3 else ''})" if different else ""
         raise UserError(

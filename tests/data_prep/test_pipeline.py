@@ -137,8 +137,12 @@ def test_a_full_disk_is_explained_and_mended_by_the_same_command(undisturbed: tu
 
 def test_other_steps_or_inputs_are_not_mixed_with_what_is_there(undisturbed: tuple[str, Path]) -> None:
     documents, output = undisturbed
-    for source in ({"steps": STEPS[:1]}, {"documents": [documents.replace("*", "1")]}, {"licence": "Apache-2.0"}):
-        with pytest.raises(UserError, match="of other steps or other input files.*remove this folder"):
+    for source, named in (
+        ({"steps": STEPS[:1]}, "files than this"),
+        ({"documents": [documents.replace("*", "1")]}, r"files \(.*0.jsonl.gz, .*2.jsonl.gz, .*3.jsonl.gz …\) than this"),
+        ({"licence": "Apache-2.0"}, "files than this"),
+    ):
+        with pytest.raises(UserError, match=f"of other steps or other input {named}.*remove this folder"):
             prepare(config(documents, output, source=source))
 
 
