@@ -205,7 +205,7 @@ def is_written(folder: Path, identity: dict[str, Any], no_check: bool) -> bool:
         record = json.loads((folder / RECORD).read_text())
         if record["origin"] != identity or not (record["agreement"] or no_check):
             return False
-        files: dict[str, Any] = record["files"]
+        files: dict[str, Any] = dict(record["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
     changed = [name for name, facts in files.items() if not (folder / name).is_file() or _facts(folder / name) != facts]

@@ -151,11 +151,14 @@ def test_a_family_stays_itself_where_it_can():
     assert family_of(model, configuration.MoEConfig(**MOE), "mistral") == "mixtral"
 
 
-def test_the_end_of_documents_is_told_and_chosen(trained):
+def test_the_end_of_documents_is_told_and_chosen(trained, tmp_path, capsys):
     folder = trained / "long/model"
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.eod_id, tokenizer.end_of_turn_id) == (5, 5)
     assert 'write end_of_document: "</s>"' in tokenizer.remark
+    sources = {"web": {"documents": [str(trained / "web.jsonl")], "kind": "web"}}
+    prepare(PrepareConfig.model_validate({"tokenizer": str(folder), "output": str(tmp_path), "sources": sources}))
+    assert tokenizer.remark in capsys.readouterr().err
     chosen = load_tokenizer(folder, "</s>")
     assert (chosen.eod_id, chosen.end_of_turn_id, chosen.remark) == (1, 5, None) and chosen.hash != tokenizer.hash
     with pytest.raises(UserError, match=r"end_of_document \(</t>\) is no piece of tokenizer.json: did you mean </s>"):
