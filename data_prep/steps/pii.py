@@ -133,7 +133,7 @@ def _mail_in_code(found: re.Match[str]) -> str | None:
         return None
     first = max(found.start() - LONGEST_LINE, 0)
     line = text[max(text.rfind("\n", first, found.start()) + 1, first) : found.start()]
-    in_brackets = line.endswith("<") and text.startswith(">", found.end())
+    in_brackets = line.endswith(("<", ">")) and text.startswith(("<", ">"), found.end())
     return "<mail>" if in_brackets or _is_quoted(found) or COMMENT.match(line) or OWNER.search(line) else None
 
 
@@ -144,8 +144,8 @@ def _ip_in_code(found: re.Match[str]) -> str | None:
 
 
 def _card_in_code(found: re.Match[str]) -> str | None:
-    """In groups: one in ten constants has the Luhn sum."""
-    return None if found[0].isdecimal() else _card(found)
+    """In groups with hyphens, or in quotes: one in ten constants, and rows of a dump, have the Luhn sum."""
+    return _card(found) if "-" in found[0] or " " in found[0] and _is_quoted(found) else None
 
 
 def _international_in_code(found: re.Match[str]) -> str | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
 from fastwarc.stream_io import BrotliReader, WarcReader, ZstdReader
-from fastwarc.warc import HeaderMap, WarcRecord, WarcRecordType
+from fastwarc.warc import HeaderMap
 
 from data_prep.row import LONGEST, too_long
 
@@ -40,7 +40,7 @@ CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([^\s\"';,]+)", re.IGNORECASE)
 CHUNK = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\n]*)?\r?\n")
 AFTER_CHUNK = re.compile(rb"\r?\n")
 # Not pages, but what is written about them.
-BESIDE = WarcRecordType.warcinfo | WarcRecordType.request | WarcRecordType.metadata
+BESIDE = ("warcinfo", "request", "metadata")
 
 
 class Passed(NamedTuple):
@@ -246,37 +246,34 @@ def _seek_member(file: BinaryIO, start: int) -> bool:
 def _page_of(data: bytes) -> Page | Passed | str | None:
     """The page or text of a record, why it is none, or what is wrong with it; None for what stands beside pages."""
     try:
-        record = WarcRecord.from_reader(io.BytesIO(data), quirks_mode=True)
+        _, headers, body = _head_and_body(data)
+        kind = headers.get("warc-type", "").lower()
+        if kind in BESIDE:
+            return None
+        if kind not in ("response", "resource", "conversion"):
+            return Passed(f"{kind or 'untyped'} records")
+        if cut := headers.get("warc-truncated"):
+            return Passed(f"truncated by the crawler ({cut.lower()})")
+        url = headers.get("warc-target-uri")
+        about = (headers.get("warc-record-id") or url, url, headers.get("warc-date"))
+        if kind == "conversion":
+            return Page(*about, body, is_html=False)
+        http = headers  # what is no response of a server has its type there
+        is_response = kind == "response" and headers.get("content-type", "application/http").lower().startswith("application/http")
+        if is_response:
+            status, http, body = _head_and_body(body)
+            if status is None:
+                return "holds no HTTP response: fetch the page again"
+            if not 200 <= status < 300 or status in (204, 205, 206):
+                return Passed(f"status {status}")
     except OSError as error:
-        return f"its head cannot be read ({error})"
-    kind, headers = record.record_type, _by_name(record.headers)
-    if kind & BESIDE:
-        return None
-    if not kind & (WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion):
-        return Passed(f"{kind} records")
-    if cut := headers.get("warc-truncated"):
-        return Passed(f"truncated by the crawler ({cut.lower()})")
-    url = headers.get("warc-target-uri")
-    about = (record.record_id or url, url, headers.get("warc-date"))
-    if kind == WarcRecordType.conversion:
-        return Page(*about, record.reader.read(), is_html=False)
-    http: dict[str, str] | None = None
-    if kind == WarcRecordType.response and headers.get("content-type", "application/http").lower().startswith("application/http"):
-        record.is_http = True  # also where its Content-Type is missing
-        record.parse_http("none", LONGEST_HEAD, True, strict_mode=False)
-        status = record.http_headers.status_code
-        if status is None:
-            return "holds no HTTP response: fetch the page again"
-        if not 200 <= status < 300 or status in (204, 205, 206):
-            return Passed(f"status {status}")
-        http = _by_name(record.http_headers)
-    content_type, charset = _type_of((headers if http is None else http).get("content-type", ""))
+        return f"its head cannot be read ({error}): fetch the page again"
+    content_type, charset = _type_of(http.get("content-type", ""))
     identified, _ = _type_of(headers.get("warc-identified-payload-type", ""))
     content_type = content_type if identified in UNKNOWN_TYPES else identified
     if content_type not in (*HTML_TYPES, *UNKNOWN_TYPES):
         return Passed(content_type)
-    body = record.reader.read()
-    if http is not None:
+    if is_response:
         told = http.get("content-length", "")
         if told.isdecimal() and len(body) < int(told) and "transfer-encoding" not in http:
             return Passed("body shorter than the server said")
@@ -291,9 +288,13 @@ def _page_of(data: bytes) -> Page | Passed | str | None:
     return Page(*about, body, is_html=True, charset=charset)
 
 
-def _by_name(headers: HeaderMap) -> dict[str, str]:
-    """The headers by their names in lower case; of two the first."""
-    return {name.lower(): value.strip() for name, value in reversed(headers.items())}
+def _head_and_body(data: bytes) -> tuple[int | None, dict[str, str], bytes]:
+    """The status of a first line, the headers by their names in lower case (of two the first), and what follows."""
+    found = END_OF_HEAD.search(data)
+    end = found.end() if found else len(data)
+    headers = HeaderMap()
+    headers.parse(io.BytesIO(data[:end].replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")))
+    return headers.status_code, {name.lower(): value.strip() for name, value in reversed(headers.items())}, data[end:]
 
 
 def _type_of(value: str) -> tuple[str, str | None]:

@@ -235,5 +235,6 @@ def test_the_report_counts_what_was_passed_over(tmp_path: Path) -> None:
 def test_other_records_that_hold_pages(tmp_path: Path) -> None:
     resource = record(1, PAGE, type="resource").replace(b"text/plain", b"Text/HTML; charset=utf-8")
     others = [record(number, PAGE, status=status) for number, status in ((2, 203), (3, 201))]
+    others[0] = others[0].replace(b"WARC-Type: response", b"warc-type: Response").replace(b"Content-Length", b"content-length")
     (tmp_path / "a.warc").write_bytes(b"".join([record(0, b"", type="warcinfo"), resource, record(9, b"x", type="request"), *others]))
     assert skip(tmp_path / "a.warc") == ([TEXTS[1]] * 3, [], Counter())
