@@ -175,6 +175,27 @@ class MoEConfig(Section):
         """The layers that are mixtures."""
         return [layer for layer in range(model.num_layers) if self.is_mixture(layer)]
 
+    def why_not_upcycled(self, model: ModelConfig) -> str | None:
+        """What keeps experts of these sizes from being made of the dense FFN."""
+        operator, dense, width = self.upcycling.operator, model.ffn_hidden_size, self.expert_width(model)
+        if operator != "granular":
+            if width == dense:
+                return None
+            return (
+                f"moe.ffn_hidden_size ({width}) must be model.ffn_hidden_size ({dense}) with moe.upcycling.operator {operator}: "
+                "leave it out, or set moe.upcycling.operator to granular"
+            )
+        if dense % width:
+            return f"moe.ffn_hidden_size ({width}) must divide model.ffn_hidden_size ({dense}): write for example {dense // 8 or 1}"
+        pieces = dense // width
+        for field, size in (("num_experts", self.num_experts), ("top_k", self.top_k)):
+            if size % pieces:
+                return (
+                    f"moe.{field} ({size}) must be a multiple of {pieces}, the pieces of the dense FFN (model.ffn_hidden_size {dense} / "
+                    f"moe.ffn_hidden_size {width}), so that each is chosen as often: write {-(-size // pieces) * pieces}"
+                )
+        return None
+
     @property
     def has_load_balancing_loss(self) -> bool:
         return self.load_balancing_loss > 0 and self.balancing in ("aux_loss", "global_aux_loss")
@@ -183,6 +204,11 @@ class MoEConfig(Section):
     def _fits(self) -> "MoEConfig":
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k ({self.top_k}) must not exceed num_experts ({self.num_experts}): lower it")
+        if self.top_k == 1 and self.scores == "topk_softmax":
+            raise ValueError(
+                "scores (topk_softmax) needs a top_k (1) of 2 or more, for the softmax over one expert is always 1 and its router learns "
+                "nothing: write softmax_topk or sigmoid"
+            )
         if self.balancing == "bias" and self.scores != "sigmoid":
             raise ValueError(f"balancing (bias) needs sigmoid scores, not {self.scores}: write scores: sigmoid, or balancing: aux_loss")
         if self.normalize_logits and self.num_experts < 3:
@@ -601,6 +627,8 @@ class RunConfig(Section):
                 f"moe.upcycle_from ({self.moe.upcycle_from}) and train.init_from ({self.train.init_from}) both say where the run starts: "
                 "write null for one of them"
             )
+        if self.moe and self.moe.upcycle_from and (reason := self.moe.why_not_upcycled(self.model)):
+            raise ValueError(reason)
         return self
 
     @pydantic.model_validator(mode="after")

@@ -29,7 +29,6 @@ from typing import Any, Protocol
 import torch
 
 from mujina.matrices import Box, TensorSource
-from mujina.user_input import UserError
 
 BALANCE_NOISE = 0.1  # of router_init_std
 
@@ -95,9 +94,9 @@ class Upcycled(TensorSource):
     ) -> None:
         """`model` and `moe` are the mixture's sections of a run's configuration, `new` its initial weights if it were trained from scratch.
 
-        `normal(name, shape)` draws standard normal values that depend on the name only. Raises UserError when the sizes do not fit.
+        `normal(name, shape)` draws standard normal values that depend on the name only. The sizes must fit
+        (`MoEConfig.why_not_upcycled`).
         """
-        _check(model, moe)
         self.dense, self.new, self.normal = dense, new, normal
         self.model, self.moe, self.how = model, moe, moe.upcycling
         self.width = moe.expert_width(model)
@@ -173,27 +172,6 @@ class Upcycled(TensorSource):
         dropped = dense.index_select(dim, neurons)
         mean, std = _mean_and_std(dropped)
         return dense.index_copy(dim, neurons, mean + std * self.normal(name, (dropped.shape[0], dropped.shape[1])))
-
-
-def _check(model: DenseSizes, moe: Experts) -> None:
-    """Raises UserError when experts of these sizes cannot be made of the dense FFN."""
-    operator, dense, width = moe.upcycling.operator, model.ffn_hidden_size, moe.expert_width(model)
-    if operator != "granular":
-        if width != dense:
-            raise UserError(
-                f"moe.ffn_hidden_size ({width}) must be model.ffn_hidden_size ({dense}) with moe.upcycling.operator {operator}: "
-                "leave it out, or set moe.upcycling.operator to granular"
-            )
-        return
-    if dense % width:
-        raise UserError(f"moe.ffn_hidden_size ({width}) must divide model.ffn_hidden_size ({dense}): write for example {dense // 8 or 1}")
-    pieces = dense // width
-    for field in ("num_experts", "top_k"):
-        if (size := getattr(moe, field)) % pieces:
-            raise UserError(
-                f"moe.{field} ({size}) must be a multiple of {pieces}, the pieces of the dense FFN (model.ffn_hidden_size {dense} / "
-                f"moe.ffn_hidden_size {width}), so that each is chosen as often: write {-(-size // pieces) * pieces}"
-            )
 
 
 def _parse(name: str) -> tuple[str, int, str]:

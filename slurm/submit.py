@@ -115,6 +115,16 @@ def _check_disk(config: RunConfig) -> None:
     print(f"disk                    {kept} checkpoints of {BYTES_PER_PARAMETER * parameters / 1e9:,.1f} GB, {free / 1e9:,.1f} GB free")
 
 
+def _check_start(config: RunConfig) -> None:
+    """Raises UserError when the run begins, and what it begins with is not there."""
+    if history.standing(config.run)[0]:
+        return
+    for field, path in (("train.init_from", config.train.init_from), ("moe.upcycle_from", config.moe and config.moe.upcycle_from)):
+        run = path and path.with_name(path.name.partition("@")[0])  # RUN@PHASE
+        if path and run and not path.exists() and not run.exists():
+            raise UserError(f"{field} ({path}): no such folder: check the path, which starts at the folder where the command runs")
+
+
 def _tell(config: RunConfig, nodes: int, spare: int, processes: int, left_out: Iterable[str]) -> None:
     step, tokens = history.standing(config.run)
     all_tokens = phases.consumed_tokens(config.phases, phases.num_steps(config.phases))

@@ -79,6 +79,8 @@ class Mixture:
 
         if config.moe is None:
             raise UserError("moe is missing: add the section of the mixture, with num_experts and top_k")
+        if reason := config.moe.why_not_upcycled(config.model):
+            raise UserError(reason)
         self.config, self.path = config, dense
         self.dense = open_weights(dense, config, field, moe=None)
         self.shapes = dict(shapes(config.model, config.moe))

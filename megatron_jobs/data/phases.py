@@ -77,7 +77,7 @@ def learning_rate(phases: Sequence[Phase], step: int) -> float:
 
 
 def _piece(rate: LearningRate, step: int, steps: int) -> float:
-    """The rate of step `step` of a phase of `steps` steps: the last step has `end`.
+    """The rate of step `step` of a phase of `steps` steps: the last step has `end`, unless all are warm-up.
 
     With `decay_steps` the last so many steps lie below `start`. Shapes, x going from 0 to 1: cosine (Loshchilov and Hutter 2016,
     arXiv 1608.03983); "1-sqrt", 1 − √x (Hägele et al. 2024, arXiv 2405.18392, section 4); exponential, start · (end / start)^x
@@ -85,8 +85,9 @@ def _piece(rate: LearningRate, step: int, steps: int) -> float:
     """
     if step < rate.warmup_steps:
         return rate.start * (step + 1) / rate.warmup_steps
-    begin = rate.warmup_steps if rate.decay_steps is None else max(rate.warmup_steps, steps - 1 - rate.decay_steps)
-    done = max(0, step - begin) / max(1, steps - 1 - begin)
+    # the last step that has `start`: with a decay behind the warm-up, that of the warm-up
+    begin = rate.warmup_steps if rate.decay_steps is None else max(rate.warmup_steps - 1, steps - 1 - rate.decay_steps)
+    done = 1.0 if step == steps - 1 else max(0, step - begin) / (steps - 1 - begin)
     match rate.shape:
         case "constant":
             return rate.start

@@ -42,6 +42,11 @@ def file(prepared, tmp_path):
         (dict(model=dict(num_layers=0)), "model.num_layers (0): Input should be greater than 0"),
         (dict(model=dict(num_query_groups=3)), "num_query_groups (3) must divide num_attention_heads (4)"),
         (dict(moe=dict(num_experts=2, top_k=3)), "top_k (3) must not exceed num_experts (2)"),
+        (dict(moe=dict(num_experts=2, top_k=1)), "scores (topk_softmax) needs a top_k (1) of 2 or more"),
+        (
+            dict(moe=dict(num_experts=6, top_k=4, ffn_hidden_size=16, upcycle_from="x", upcycling=dict(operator="granular"))),
+            "moe.num_experts (6) must be a multiple of 4, the pieces of the dense FFN",
+        ),
         (dict(train=dict(precision="fp16")), "train.precision ('fp16'): Input should be 'fp32', 'bf16' or 'fp8'"),
     ],
 )

@@ -202,6 +202,7 @@ def test_submit_checks_first(cluster, prepared, tmp_path):
         (["optimizer.lr=1"], "unknown key optimizer.lr"),
         (["parallel.pipeline=3"], "(3) must divide the number of processes (4)"),
         (["phases.0.sources={wiki: 1}"], ""),
+        (["train.init_from=nowhere/hf"], "train.init_from (nowhere/hf): no such folder"),
         (["--spare", "3"], "sbatch refuses"),
         (["--time", "soon"], "sbatch refuses"),
     ):

@@ -219,8 +219,8 @@ def test_a_run_of_another_model_is_told_what_to_write(prepared, folders, tmp_pat
     assert dict(told) == dict(hidden_size="48", ffn_hidden_size="80", num_attention_heads="6", norm_epsilon="0.001")
     with pytest.raises(UserError, match="is a mixture, and a dense model is needed: write moe: {num_experts: 4, top_k: 2"):
         open_weights(folders["mixtral"], tiny(prepared, tmp_path), "train.init_from", None)
-    run = tiny(prepared, tmp_path, moe=dict(num_experts=4, top_k=1))
-    with pytest.raises(UserError, match=r"moe.top_k \(1\) must be .* write top_k: 2"):
+    run = tiny(prepared, tmp_path, moe=dict(num_experts=4, top_k=3))
+    with pytest.raises(UserError, match=r"moe.top_k \(3\) must be .* write top_k: 2"):
         open_weights(folders["mixtral"], run, "train.init_from", run.moe)
 
 

@@ -117,6 +117,9 @@ def test_the_decay_takes_the_last_steps():
         assert curve[16] == pytest.approx(half) and curve[19] == pytest.approx(0.1)
         whole = rates(9, shape=shape)
         assert (whole[0], whole[4], whole[8]) == pytest.approx((1.0, half, 0.1))
+        for steps, warmup, decay in ((1, 0, None), (20, 19, None), (20, 0, 1), (20, 19, 1), (20, 14, 6), (20, 0, 20)):
+            curve = rates(steps, shape=shape, warmup_steps=warmup, decay_steps=decay)
+            assert curve[-1] == pytest.approx(0.1) and (decay is None or max(curve[-decay:]) < 1), (steps, warmup, decay)
     with pytest.raises(UserError, match=r"warmup_steps \(15\) and decay_steps \(6\) must fit into the phase's 20 steps"):
         rates(20, warmup_steps=15, decay_steps=6)
 

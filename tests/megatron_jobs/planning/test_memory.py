@@ -130,7 +130,7 @@ MIXTURES = {
     "dense": None,
     "Mixtral": MOE,
     "narrow and shared": dict(num_experts=8, top_k=4, ffn_hidden_size=320, shared_ffn_hidden_size=640),
-    "every 3rd": dict(num_experts=4, top_k=1, every=3),
+    "every 3rd": dict(num_experts=4, top_k=1, scores="sigmoid", every=3),
 }
 
 
