@@ -17,8 +17,11 @@ from data_prep.steps.records import Records, group_starts, id_file, id_of, numbe
 from data_prep.steps.step import CorpusStep, Judge, texts_of
 
 PARAGRAPH = re.compile(r"\n\s*\n")
-# Lines that documents share because they are written so, not because a site puts them there.
-MARKUP = re.compile(r"\s*(?:\\|</?[a-zA-Z!?]|[{}\])])|.*[{};]\s*\Z", re.DOTALL)
+# Lines that documents share because they are written so, not because a site puts them there: markup, and code.
+MARKUP = re.compile(
+    r"\s*(?:\\|</?[a-zA-Z!?]|[{}\])]|```|>>> |\$ |#!|#\s*include\b|import\s|from\s+\S+\s+import\s)|.*[{};]\s*\Z",
+    re.DOTALL,
+)
 ENDS, CLOSING = "。．.！!？?…、，,", "」』）)\"'”’"
 SENTENCE_WITHIN = re.compile(r"[.!?…]\s+\S|[。．！？]")
 NOTICE = re.compile(r"©|\(c\)|copyright|rights reserved|転載|cookie|クッキー|javascript", re.IGNORECASE)

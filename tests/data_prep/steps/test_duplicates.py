@@ -105,6 +105,14 @@ FOOTER = ["本サイトの内容の無断転載を禁じます。", "Copyright (
         ["拝啓　時下ますますご清栄のこととお喜び申し上げます。", "{n}番目の用件です。", "以上、よろしくお願いいたします。"],
         ["節{n}の本文", "まとめと今後の課題について", "{n}のまとめ"],
         ["<div class='entry-content'>", "text {n}", "</div><!-- entry-content -->", "</body></html>    "],
+        [
+            "では{n}回目です。",
+            "import numpy as np",
+            "import pandas as pd",
+            "from typing import Any, Self",
+            "$ pip install numpy",
+            "以上{n}",
+        ],
         ["function f{n}() {", "    return document.body;", "}  // end of function", "last {n}"],
     ],
 )
