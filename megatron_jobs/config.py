@@ -149,7 +149,7 @@ class MoEConfig(Section):
     """
     load_balancing_loss: NonNegativeFloat = 0.02
     """Coefficient of the balancing loss."""
-    bias_update_rate: PositiveFloat = 1e-3
+    bias_update_rate: NonNegativeFloat = 1e-3
     """What the bias of an expert moves in a step, of `balancing: bias` (DeepSeek-V3)."""
     router_z_loss: NonNegativeFloat = 1e-5
     """Coefficient of the mean square of log Z of the router's logits (ST-MoE)."""
@@ -166,6 +166,10 @@ class MoEConfig(Section):
 
     def expert_width(self, model: ModelConfig) -> int:
         return self.ffn_hidden_size or model.ffn_hidden_size
+
+    def in_phase(self, phase: "Phase") -> "MoEConfig":
+        """With what the phase sets for itself."""
+        return self.model_copy(update=phase.moe.model_dump(exclude_none=True))
 
     def is_mixture(self, layer: int) -> bool:
         """Whether the layer (from 0) has experts."""
@@ -367,6 +371,17 @@ class BatchRamp(Section):
     """The first so many tokens of the phase, shared evenly by the smaller batches."""
 
 
+class PhaseMoE(Section):
+    """What a phase sets for itself of the section `moe`; null: as it stands there."""
+
+    load_balancing_loss: NonNegativeFloat | None = None
+    """Coefficient of the balancing loss; 0: none."""
+    router_z_loss: NonNegativeFloat | None = None
+    """Coefficient of the mean square of log Z of the router's logits; 0: none."""
+    bias_update_rate: NonNegativeFloat | None = None
+    """What the bias of an expert moves in a step; 0: it stays, as at the end of DeepSeek-V3's training."""
+
+
 class Phase(Section):
     """A stretch of training with one mix.
 
@@ -390,6 +405,8 @@ class Phase(Section):
     """The phase's piece of the learning-rate curve."""
     loss: NextToken = NextToken()
     """What is minimised."""
+    moe: PhaseMoE = PhaseMoE()
+    """How its routers are trained, where it differs from the section `moe`."""
     optimizer: Literal["keep", "reset"] = "keep"
     """`reset`: the phase begins without AdamW's moments of the steps before it."""
     admit: Admit = Admit()
@@ -642,6 +659,8 @@ class RunConfig(Section):
                     f"phases.{phase.name}.sequence_length ({phase.sequence_length}) must divide "
                     f"data.block_length ({self.data.block_length}): change one of them"
                 )
+            if not self.moe and (named := phase.moe.model_dump(exclude_none=True)):
+                raise ValueError(f"phases.{phase.name}.moe.{next(iter(named))} needs a moe section: add it, or leave it out")
         return self
 
 

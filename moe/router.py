@@ -100,6 +100,10 @@ class Router(TopKRouter):
     def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
         """Not megatron-core's count of tokens, which is in the tally."""
 
+    def minimise(self, load_balancing_loss: float, z_loss: float) -> None:
+        """The coefficients of the losses from now on; 0: none."""
+        self.config.moe_aux_loss_coeff, self.config.moe_z_loss_coeff = load_balancing_loss, z_loss or None
+
     def move_bias(self, load_E: torch.Tensor, rate: float) -> None:
         """Up by the rate where an expert got less than the mean of the global batch, down where it got more (DeepSeek-V3)."""
         if self.enable_expert_bias:

@@ -10,7 +10,7 @@ from functools import reduce
 
 import numpy as np
 
-from megatron_jobs.config import DataConfig, LearningRate, Phase, RunConfig
+from megatron_jobs.config import DataConfig, LearningRate, Phase, RunConfig, differences
 from mujina.user_input import UserError, nearest, parse
 
 
@@ -102,9 +102,11 @@ def _piece(rate: LearningRate, step: int, steps: int) -> float:
 
 
 def check_resumable(before: RunConfig, now: RunConfig, steps: int) -> None:
-    """Raises UserError when `now` would change what the first `steps` steps of `before` did, or the model; the future may change."""
-    for field in ("seed", "model", "moe", "data.block_length", "data.validation_tokens"):
-        was, wanted = (reduce(getattr, field.split("."), config) for config in (before, now))
+    """Raises UserError when `now` would change what the first `steps` steps of `before` did, or what the model computes; the future may
+    change, and how the model is trained."""
+    fields = ("seed", "data.block_length", "data.validation_tokens")
+    changed = [(field, *(reduce(getattr, field.split("."), config) for config in (now, before))) for field in fields]
+    for field, wanted, was in [*changed, *differences(now.model, now.moe, before.model, before.moe)]:
         if was != wanted:
             raise UserError(f"{field} was {was} when this run began, and is {wanted} now: restore it, or start another run")
     begun = locate(before.phases, steps - 1)[0] + 1

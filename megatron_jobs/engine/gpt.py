@@ -154,8 +154,6 @@ def transformer_config(
             moe_router_score_function="sigmoid" if moe.scores == "sigmoid" else "softmax",
             moe_router_load_balancing_type="none" if moe.balancing == "bias" else moe.balancing,
             moe_router_enable_expert_bias=moe.balancing == "bias",
-            moe_aux_loss_coeff=moe.load_balancing_loss if moe.has_load_balancing_loss else 0.0,
-            moe_z_loss_coeff=moe.router_z_loss,
             moe_router_dtype="fp32",
             moe_expert_capacity_factor=moe.capacity_factor,
             # gloo cannot gather parts of unequal size, which the all-to-all dispatcher does over the expert-tensor ranks

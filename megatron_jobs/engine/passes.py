@@ -110,6 +110,8 @@ class Passes:
     def _pass(self, phase: Phase, batches: Iterable[MicroBatch], num_micro_batches: int, divisor: float | None) -> Measured:
         """`divisor` of the loss of a micro-batch; None: forward only."""
         loss = losses.of(phase.loss)
+        if self.routing:
+            self.routing.begin(phase)
         sums = self._forward_backward(
             forward_step_func=partial(_forward, loss, divisor or 1.0, len(self.sources) + 1),
             data_iterator=list(itertools.tee(batches, len(self.state.chunks))),  # every chunk of a rank reads every micro-batch

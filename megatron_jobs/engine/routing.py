@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron_jobs.config import MoEConfig, RunConfig
+from megatron_jobs.config import MoEConfig, Phase, RunConfig
 from megatron_jobs.engine import core
 from megatron_jobs.engine.state import TrainingState
 from moe import statistics
@@ -42,7 +42,7 @@ class Routing:
     """The routers of this rank's layers. `tally` and `routed` enclose the sum over all ranks, which the passes make once for everything."""
 
     def __init__(self, config: RunConfig, moe: MoEConfig, state: TrainingState) -> None:
-        self.moe = moe
+        self.moe = self._of_run = moe
         self.layers = moe.layers(config.model)
         self.parameters = state.parameters
         self.routers = [module for chunk in state.chunks for module in chunk.modules() if isinstance(module, Router)]
@@ -58,6 +58,12 @@ class Routing:
         self._load = load or [[1 / num_experts] * num_experts for _ in self.layers]
         for router in self.routers:
             router.load_E.copy_(torch.tensor(self._load[self._place(router)]))
+
+    def begin(self, phase: Phase) -> None:
+        """From now on the routers are trained as this phase says."""
+        self.moe = self._of_run.in_phase(phase)
+        for router in self.routers:
+            router.minimise(self.moe.load_balancing_loss if self.moe.has_load_balancing_loss else 0.0, self.moe.router_z_loss)
 
     def update(self, routed: Routed) -> None:
         """What an update changes of the routers that no gradient does: the load that is remembered, and the bias."""

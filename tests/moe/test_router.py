@@ -47,9 +47,10 @@ def _route() -> dict[str, Any]:
     results = {}
     with groups.alone():
         for case, options in CASES.items():
-            moe = MoEConfig(num_experts=E, top_k=K, load_balancing_loss=BALANCE, router_z_loss=Z_LOSS, **options)
+            moe = MoEConfig(num_experts=E, top_k=K, **options)
             gpt = build(shape, moe, ParallelConfig(), torch.float32, 16)
             router = gpt.decoder.layers[0].mlp.router
+            router.minimise(BALANCE if moe.has_load_balancing_loss else 0.0, Z_LOSS)
             hidden, weight = drawn()
             router.weight.data.copy_(weight)
             for buffer in (router.expert_bias, router.load_E):

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_jobs.checkpoints.checkpoint import Checkpoint
 from megatron_jobs.config import RunConfig
-from tests.conftest import tiny
+from tests.conftest import MOE, tiny
 from tests.megatron_jobs.test_train import losses, plain_model, train_here
 from tests.ranks import run_ranks
 
@@ -101,3 +101,27 @@ def test_a_phase_may_begin_without_the_moments(prepared, tmp_path):
     for last_step in (6, 8, None):
         run_ranks(2, train_here, resetting(prepared, tmp_path / "again", "reset"), last_step)
     assert losses(tmp_path / "again") == losses(tmp_path / "reset")
+
+
+@pytest.mark.parametrize(
+    ("moe", "later"),
+    [
+        (dict(load_balancing_loss=0.5, router_z_loss=0.1), dict(load_balancing_loss=0.0, router_z_loss=0.0)),
+        (dict(scores="sigmoid", balancing="bias", bias_update_rate=0.05), dict(bias_update_rate=0.0, router_z_loss=0.1)),
+    ],
+    ids=["losses", "bias"],
+)
+def test_how_routers_are_trained_may_change_from_a_phase_on(prepared, tmp_path, moe, later):
+    """By the phase's own section, or by the run's at a restart: the same to the last bit, and not what it is without the change."""
+    web, chat = ({**phase, "separate_documents": False} for phase in (WEB, CHAT))
+
+    def run(name: str, last: dict | None = None, **changed: object) -> RunConfig:
+        return tiny(prepared, tmp_path / name, moe=MOE | moe | changed, phases=[web, {**chat, "moe": last or {}}])
+
+    run_ranks(2, train_here, run("by phase", later))
+    run_ranks(2, train_here, run("unchanged"))
+    run_ranks(2, train_here, run("restarted"), 12)
+    run_ranks(2, train_here, run("restarted", dispatcher="allgather", **later))
+    by_phase, unchanged, restarted = (losses(tmp_path / name) for name in ("by phase", "unchanged", "restarted"))
+    assert by_phase[:13] == unchanged[:13] and by_phase[13:] != unchanged[13:]
+    assert restarted == pytest.approx(by_phase, rel=1e-6)

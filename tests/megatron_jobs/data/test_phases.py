@@ -7,12 +7,12 @@ import pytest
 import yaml
 from rich.console import Console
 
-from megatron_jobs.config import from_dict
+from megatron_jobs.config import MoEConfig, from_dict
 from megatron_jobs.data import phases
 from megatron_jobs.data.order import DataOrder
 from megatron_jobs.planning import layouts, plan
 from mujina.user_input import UserError
-from tests.conftest import tiny
+from tests.conftest import MOE, tiny
 from tests.megatron_jobs.data.test_order import phase, run_config, sources
 
 
@@ -147,6 +147,12 @@ def test_the_past_may_not_change_and_the_future_may():
             phases.check_resumable(before, config(first=changed), 1)
     with pytest.raises(UserError, match="phase last has begun"):
         phases.check_resumable(before, longer, end + 1)
+    trained_otherwise = before.model_copy(update={"moe": MoEConfig(**MOE | dict(load_balancing_loss=0.5, dispatcher="allgather"))})
+    before = before.model_copy(update={"moe": MoEConfig(**MOE)})
+    phases.check_resumable(before, trained_otherwise, 1)
+    for field, moe in (("moe.top_k was 2", MOE | dict(top_k=3)), ("moe.scores was topk_softmax", MOE | dict(scores="sigmoid"))):
+        with pytest.raises(UserError, match=f"{field} when this run began"):
+            phases.check_resumable(before, before.model_copy(update={"moe": MoEConfig(**moe)}), 1)
     with pytest.raises(UserError, match="data.validation_tokens was 100 when this run began, and is 200 now"):
         phases.check_resumable(before, config(validation=200), 1)
 
