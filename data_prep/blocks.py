@@ -18,6 +18,7 @@ from mujina.user_input import UserError
 # Small blocks first, so that a small source keeps all cores busy; large ones later, so that a large source has few of them.
 FIRST_BLOCK, LAST_BLOCK = 1 << 19, 1 << 25  # bytes
 BLOCKS_OF_A_SIZE = 32
+LONGEST_OF_OURS = 16 * LONGEST  # bytes of a line that steps have written, in search of its end: JSON may take 12 for a character
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +30,13 @@ class Block:
     lines: bytes
 
 
-def read_blocks(path: str) -> Iterator[Block]:
-    """Cuts a file of rows (.jsonl, .jsonl.gz, .jsonl.zst, .parquet) or a `datasets:` name into blocks.
+def read_blocks(path: str, is_ours: bool = False) -> Iterator[Block]:
+    """Cuts a file of rows (.jsonl, .jsonl.gz, .jsonl.zst, .parquet) or a `datasets:` name into blocks; `is_ours`: steps have written it.
 
     Raises UserError when it is unreadable or holds no rows.
     """
     first_line, anything = 1, False
-    for lines in _cut(_lines_of_table(path)) if _is_table(path) else _cut_file(path):
+    for lines in _cut(_lines_of_table(path)) if _is_table(path) else _cut_file(path, LONGEST_OF_OURS if is_ours else LONGEST):
         if lines is None:
             raise UserError(f"{path} line {first_line}: {too_long('line')}")
         anything = anything or not lines.isspace()
@@ -65,14 +66,14 @@ def _is_table(path: str) -> bool:
     return path.startswith("datasets:") or path.endswith(".parquet")
 
 
-def _cut_file(path: str) -> Iterator[bytes | None]:
+def _cut_file(path: str, longest: int) -> Iterator[bytes | None]:
     """Yields blocks, and None where a line is too long to be held."""
     rest, sizes = b"", _sizes()
     try:
         with open_rows(path) as stream:
             while data := stream.read(next(sizes)):
                 head, newline, tail = data.rpartition(b"\n")
-                if len(rest) + (data.find(b"\n") if newline else len(data)) > LONGEST:  # other lines are shorter than a block
+                if len(rest) + (data.find(b"\n") if newline else len(data)) > longest:  # other lines are shorter than a block
                     yield None
                 if newline:
                     yield rest + head + newline

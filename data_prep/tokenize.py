@@ -24,6 +24,7 @@ import numpy as np
 from data_prep.blocks import Block, read_blocks, rows_of
 from data_prep.config import SourceConfig
 from data_prep.indexed import BinaryWriter, Channel, Labels, Manifest, open_binary, token_dtype
+from data_prep.pipeline import is_needed
 from data_prep.row import Row, SourceFacts, is_nothing, joined
 from data_prep.steps.read import files_of
 from data_prep.workers import Workers
@@ -103,7 +104,7 @@ def tokenize(name: str, source: SourceConfig, files: list[str], output: Path, wo
     if manifest is None:
         done = "written"
         writer, tally = BinaryWriter(prefix, token_dtype(_tokenizer.vocab_size), _channels(source)), _Tally()
-        blocks = enumerate(block for path in files for block in read_blocks(path))
+        blocks = enumerate(block for path in files for block in read_blocks(path, is_needed(source)))
         for shard in workers.map(_build_shard, ((name, source, block, shards / f"{number:06}") for number, block in blocks)):
             if isinstance(shard, int):
                 tally.num_empty += shard
