@@ -136,6 +136,7 @@ class FolderAnswerer:
     def __init__(self, folder: Path) -> None:
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: not a Hugging Face folder (no config.json): write one with `mujina convert`")
+        self._folder = folder
         self._model, self._tokenizer = _load(folder)
         self._stop_ids = _stop_ids(folder, self._tokenizer)
 
@@ -153,7 +154,11 @@ class FolderAnswerer:
         import torch
 
         rows = [[message.model_dump() for message in conversation.messages] for conversation, _ in wanted]
-        prompts = [self._tokenizer.apply_chat_template(row, add_generation_prompt=True, return_dict=False) for row in rows]
+        try:
+            prompts = [self._tokenizer.apply_chat_template(row, add_generation_prompt=True, return_dict=False) for row in rows]
+        except Exception as error:  # of whatever kind, the template's
+            told = f"its chat template fails ({type(error).__name__}: {' '.join(str(error).split())})"
+            raise UserError(f"{self._folder}: {told}: mend chat_template.jinja") from None
         length, device, padding = max(map(len, prompts)), self._model.device, self._stop_ids[0]
         # The mask follows from positions: the padding token may be one that prompts hold too.
         ids_BL = torch.tensor([[padding] * (length - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -182,8 +187,8 @@ def _load(folder: Path) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        problem = f"cannot be loaded as a Hugging Face model and tokenizer ({error})"
+    except Exception as error:  # transformers raises whatever it stumbles over
+        problem = f"cannot be loaded as a Hugging Face model and tokenizer ({type(error).__name__}: {' '.join(str(error).split())})"
         raise UserError(f"{folder}: {problem}: write it with `mujina convert`") from None
     model.generation_config = GenerationConfig()  # the folder's own may ask for sampling
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer

@@ -4,14 +4,13 @@ The names of matrices and the fields of config.json on both sides, in one table.
 `hugging_face.py` from there to here. Needs no torch.
 """
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_jobs.config import ModelConfig, MoEConfig
-from mujina.user_input import UserError, parse
+from mujina.user_input import UserError, parse, read_object
 
 # Names of `placement.py` and of the Hugging Face families; * is a number, the same on both sides in the same order.
 LLAMA = {
@@ -177,10 +176,7 @@ def read_config(path: Path) -> tuple[str, ModelConfig, MoEConfig | None, int | N
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}): name a Hugging Face folder") from None
+    values = read_object(path, "name a Hugging Face folder")
     kind = values.get("model_type")
     if kind not in FAMILIES:
         *others, last = FAMILIES

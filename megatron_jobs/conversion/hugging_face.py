@@ -1,6 +1,5 @@
 """A Hugging Face folder of one of the `families.py` as a source of weights, for `mujina import` and for `train.init_from`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_jobs.checkpoints.weights import shapes
 from megatron_jobs.conversion.families import FAMILIES, hugging_face_name, read_config
 from mujina.matrices import Box
-from mujina.user_input import UserError
+from mujina.user_input import UserError, read_object, reading
 
 DTYPES = ("F32", "F16", "BF16")
 COMPUTED = ".rotary_emb.inv_freq"  # a buffer that old folders have saved; it follows from rope_theta
@@ -30,7 +29,8 @@ class HuggingFaceFolder:
         Raises UserError when the model is none that can be trained here, or its tensors are not exactly those of config.json.
         """
         self.folder = folder
-        self.model_type, self.model, self.moe, self.sliding_window = read_config(folder / "config.json")
+        with reading(folder / "config.json", "a configuration that transformers writes", "mend it, or take another model"):
+            self.model_type, self.model, self.moe, self.sliding_window = read_config(folder / "config.json")
         self._slices: dict[str, Any] = {}
         for file in weight_files(folder):
             try:
@@ -79,7 +79,8 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder. Raises UserError when one is missing."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        with reading(index, "an index of safetensors", "take the one of these weights"):
+            names = sorted(set(read_object(index)["weight_map"].values()))
     else:
         names = ["model.safetensors"]
     for name in names:
