@@ -190,7 +190,11 @@ class FolderAnswerer:
         if self.is_plain:
             prompt: list[int] = self._tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
         else:
-            prompt = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            try:
+                prompt = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            except Exception as error:  # of whatever kind, the template's
+                told = f"its chat template fails ({type(error).__name__}: {' '.join(str(error).split())})"
+                raise UserError(f"{self._folder}: {told}: mend chat_template.jinja") from None
         if not prompt:
             raise UserError(f"{self._folder}: a prompt without a token cannot be gone on with: write something")
         if self._context and len(prompt) >= self._context:
@@ -218,8 +222,8 @@ def _load(folder: Path) -> tuple[Any, Any, list[int]]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        problem = f"cannot be loaded as a Hugging Face model and tokenizer ({error})"
+    except Exception as error:  # transformers raises whatever it stumbles over
+        problem = f"cannot be loaded as a Hugging Face model and tokenizer ({type(error).__name__}: {' '.join(str(error).split())})"
         raise UserError(f"{folder}: {problem}: write it with `mujina convert`") from None
     ends = model.generation_config.eos_token_id
     model.generation_config = GenerationConfig()  # the folder's own may ask for sampling

@@ -40,6 +40,7 @@ REMEDIES = {
     errno.EXDEV: "name a place on the same disk",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
+PYDANTIC = re.compile(r"[\[\]()]|^constrained-")  # what its own parts of a place hold: `function-after[_fits(), Part]`
 # Of pydantic's messages, by their type: the rule, where pydantic's own words are none for users, and the remedy.
 RULES = {
     "bool_type": "must be true or false: write one of them",
@@ -48,6 +49,8 @@ RULES = {
     "float_type": "must be a number: write one, without quotes",
     "string_type": "must be a text: put it in quotes",
     "finite_number": "must be a finite number: write one",
+    **dict.fromkeys(("list_type", "tuple_type"), "must be a list: write one"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be a section: write its keys below it"),
     "string_pattern_mismatch": "may hold letters, digits, _, - and . only: take the other characters out",
 }
 
@@ -234,7 +237,7 @@ def _merge(base: Any, top: Any) -> Any:
 
 
 def _explain(problem: Any, model: type[pydantic.BaseModel]) -> str:
-    field = ".".join(str(part) for part in (problem["loc"][:-2] if problem["loc"][-1:] == ("[key]",) else problem["loc"]))
+    field = ".".join(str(part) for part in problem["loc"] if not PYDANTIC.search(str(part)))
     if problem["type"] == "extra_forbidden":
         known = list(_section_at(model, problem["loc"][:-1]).model_fields)
         return f"unknown key {field}: {nearest(str(problem['loc'][-1]), known)}"

@@ -19,12 +19,13 @@ from typing import Annotated, Any, Literal
 import sentencepiece
 import tokenizers
 import typer
+from google.protobuf.message import DecodeError
 from pydantic import Field
 from sentencepiece import sentencepiece_model_pb2 as proto
 from tokenizers import pre_tokenizers
 
 from mujina.files import whole_folder
-from mujina.user_input import Section, UserError, command_line, read_yaml
+from mujina.user_input import Section, UserError, command_line, read_object, read_yaml, reading
 from tokenization.embeddings import extend_embeddings
 from tokenization.merges import continue_merges
 from tokenization.presplit import mecab
@@ -32,6 +33,7 @@ from tokenization.tokenizer import SPACE_PIECE
 from tokenization.train import read_lines
 
 MANIFEST = "extension.json"
+FOLDER = "give a Hugging Face folder"
 NORMAL = proto.ModelProto.SentencePiece.NORMAL
 # What sentencepiece would not learn across: digits stand alone, and a space begins a word.
 WORD = re.compile(r" ?[^\W\d]+|\d| ?[^\w\s]+")
@@ -74,8 +76,9 @@ class Extension:
 def extend(config: ExtendConfig) -> Path:
     """Writes the extended model; returns its folder. Raises UserError on what cannot be extended, or when the text gives too few pieces."""
     source, output = Path(config.model), Path(config.output)
-    model_config = _read_json(source / "config.json")
-    extension = _extend_sentencepiece(source, config) if (source / "tokenizer.model").exists() else _extend_byte_level(source, config)
+    model_config = read_object(source / "config.json", FOLDER)
+    with reading(source, "a folder whose vocabulary can be extended", "give a Hugging Face model with its tokenizer"):
+        extension = _extend_sentencepiece(source, config) if (source / "tokenizer.model").exists() else _extend_byte_level(source, config)
     with whole_folder(output, MANIFEST) as partial:
         for file in {file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file() and file.name not in STALE}:
             shutil.copyfile(file, partial / file.name)
@@ -89,7 +92,7 @@ def extend(config: ExtendConfig) -> Path:
 
 
 def _extend_sentencepiece(source: Path, config: ExtendConfig) -> Extension:
-    model = proto.ModelProto.FromString((source / "tokenizer.model").read_bytes())
+    model = _read_model(source / "tokenizer.model")
     kind = proto.TrainerSpec.ModelType.Name(model.trainer_spec.model_type)
     if kind == "UNIGRAM":
         scored = _unigram_pieces(model, config)
@@ -102,7 +105,7 @@ def _extend_sentencepiece(source: Path, config: ExtendConfig) -> Extension:
     pieces, first_id, old = [piece for piece, _ in scored], len(model.pieces), _engine(model)
     files = {"tokenizer.model": _with_pieces(model, scored).SerializeToString()}
     if (source / "tokenizer.json").exists():
-        document = _read_json(source / "tokenizer.json")
+        document = read_object(source / "tokenizer.json", FOLDER)
         if any(token["id"] >= first_id for token in document["added_tokens"]):
             raise UserError(
                 f"{source / 'tokenizer.json'}: has added tokens behind the {first_id} pieces of tokenizer.model: remove one of them"
@@ -124,7 +127,7 @@ def _unigram_pieces(model: Any, config: ExtendConfig) -> list[tuple[str, float]]
     path = Path(config.pieces_from) / "tokenizer.model"
     if not path.exists():
         raise UserError(f"pieces_from ({config.pieces_from}): holds no tokenizer.model: train one with mujina tokenizer")
-    other, known = proto.ModelProto.FromString(path.read_bytes()), {piece.piece for piece in model.pieces}
+    other, known = _read_model(path), {piece.piece for piece in model.pieces}
     candidates = [(piece.piece, piece.score) for piece in other.pieces if piece.type == NORMAL and piece.piece not in known]
     while True:
         chosen = candidates[: config.num_new_pieces]
@@ -166,7 +169,7 @@ def _bpe_pieces(model: Any, config: ExtendConfig) -> list[str]:
 
 def _extend_byte_level(source: Path, config: ExtendConfig) -> Extension:
     path = source / "tokenizer.json"
-    document = _read_json(path)
+    document = read_object(path, FOLDER)
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(document))
     before, normalizer, alphabet = tokenizer.pre_tokenizer, tokenizer.normalizer, set(pre_tokenizers.ByteLevel.alphabet())
     added = {token["content"]: token["id"] for token in document["added_tokens"]}
@@ -228,11 +231,11 @@ def _engine(model: Any) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_proto=plain.SerializeToString())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_model(path: Path) -> Any:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}): give a Hugging Face folder") from None
+        return proto.ModelProto.FromString(path.read_bytes())
+    except DecodeError as error:
+        raise UserError(f"{path}: is not a sentencepiece model ({error}): copy it again") from None
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mujina.user_input import UserError
+from mujina.user_input import UserError, reading
 from tokenization.hf import HfTokenizer
 from tokenization.sentence_piece import ForeignModel, SentencePieceTokenizer
 from tokenization.tokenizer import BeginDocuments, Tokenizer
@@ -16,12 +16,13 @@ def load(folder: str | Path, end_of_document: str | None = None, begin_documents
     """
     model_file = Path(folder) / "tokenizer.model"
     has_json = (Path(folder) / "tokenizer.json").exists()
-    if model_file.exists():
-        try:
-            return SentencePieceTokenizer(model_file, end_of_document, begin_documents)
-        except ForeignModel:
-            if not has_json:
-                raise
-    if has_json:
-        return HfTokenizer(Path(folder), end_of_document, begin_documents)
+    with reading(folder, "a tokenizer's folder", "copy it again, or train a tokenizer"):
+        if model_file.exists():
+            try:
+                return SentencePieceTokenizer(model_file, end_of_document, begin_documents)
+            except ForeignModel:
+                if not has_json:
+                    raise
+        if has_json:
+            return HfTokenizer(Path(folder), end_of_document, begin_documents)
     raise UserError(f"{model_file}: no such file: train a tokenizer into {folder} with python -m tokenization.train")

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatron_jobs.conversion.families import FAMILIES, config_values, family_of, hindrance, hugging_face_name, older_spellings, read_object
+from megatron_jobs.conversion.families import FAMILIES, config_values, family_of, hindrance, hugging_face_name, older_spellings
 from megatron_jobs.conversion.model_card import Exportable, model_card
 from mujina.files import sha256_of, whole_folder
 from mujina.matrices import Box
-from mujina.user_input import UserError, command_line
+from mujina.user_input import UserError, command_line, read_object
 
 if TYPE_CHECKING:
     import torch

@@ -4,14 +4,13 @@ The names of matrices and the fields of config.json on both sides, in one table.
 `hugging_face.py` from there to here. Needs no torch.
 """
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_jobs.config import ModelConfig, MoEConfig, RunConfig
-from mujina.user_input import UserError, parse
+from mujina.user_input import UserError, parse, read_object
 
 # Names of `placement.py` and of the Hugging Face families; * is a number, the same on both sides in the same order.
 LLAMA = {
@@ -208,7 +207,7 @@ def read_config(path: Path) -> tuple[str, ModelConfig, MoEConfig | None, int | N
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    values = read_object(path)
+    values = read_object(path, "name a Hugging Face folder")
     kind = values.get("model_type")
     if kind not in FAMILIES:
         *others, last = FAMILIES
@@ -238,17 +237,6 @@ def read_config(path: Path) -> tuple[str, ModelConfig, MoEConfig | None, int | N
             ours |= {"scores": "topk_softmax" if values["norm_topk_prob"] else "softmax_topk", "every": _every(values, path)}
         moe = parse(ours, MoEConfig, str(path))
     return kind, model, moe, values.get("sliding_window")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object of a Hugging Face folder; raises UserError when the file is anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}): copy it again, or name another folder") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: is a JSON {type(values).__name__}, not an object: copy it again")
-    return values
 
 
 def _every(values: dict[str, Any], path: Path) -> int:

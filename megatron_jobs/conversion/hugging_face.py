@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from megatron_jobs.checkpoints.weights import shapes
-from megatron_jobs.conversion.families import FAMILIES, hugging_face_name, read_config, read_object
+from megatron_jobs.conversion.families import FAMILIES, hugging_face_name, read_config
 from megatron_jobs.conversion.tensors import Stored, Tensors, same
 from mujina.matrices import Box
-from mujina.user_input import UserError
+from mujina.user_input import UserError, read_object, reading
 
 DTYPES = ("F32", "F16", "BF16")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -31,7 +31,8 @@ class HuggingFaceFolder:
         Raises UserError when the model is none that can be trained here, or its tensors are not exactly those of config.json.
         """
         self.folder = folder
-        self.model_type, self.model, self.moe, self.sliding_window = read_config(folder / "config.json")
+        with reading(folder / "config.json", "a configuration that transformers writes", "mend it, or take another model"):
+            self.model_type, self.model, self.moe, self.sliding_window = read_config(folder / "config.json")
         self.tensors = Tensors(folder, FAMILIES[self.model_type])
         if self.model.tie_embeddings and HEAD in self.tensors:
             self._leave_out_head()

@@ -21,11 +21,10 @@ import typer
 
 from megatron_jobs.config import from_dict
 from megatron_jobs.conversion import gguf
-from megatron_jobs.conversion.families import read_object
 from megatron_jobs.data.ledger import Ledger, Origin
 from mujina import strict_yaml
 from mujina.files import whole_folder
-from mujina.user_input import UserError, command_line
+from mujina.user_input import UserError, command_line, read_object
 from tokenization.embeddings import extend_embeddings, respell
 from tokenization.load import load as load_tokenizer
 from tokenization.tokenizer import Tokenizer

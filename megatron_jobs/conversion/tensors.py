@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_jobs.conversion.families import Family, read_object
+from megatron_jobs.conversion.families import Family
 from mujina.tensor_files import TYPES
-from mujina.user_input import UserError
+from mujina.user_input import UserError, read_object
 
 FILES = ("model.safetensors", "pytorch_model.bin")  # as transformers looks for them
 COMPUTED = ".rotary_emb.inv_freq"  # a buffer that old folders have saved; it follows from rope_theta

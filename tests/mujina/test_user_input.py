@@ -3,9 +3,10 @@
 import errno
 import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
+from annotated_types import Gt
 
 from mujina.user_input import Section, UserError, explain, read_object, read_text, read_yaml, reading
 
@@ -23,7 +24,7 @@ class Settings(Section):
     name: str = "x"
     place: Path = Path("here")
     languages: tuple[Literal["ja", "no"], ...] = ()
-    weights: dict[str, float | Part] = {}
+    weights: dict[str, Annotated[float, Gt(0)] | Part] = {}
     limit: int | None = None
     parts: list[Part] = []
 
@@ -51,6 +52,9 @@ def test_values_are_what_people_mean(tmp_path: Path) -> None:
         ("rate: true", "rate (True): must be a number"),
         ("is_on: 1", "is_on (1): must be true or false: write one of them"),
         ("is_on: yes", "is_on ('yes'): must be true or false: write one of them"),
+        ("languages: ja", "languages ('ja'): must be a list: write one"),
+        ("weights: [1]", "weights ([1]): must be a section: write its keys below it"),
+        ("weights: {a: x}", "weights.a ('x'): must be a number: write one, without quotes"),
         ("name: 3", "name (3): must be a text: put it in quotes"),
         ("rate: .inf", "a.yaml: cannot be read as YAML: line 1: .inf is not a finite number"),
         ("count: 010", "a.yaml: cannot be read as YAML: line 1: 010 begins with 0"),
