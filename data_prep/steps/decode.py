@@ -64,8 +64,8 @@ COMMON = {
         ("cp949", HANGUL),
     ]
 }
-LETTERS = re.compile("[^\x00-\x7f\u3000-\u303f\uff00-\uffef]")  # without signs, full-width ASCII and half-width kana
-SCORED = 100_000  # characters of a page
+NO_LETTERS = re.compile("[\x00-\x7f\u3000-\u303f\uff00-\uffef]+")  # signs, full-width ASCII and half-width kana among them
+SCORED = 100_000  # letters of a page
 COMMON_SHARE = 0.2  # of the letters, in what is not declared
 LEAST_SHARE = 0.05  # of the letters, in what is
 C1 = re.compile("[\x80-\x9f]")
@@ -116,33 +116,37 @@ def _codec(label: str | None) -> str | None:
 def _east_asian(page: bytes, declared: list[str]) -> str | None:
     found = {codec: strict(page, codec) for codec in COMMON}
     texts = {codec: text for codec, text in found.items() if text is not None}
-    num_common = {codec: len(COMMON[codec].findall(text[:SCORED])) for codec, text in texts.items()}
-    num_letters = {codec: len(LETTERS.findall(text[:SCORED])) for codec, text in texts.items()}
     if not texts:
         return None
+    letters = {codec: _letters(text) for codec, text in texts.items()}
+    num_common = {codec: len(COMMON[codec].findall(letters[codec])) for codec in texts}
     best = max(texts, key=lambda codec: num_common[codec])
     for codec in declared:
         # A few characters prove nothing against a declaration.
         if codec in texts and num_common[best] <= 2 * num_common[codec] + 3:
-            is_text = num_letters[codec] < 20 or num_common[codec] >= LEAST_SHARE * num_letters[codec]
+            is_text = len(letters[codec]) < 20 or num_common[codec] >= LEAST_SHARE * len(letters[codec])
             return texts[codec] if is_text else None
-    return texts[best] if num_common[best] > 1 and num_common[best] >= COMMON_SHARE * num_letters[best] else None
+    return texts[best] if num_common[best] > 1 and num_common[best] >= COMMON_SHARE * len(letters[best]) else None
+
+
+def _letters(text: str) -> str:
+    return NO_LETTERS.sub("", text)[:SCORED]
 
 
 def _of_one_byte(page: bytes, declared: list[str]) -> str | None:
     """Any bytes are some text in these encodings: those of another one but for some damage are not taken for it."""
-    text = page.decode("utf-8", "replace")
-    if 2 * text.count("\ufffd") < len(LETTERS.findall(text)):
+    letters = _letters(page.decode("utf-8", "replace"))
+    if 2 * letters.count("\ufffd") < len(letters):
         return None
     for codec, common in COMMON.items():
-        text = page[:SCORED].decode(codec, "replace")
-        if (num_common := len(common.findall(text))) > 4 and num_common >= COMMON_SHARE * len(LETTERS.findall(text)):
+        letters = _letters(page.decode(codec, "replace"))
+        if (num_common := len(common.findall(letters))) > 4 and num_common >= COMMON_SHARE * len(letters):
             return None
     for candidate in (*declared, _codec(detect_encoding(page))):
         if candidate and candidate not in COMMON:
-            found = strict(page, candidate)
-            if found and not C1.search(found):
-                return found
+            text = strict(page, candidate)
+            if text and not C1.search(text):
+                return text
     return None
 
 

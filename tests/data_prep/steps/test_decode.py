@@ -124,6 +124,12 @@ def test_encodings_are_those_of_browsers(data: bytes, label: str | None, text: s
     assert read(data, label) == text
 
 
+def test_text_far_below_the_head_of_a_page_counts() -> None:
+    page = b"<p>" + b"x" * 300_000 + euc_jp(JAPANESE)
+    assert JAPANESE.replace("纊", "") in read(page.replace(euc_jp("纊"), b""), "iso-8859-1")
+    assert "declared: windows-1251" in refused(page.replace(b"<p>", b"<p>\xff<p>"), "windows-1251")
+
+
 def test_what_browsers_do_not_read_is_not_read() -> None:
     assert "declared: hz-gb-2312" in refused(b"<p>~{<:Ky2;VS{!#~}", "hz-gb-2312")
     assert "declared: iso-2022-kr" in refused(b'<meta charset="ISO-2022-KR"><p>\x1b$)C\x0e0!\x0f')
