@@ -8,7 +8,7 @@ out. In this order:
     UTF-8 where it is valid     nothing else looks like it, but for a few characters of two bytes
     an East Asian encoding      that is declared and valid, unless another one makes far more common characters of the same bytes
     the same, not declared      the valid one that makes the most common characters, if they are a share that text has
-    one byte a character        declared or detected, unless the page is nearly text in one of the above
+    one byte a character        declared or detected, if the page is not nearly text in one of the above, and has words
 
 Each is decoded strictly, and a page that is in none is damaged: nothing is ever replaced or left out, but for a character that the end of
 the page cuts through, and NUL.
@@ -17,6 +17,7 @@ the page cuts through, and NUL.
 import codecs
 import re
 from functools import cache
+from unicodedata import category
 
 from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
 
@@ -64,10 +65,11 @@ COMMON = {
         ("cp949", HANGUL),
     ]
 }
-LETTERS = re.compile("[^\x00-\x7f\u3000-\u303f\uff00-\uffef]")  # without signs, full-width ASCII and half-width kana
-SCORED = 100_000  # characters of a page
+NO_LETTERS = re.compile("[\x00-\x7f\u3000-\u303f\uff00-\uffef]+")  # signs, full-width ASCII and half-width kana among them
+SCORED = 100_000  # letters of a page
 COMMON_SHARE = 0.2  # of the letters, in what is not declared
 LEAST_SHARE = 0.05  # of the letters, in what is
+RUN = re.compile("[^\x00-\x7f]+")
 C1 = re.compile("[\x80-\x9f]")
 ESCAPE = re.compile(rb"\x1b(\([BJI]|\$[@B])")
 CUT_ESCAPE = re.compile(rb"\x1b[$(]?\Z")
@@ -116,34 +118,47 @@ def _codec(label: str | None) -> str | None:
 def _east_asian(page: bytes, declared: list[str]) -> str | None:
     found = {codec: strict(page, codec) for codec in COMMON}
     texts = {codec: text for codec, text in found.items() if text is not None}
-    num_common = {codec: len(COMMON[codec].findall(text[:SCORED])) for codec, text in texts.items()}
-    num_letters = {codec: len(LETTERS.findall(text[:SCORED])) for codec, text in texts.items()}
     if not texts:
         return None
+    letters = {codec: _letters(text) for codec, text in texts.items()}
+    num_common = {codec: len(COMMON[codec].findall(letters[codec])) for codec in texts}
     best = max(texts, key=lambda codec: num_common[codec])
     for codec in declared:
         # A few characters prove nothing against a declaration.
         if codec in texts and num_common[best] <= 2 * num_common[codec] + 3:
-            is_text = num_letters[codec] < 20 or num_common[codec] >= LEAST_SHARE * num_letters[codec]
+            is_text = len(letters[codec]) < 20 or num_common[codec] >= LEAST_SHARE * len(letters[codec])
             return texts[codec] if is_text else None
-    return texts[best] if num_common[best] > 1 and num_common[best] >= COMMON_SHARE * num_letters[best] else None
+    # One proves nothing against another declaration either.
+    return texts[best] if num_common[best] > bool(declared) and num_common[best] >= COMMON_SHARE * len(letters[best]) else None
+
+
+def _letters(text: str) -> str:
+    return NO_LETTERS.sub("", text)[:SCORED]
 
 
 def _of_one_byte(page: bytes, declared: list[str]) -> str | None:
     """Any bytes are some text in these encodings: those of another one but for some damage are not taken for it."""
-    text = page.decode("utf-8", "replace")
-    if 2 * text.count("\ufffd") < len(LETTERS.findall(text)):
+    letters = _letters(page.decode("utf-8", "replace"))
+    if 2 * letters.count("\ufffd") < len(letters):
         return None
     for codec, common in COMMON.items():
-        text = page[:SCORED].decode(codec, "replace")
-        if (num_common := len(common.findall(text))) > 4 and num_common >= COMMON_SHARE * len(LETTERS.findall(text)):
+        letters = _letters(page.decode(codec, "replace"))
+        if (num_common := len(common.findall(letters))) > 4 and num_common >= COMMON_SHARE * len(letters):
             return None
     for candidate in (*declared, _codec(detect_encoding(page))):
         if candidate and candidate not in COMMON:
-            found = strict(page, candidate)
-            if found and not C1.search(found):
-                return found
+            text = strict(page, candidate)
+            if text and not C1.search(text) and _has_words(text):
+                return text
     return None
+
+
+def _has_words(text: str) -> bool:
+    """Whether it has letters of an alphabet of its own (Cyrillic, Thai), or but a few letters and signs among those of ASCII."""
+    runs = RUN.findall(text)
+    num_letters = sum(character >= "\u0370" and category(character)[0] in "LM" for run in runs for character in run)
+    num_in_a_row = sum(len(run) for run in runs if len(set(run)) > 3)
+    return num_in_a_row < 0.2 * sum(map(len, runs)) or num_letters > 0.7 * sum(map(len, runs))
 
 
 def strict(page: bytes, codec: str) -> str | None:

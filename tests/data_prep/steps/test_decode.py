@@ -105,6 +105,7 @@ def test_a_character_cut_by_the_end_is_left_out(true: str) -> None:
         (b"\xb0\xa1\x8cc", "ks_c_5601-1987", "가똠"),
         (b"caf\xe9 \x80 \x93quoted\x94", "ISO-8859-1", "café € “quoted”"),
         (b"caf\xe9", None, "café"),
+        (b"\x82\xaa", None, "が"),
         (b"\xcf\xf0\xe8\xe2\xe5\xf2, \xec\xe8\xf0", "windows-1251", "Привет, мир"),
         (b"\xf0\xd2\xc9\xd7\xc5\xd4", "koi8-r", "Привет"),
         ("Привет".encode("mac_cyrillic"), "x-mac-cyrillic", "Привет"),
@@ -124,7 +125,14 @@ def test_encodings_are_those_of_browsers(data: bytes, label: str | None, text: s
     assert read(data, label) == text
 
 
+def test_text_far_below_the_head_of_a_page_counts() -> None:
+    page = b"<p>" + b"x" * 300_000 + euc_jp(JAPANESE)
+    assert JAPANESE.replace("纊", "") in read(page.replace(euc_jp("纊"), b""), "iso-8859-1")
+    assert "declared: windows-1251" in refused(page.replace(b"<p>", b"<p>\xff<p>"), "windows-1251")
+
+
 def test_what_browsers_do_not_read_is_not_read() -> None:
     assert "declared: hz-gb-2312" in refused(b"<p>~{<:Ky2;VS{!#~}", "hz-gb-2312")
     assert "declared: iso-2022-kr" in refused(b'<meta charset="ISO-2022-KR"><p>\x1b$)C\x0e0!\x0f')
+    assert "none is declared" in refused("亜哀愛悪握圧扱安案暗".encode("cp932"))
     assert "none is declared" in refused("春".encode() + b"\xff" + "春".encode())
