@@ -165,7 +165,7 @@ def _read_warc(path: str) -> Found:
             yield number, row | {"html": True, "text": _decode(page.data, page.charset)}
             continue
         try:
-            yield number, row | {"text": page.data.decode().replace("\0", "")}
+            yield number, row | {"text": page.data.decode("utf-8-sig").replace("\0", "")}
         except UnicodeDecodeError as wrong:
             yield number, not_utf8(wrong)
 
