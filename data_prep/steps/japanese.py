@@ -183,7 +183,7 @@ def _classes() -> NDArray[np.uint8]:
 
 def _words(words: Path) -> list[str]:
     try:
-        lines = (WORDS / words).read_text(encoding="utf-8").splitlines()
+        lines = (WORDS / words).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"words {words}: cannot be read ({error}): name a list of {WORDS.name}/ or an absolute path") from None
     found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]

@@ -166,7 +166,7 @@ def _read_warc(path: str) -> Found:
             yield number, html if isinstance(html, str) else row | html
             continue
         try:
-            yield number, row | {"text": page.data.decode().replace("\0", "")}
+            yield number, row | {"text": page.data.decode("utf-8-sig").replace("\0", "")}
         except UnicodeDecodeError as wrong:
             yield number, not_utf8(wrong)
 

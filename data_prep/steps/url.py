@@ -71,7 +71,7 @@ def _domains_of(path: str | None) -> list[str]:
     if path is None:
         return []
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             lines = (line.partition("#")[0].strip().lower() for line in file)
             return [line for line in lines if line]
     except (OSError, UnicodeDecodeError) as error:

@@ -150,7 +150,7 @@ def test_the_lists_say_their_licence_and_repeat_nothing(name: str) -> None:
 
 
 def test_a_list_of_one_s_own_and_a_missing_one(tmp_path: Path) -> None:
-    (tmp_path / "words.txt").write_text("# mine\n改革\n藩主\n𠮷野家\n", encoding="utf-8")
+    (tmp_path / "words.txt").write_text("改革\n# mine\n藩主\n𠮷野家\n", encoding="utf-8-sig")
     assert judge(ARTICLE + "𠮷野家。", ng_words=WordLimit(words=tmp_path / "words.txt", max_distinct=2, max_per_thousand=1)).startswith(
         "ng_words: "
     )

@@ -16,7 +16,7 @@ from mujina.user_input import UserError
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Judge]:
     """Made, and used, where every connection is a failure."""
     path = tmp_path_factory.mktemp("lists") / "mine.txt"
-    path.write_text("# ours\n\nSpam-Site.co.jp  # adverts\nblog.example.com\n")
+    path.write_text("Spam-Site.co.jp  # adverts\n\n# ours\nblog.example.com\n", encoding="utf-8-sig")
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name in ("connect", "connect_ex"):
             monkeypatch.setattr(socket.socket, name, lambda *_: pytest.fail("asks the network"))

@@ -139,6 +139,11 @@ def test_lines_may_end_in_lf(tmp_path: Path, name: str) -> None:
     assert skip(tmp_path / name)[:2] == (TEXTS, [])
 
 
+def test_a_byte_order_mark_of_a_text_is_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "a.wet").write_bytes(record(0, "\ufeff本文".encode(), type="conversion"))
+    assert skip(tmp_path / "a.wet")[0] == ["本文"]
+
+
 def test_a_body_that_looks_like_records_is_a_body(tmp_path: Path) -> None:
     page = b"<pre>WARC/1.0\r\nWARC-Type: response\r\n\r\n\r\nWARC/1.0 is a format</pre>"
     (tmp_path / "a.warc").write_bytes(b"".join([GOOD[0], record(1, page), GOOD[2]]))
