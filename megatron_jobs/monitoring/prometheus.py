@@ -79,9 +79,10 @@ class Endpoint:
         if self._server is None:
             return
         if (config.run / "events.jsonl").exists():
-            with (config.run / "events.jsonl").open() as lines:
-                for event in map(json.loads, lines):
-                    self.event(event["what"], event["time"])
+            for line in (config.run / "events.jsonl").read_text(errors="replace").splitlines():
+                with contextlib.suppress(ValueError, TypeError, LookupError):  # what is no line of ours does not count
+                    event = json.loads(line)
+                    self.event(str(event["what"]), float(event["time"]))
         registry.register(self)
         if self._target:
             try:
