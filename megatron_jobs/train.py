@@ -22,7 +22,8 @@ from megatron_jobs import failures, ranks, stability
 from megatron_jobs.checkpoints.checkpoint import Checkpoint
 from megatron_jobs.checkpoints.saver import Saver
 from megatron_jobs.checkpoints.weights import InitialWeights
-from megatron_jobs.config import Phase, RunConfig
+from megatron_jobs.config import RunConfig
+from megatron_jobs.config.phase import Phase
 from megatron_jobs.conversion.families import tell_hindrance
 from megatron_jobs.conversion.start import open_weights, origin_of
 from megatron_jobs.conversion.upcycle import Mixture

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from megatron_jobs.config import ModelConfig, MoEConfig
+from megatron_jobs.config.model import ModelConfig, MoEConfig
 from mujina.matrices import Box
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig
+from megatron_jobs.config import ParallelConfig, RunConfig
+from megatron_jobs.config.model import ModelConfig, MoEConfig
 from megatron_jobs.conversion.families import FAMILIES
 from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
 from megatron_jobs.conversion.tensors import Stored

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_jobs.config import ModelConfig, MoEConfig, RunConfig
+from megatron_jobs.config import RunConfig
+from megatron_jobs.config.model import ModelConfig, MoEConfig
 from mujina.user_input import UserError, parse, read_object
 
 # Names of `placement.py` and of the Hugging Face families; * is a number, the same on both sides in the same order.

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_jobs.checkpoints.checkpoint import Checkpoint
-from megatron_jobs.config import MoEConfig, RunConfig, differences
+from megatron_jobs.config import RunConfig
+from megatron_jobs.config.model import MoEConfig, differences
 from megatron_jobs.conversion.families import MOE_FIELDS
 from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
 from megatron_jobs.data.ledger import Origin

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_prep.indexed import Manifest, TokenBinary, open_binary
-from megatron_jobs.config import Phase, RunConfig
+from megatron_jobs.config import RunConfig
+from megatron_jobs.config.phase import Phase
 from megatron_jobs.data.order import DataOrder
 from megatron_jobs.data.phases import Source, locate, num_steps
 from mujina.user_input import UserError, nearest

@@ -10,7 +10,9 @@ from functools import reduce
 
 import numpy as np
 
-from megatron_jobs.config import DataConfig, LearningRate, Phase, RunConfig, differences
+from megatron_jobs.config import DataConfig, RunConfig
+from megatron_jobs.config.model import differences
+from megatron_jobs.config.phase import LearningRate, Phase
 from mujina.user_input import UserError, nearest, parse
 
 

@@ -20,7 +20,9 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig, Phase, RunConfig
+from megatron_jobs.config import ParallelConfig, RunConfig
+from megatron_jobs.config.model import ModelConfig, MoEConfig
+from megatron_jobs.config.phase import Phase
 from megatron_jobs.engine import attention, core
 from moe.experts import GroupedExperts
 from moe.router import Router

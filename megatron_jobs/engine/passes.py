@@ -20,7 +20,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_jobs import losses
-from megatron_jobs.config import Phase, RunConfig
+from megatron_jobs.config import RunConfig
+from megatron_jobs.config.phase import Phase
 from megatron_jobs.data.feeder import MicroBatch, weighs
 from megatron_jobs.engine.attention import this_part
 from megatron_jobs.engine.cross_entropy import cross_entropy_and_log_z

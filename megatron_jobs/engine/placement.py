@@ -23,7 +23,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
-from megatron_jobs.config import ModelConfig, MoEConfig
+from megatron_jobs.config.model import ModelConfig, MoEConfig
 from mujina.matrices import Box, TensorSource
 
 

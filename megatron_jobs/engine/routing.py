@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron_jobs.config import MoEConfig, Phase, RunConfig
+from megatron_jobs.config import RunConfig
+from megatron_jobs.config.model import MoEConfig
+from megatron_jobs.config.phase import Phase
 from megatron_jobs.engine import core
 from megatron_jobs.engine.state import TrainingState
 from moe import statistics
@@ -61,7 +63,7 @@ class Routing:
 
     def begin(self, phase: Phase) -> None:
         """From now on the routers are trained as this phase says."""
-        self.moe = self._of_run.in_phase(phase)
+        self.moe = self._of_run.in_phase(phase.moe)
         for router in self.routers:
             router.minimise(self.moe.load_balancing_loss if self.moe.has_load_balancing_loss else 0.0, self.moe.router_z_loss)
 

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import torch
 
-from megatron_jobs.config import NextToken
+from megatron_jobs.config.phase import NextToken
 from megatron_jobs.data.feeder import MicroBatch
 from megatron_jobs.losses.loss import Labels
 

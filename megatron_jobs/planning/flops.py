@@ -6,7 +6,7 @@ Needs no torch. An operation is one multiplication or one addition.
 import re
 from typing import NamedTuple
 
-from megatron_jobs.config import ModelConfig, MoEConfig
+from megatron_jobs.config.model import ModelConfig, MoEConfig
 
 
 def per_token(model: ModelConfig, moe: MoEConfig | None, sequence_length: int) -> int:

@@ -9,7 +9,8 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from megatron_jobs.config import ParallelConfig, Phase, RunConfig
+from megatron_jobs.config import ParallelConfig, RunConfig
+from megatron_jobs.config.phase import Phase
 from mujina.user_input import UserError
 
 DIVIDES = "{part_name} ({part}) must divide {whole_name} ({whole}): the nearest that do are {divisors}"

@@ -10,7 +10,8 @@ Letters: T tokens of a micro-batch on a rank (split over `context`; `tensor` spl
 
 from dataclasses import dataclass
 
-from megatron_jobs.config import SOFTMAX_AT_ONCE, ModelConfig, RunConfig
+from megatron_jobs.config import SOFTMAX_AT_ONCE, RunConfig
+from megatron_jobs.config.model import ModelConfig
 from megatron_jobs.planning import flops
 
 FRAMEWORK_GIB = 4.0  # on a GPU: CUDA context, cuBLAS and NCCL buffers, and what the allocator cannot use

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_jobs import config as configuration
-from megatron_jobs.config import Phase, RunConfig
+from megatron_jobs.config import RunConfig
+from megatron_jobs.config.phase import Phase
 from megatron_jobs.conversion.families import tell_hindrance
 from megatron_jobs.data import feeder, phases
 from megatron_jobs.data.phases import Source

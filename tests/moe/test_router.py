@@ -39,7 +39,8 @@ def routed() -> dict[str, Any]:
 
 def _route() -> dict[str, Any]:
     """What the routers of models make of the draw: weights, kept, tally, gradient of the losses."""
-    from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig
+    from megatron_jobs.config import ParallelConfig
+    from megatron_jobs.config.model import ModelConfig, MoEConfig
     from megatron_jobs.engine import groups
     from megatron_jobs.engine.gpt import build
 
@@ -107,7 +108,8 @@ def test_normalized_logits_that_are_all_equal_have_a_gradient():
 
 
 def _gradient_of_equal_logits() -> list[list[float]]:
-    from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig
+    from megatron_jobs.config import ParallelConfig
+    from megatron_jobs.config.model import ModelConfig, MoEConfig
     from megatron_jobs.engine import groups
     from megatron_jobs.engine.gpt import build
 
@@ -136,7 +138,8 @@ def _kept_of_equal_tokens(parallel: dict[str, int]) -> list[list[int]]:
     """The places, in each sequence, of the tokens that an expert keeps on this rank."""
     from megatron.core import parallel_state
 
-    from megatron_jobs.config import ModelConfig, MoEConfig, ParallelConfig
+    from megatron_jobs.config import ParallelConfig
+    from megatron_jobs.config.model import ModelConfig, MoEConfig
     from megatron_jobs.engine import groups
     from megatron_jobs.engine.attention import this_part
     from megatron_jobs.engine.gpt import build

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_jobs.checkpoints.weights import InitialWeights, drawn, shapes
-from megatron_jobs.config import ModelConfig, MoEConfig
+from megatron_jobs.config.model import ModelConfig, MoEConfig
 from moe.upcycle import Upcycled, _mean_and_std
 from mujina.matrices import Box
 

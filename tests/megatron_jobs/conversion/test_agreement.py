@@ -17,7 +17,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from megatron_jobs.config import ModelConfig, MoEConfig
+from megatron_jobs.config.model import ModelConfig, MoEConfig
 from megatron_jobs.conversion import agreement
 from megatron_jobs.conversion.tensors import read_files
 from mujina.user_input import UserError

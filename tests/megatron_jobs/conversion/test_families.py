@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from megatron_jobs import config as configuration
 from megatron_jobs.checkpoints.checkpoint import seal
-from megatron_jobs.config import MoEConfig, RunConfig
+from megatron_jobs.config import RunConfig
+from megatron_jobs.config.model import MoEConfig
 from megatron_jobs.conversion import convert, import_hf, upcycle
 from megatron_jobs.conversion.families import config_values, family_of
 from megatron_jobs.conversion.hugging_face import HuggingFaceFolder

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Mixtr
 
 from data_prep.prepare import PrepareConfig, prepare
 from megatron_jobs import config as configuration
-from megatron_jobs.config import LearningRate, MoEConfig, RunConfig
+from megatron_jobs.config import RunConfig
+from megatron_jobs.config.model import MoEConfig
+from megatron_jobs.config.phase import LearningRate
 from megatron_jobs.conversion import convert, import_hf
 from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
 from megatron_jobs.conversion.start import open_weights

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from data_prep.prepare import PrepareConfig, prepare
-from megatron_jobs.config import Phase, RunConfig
+from megatron_jobs.config import RunConfig
+from megatron_jobs.config.phase import Phase
 from megatron_jobs.conversion import convert, import_hf, upcycle
 from mujina.answers import FolderAnswerer, Sampling, question
 from tests.megatron_jobs.conversion.test_import import ONE_STEP, run_from, transformers_loss

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from rich.console import Console
 
-from megatron_jobs.config import MoEConfig, from_dict
+from megatron_jobs.config import from_dict
+from megatron_jobs.config.model import MoEConfig
 from megatron_jobs.data import phases
 from megatron_jobs.data.order import DataOrder
 from megatron_jobs.planning import layouts, plan

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_jobs import config
-from megatron_jobs.config import ModelConfig, MoEConfig
+from megatron_jobs.config.model import ModelConfig, MoEConfig
 from megatron_jobs.planning import flops
 
 TANUKI_8B, TANUKI_8X8B = (config.load(f"megatron_jobs/configs/{name}.yaml") for name in ("tanuki_8b", "tanuki_8x8b"))
