@@ -6,11 +6,16 @@
 
 An attempt is one start of the training in a job; a job that is requeued makes several. One that ends without a word (its node lost power)
 has no second line.
+
+These are records: what of them is torn (by a disk that was full) counts as not written, and what cannot be written is told. Neither stops
+a run.
 """
 
+import contextlib
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +23,8 @@ from typing import Any
 import pydantic
 
 from mujina.files import write_whole
-from mujina.user_input import parse_object, read_object, read_text, reading
 
+NOT_OURS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what reading a record that is none raises
 EXCLUDED_SECONDS = 24 * 3600  # after which a node may be tried again
 
 
@@ -55,12 +60,10 @@ _ATTEMPT = pydantic.TypeAdapter(Attempt)
 
 def attempts(run: Path) -> list[Attempt]:
     """All attempts of a run, oldest first."""
-    path, remedy = run / "slurm/attempts.jsonl", "take the line out"
     found: dict[tuple[str, int], Attempt] = {}
-    for number, line in enumerate(read_text(path).splitlines() if path.exists() else [], start=1):
-        where = f"{path} line {number}"
-        values = parse_object(line, where, remedy)
-        with reading(where, "an attempt", remedy):
+    for line in _lines(run / "slurm/attempts.jsonl"):
+        with contextlib.suppress(*NOT_OURS):
+            values = json.loads(line)
             key = (values["job"], values["restart"])
             found[key] = _ATTEMPT.validate_python(asdict(found[key]) | values if key in found else values)
     return list(found.values())
@@ -87,20 +90,18 @@ def submitted(run: Path, job: str) -> None:
 
 def jobs(run: Path) -> list[str]:
     """All jobs of a run, oldest first, those included that have not begun."""
-    path = run / "slurm/jobs"
-    known = read_text(path).split() if path.exists() else []
-    with reading(path, "a list of the numbers of jobs", "take out what is none"):
-        return sorted({*known, *(attempt.job for attempt in attempts(run))}, key=int)
+    known = [line for line in _lines(run / "slurm/jobs") if line.isdecimal()]
+    return sorted({*known, *(attempt.job for attempt in attempts(run))}, key=int)
 
 
 def standing(run: Path) -> tuple[int, int]:
-    """(step, tokens) of the newest checkpoint; (0, 0) before there is one."""
-    path = run / "checkpoints/latest/checkpoint.json"
-    if not path.exists():
-        return 0, 0
-    about = read_object(path)
-    with reading(path, "the description of a checkpoint", "the checkpoint is damaged: let `latest` point at an older one"):
-        return int(about["step"]), int(about["tokens"])
+    """(step, tokens) of the newest checkpoint whose description can be read; (0, 0) where there is none."""
+    folder = run / "checkpoints"
+    for checkpoint in [folder / "latest", *sorted(folder.glob("step-*"), reverse=True)]:
+        with contextlib.suppress(OSError, *NOT_OURS):
+            about = json.loads((checkpoint / "checkpoint.json").read_bytes())
+            return int(about["step"]), int(about["tokens"])
+    return 0, 0
 
 
 def last_step(run: Path) -> dict[str, Any] | None:
@@ -111,41 +112,57 @@ def last_step(run: Path) -> dict[str, Any] | None:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 1_000_000))  # a line has some kilobytes, more with norms of many layers
         lines = file.read().split(b"\n")[:-1]
-    if not lines:
-        return None
-    with reading(path, "the metrics of a run, in its last line", "go on with `mujina train`, which tidies the file"):
-        step = json.loads(lines[-1])
-        kinds = {"step": int, "phase": str, "loss": float, "tokens_per_second": float}
-        return {name: kind(step[name]) for name, kind in kinds.items()}
+    kinds = {"step": int, "phase": str, "loss": float, "tokens_per_second": float}
+    for line in reversed(lines):
+        with contextlib.suppress(*NOT_OURS):
+            step = json.loads(line)
+            return {name: kind(step[name]) for name, kind in kinds.items()}
+    return None
 
 
 def excluded(run: Path) -> dict[str, dict[str, Any]]:
     """{node: {"reason", "since"}} of the nodes that the run stays away from, for a day each."""
-    with reading(run / "slurm/nodes.json", "what the preflight wrote", "remove it to try all nodes again"):
-        nodes = _nodes(run).get("excluded", {}).items()
-        recent = [(node, about) for node, about in nodes if time.time() - float(about["since"]) < EXCLUDED_SECONDS]
-        return {node: {"reason": str(about["reason"]), "since": float(about["since"])} for node, about in recent}
+    return {node: about for node, about in _ever_excluded(run).items() if time.time() - about["since"] < EXCLUDED_SECONDS}
 
 
 def ever_excluded(run: Path) -> set[str]:
-    return set(_nodes(run).get("excluded", {}))
+    return set(_ever_excluded(run))
 
 
 def record_nodes(run: Path, verdict: dict[str, Any], bad: dict[str, str]) -> None:
     """Keeps the preflight's verdict, and excludes the `bad` nodes from now on."""
     now = {node: {"reason": reason, "since": time.time()} for node, reason in bad.items()}
-    text = json.dumps({"excluded": _nodes(run).get("excluded", {}) | now, "preflight": verdict}, indent=1, ensure_ascii=False)
-    write_whole(run / "slurm/nodes.json", text.encode())
+    text = json.dumps({"excluded": _ever_excluded(run) | now, "preflight": verdict}, indent=1, ensure_ascii=False)
+    _told(run / "slurm/nodes.json", lambda path: write_whole(path, text.encode()))
 
 
-def _nodes(run: Path) -> dict[str, Any]:
-    path = run / "slurm/nodes.json"
-    return read_object(path, "remove it to try all nodes again") if path.exists() else {}
+def _ever_excluded(run: Path) -> dict[str, dict[str, Any]]:
+    with contextlib.suppress(OSError, *NOT_OURS):
+        nodes = json.loads((run / "slurm/nodes.json").read_bytes()).get("excluded", {})
+        return {node: {"reason": str(about["reason"]), "since": float(about["since"])} for node, about in nodes.items()}
+    return {}
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
 
 
 def _append(path: Path, line: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    def append(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            begin = b"\n" if size and file.read(1) != b"\n" else b""  # behind half a line
+            file.write(begin + line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    _told(path, append)
+
+
+def _told(path: Path, write: Callable[[Path], None]) -> None:
+    try:
+        write(path)
+    except OSError as error:
+        print(f"{path}: could not be written ({error}): the run goes on without this record", flush=True)

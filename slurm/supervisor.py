@@ -210,7 +210,8 @@ class Supervisor:
         assert self.attempt is not None
         history.ended(self.folder, self.attempt, outcome, reason)
         # Those of this job: who submits a run anew thinks that it is worth it.
-        attempts = [one for one in history.attempts(self.folder) if one.job == self.job]
+        attempts = [one for one in history.attempts(self.folder) if one.job == self.job and one.restart < self.restart]
+        attempts.append(self.attempt)  # which a full disk may have kept from being written down
         excluded, lack = self._to_exclude()
         if diagnosis := without_prospect(attempts) or lack:
             self.attempt.extra["diagnosis"] = diagnosis

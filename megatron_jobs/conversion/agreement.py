@@ -190,11 +190,9 @@ def compare_with_transformers(source: Any, folder: Path, tokens: torch.Tensor, w
 
 def require(agreement: Agreement, what: str) -> None:
     if not math.isfinite(agreement.loss_before):
-        raise UserError(f"{what}: the model's own logits are not finite, for its weights hold NaN or Inf: start from another checkpoint")
+        raise UserError(
+            f"{what}: the model's own logits are not finite ({agreement}): nothing was written; take weights that are whole: "
+            "`mujina checkpoint inspect` counts NaN and Inf in each layer"
+        )
     if not agreement.holds:
-        if not math.isfinite(agreement.loss_before):
-            raise UserError(
-                f"{what}: the model's own logits are not finite ({agreement}): nothing was written; take weights that are whole: "
-                "`mujina checkpoint inspect` counts NaN and Inf in each layer"
-            )
         raise UserError(f"{what}: {agreement}: nothing was written; this is a defect, please report it with the configuration")

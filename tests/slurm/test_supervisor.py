@@ -78,6 +78,35 @@ def test_the_same_crash_is_diagnosed_with_the_nodes_that_were_always_there():
     assert without_prospect(same) is None
 
 
+def test_a_torn_record_is_none_and_stops_nothing(tmp_path):
+    """Half a line, as a full disk leaves it, with the next one behind it; garbage in each of the files."""
+    one, two = (history.began(tmp_path, "7", restart, ["node1"]) for restart in (0, 1))
+    history.ended(tmp_path, one, "crash", "boom")
+    path = tmp_path / "slurm/attempts.jsonl"
+    with path.open("a") as file:
+        file.write('{"job": "7", "restart": 1, "no')
+    history.ended(tmp_path, two, "done", "")
+    assert [(one.restart, one.outcome) for one in history.attempts(tmp_path)] == [(0, "crash"), (1, "done")]
+    history.record_nodes(tmp_path, {}, {"node1": "sick"})
+    assert list(history.excluded(tmp_path)) == ["node1"]
+    for name in ("attempts.jsonl", "nodes.json", "jobs"):
+        (tmp_path / "slurm" / name).write_bytes(b'\xff[]\n{"excluded": 3}\n')
+    (tmp_path / "checkpoints/step-00000003").mkdir(parents=True)
+    (tmp_path / "checkpoints/step-00000003/checkpoint.json").write_text('{"step": 3, "tokens": 30}')
+    (tmp_path / "checkpoints/step-00000006").mkdir()
+    (tmp_path / "checkpoints/step-00000006/checkpoint.json").write_text('{"step": 6, "tok')
+    (tmp_path / "checkpoints/latest").symlink_to("step-00000006")
+    assert not history.attempts(tmp_path) and not history.excluded(tmp_path) and not history.jobs(tmp_path)
+    assert history.standing(tmp_path) == (3, 30)
+
+
+def test_a_record_that_cannot_be_written_is_told(tmp_path, capsys):
+    (tmp_path / "slurm").write_text("a file, where a folder should be")
+    attempt = history.began(tmp_path, "7", 0, ["node1"])
+    history.ended(tmp_path, attempt, "done", "")
+    assert "the run goes on without this record" in capsys.readouterr().out
+
+
 def test_time_limits_too_short_to_save():
     assert without_prospect(attempts("time", "time", "time", tokens=(0, 0, 1, 1))) is None
     assert "raise --time" in without_prospect(attempts("time", "time", "time"))
