@@ -25,6 +25,7 @@ from mujina import strict_yaml
 from mujina.exits import MISTAKE
 
 SHOWN = 100  # characters of a value in an error
+MOST = 64 << 20  # bytes of a configuration, or of a description in JSON; /dev/zero has more
 SPACE = "make space on the disk (or raise the quota) and start again: what is whole stays"
 # What the system says no to, and what the user can do.
 REMEDIES = {
@@ -124,10 +125,14 @@ def parse(values: Any, model: type[T], where: str) -> T:
         raise UserError("\n".join(f"{where}: {problem}" for problem in problems)) from None
 
 
-def read_text(path: str | Path, remedy: str = "check the path") -> str:
-    """The text of a file; raises UserError, ending with `remedy`, when it cannot be read."""
+def read_text(path: str | Path, remedy: str = "check the path", most: int = -1) -> str:
+    """The text of a file. Raises UserError, ending with `remedy`, when it cannot be read or has more than `most` bytes (-1: any number)."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            data = file.read(most if most < 0 else most + 1)
+        if 0 <= most < len(data):
+            raise UserError(f"{path}: is longer than {most >> 20} MiB: {remedy}")
+        return data.decode().replace("\r\n", "\n")
     except OSError as error:
         raise UserError(f"{path}: {_reason(error)}: {remedy}") from None
     except UnicodeDecodeError as error:
@@ -147,7 +152,7 @@ def parse_object(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
 
 def read_object(path: str | Path, remedy: str = "check the path") -> dict[str, Any]:
     """The JSON object in a file. Raises UserError, ending with `remedy`."""
-    return parse_object(read_text(path, remedy), str(path), remedy)
+    return parse_object(read_text(path, remedy, MOST), str(path), remedy)
 
 
 @contextlib.contextmanager
@@ -198,7 +203,7 @@ def _load(path: Path, from_file: tuple[str, ...] = (), below: tuple[str, ...] = 
     place = os.path.realpath(path)
     if place in below:
         raise UserError(f"{path}: extends itself, by way of {below[-1]}: take that `extends:` out")
-    values = _from_yaml(read_text(path), str(path))
+    values = _from_yaml(read_text(path, most=MOST), str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds no keys: a configuration is a YAML mapping")
     parents = values.pop("extends", [])

@@ -120,3 +120,9 @@ def test_what_the_system_refuses_is_one_line_with_a_remedy(tmp_path: Path) -> No
         assert told and re.fullmatch(r"a/file: no: [^\n]+", told)
     assert explain(ConnectionResetError(errno.ECONNRESET, "No")) is None
     assert explain(ValueError("ours")) is None
+
+
+@pytest.mark.parametrize("read", [lambda path: read_yaml(path, Section), read_object])
+def test_a_file_without_an_end_is_no_configuration(read):
+    with pytest.raises(UserError, match="/dev/zero: is longer than 64 MiB: check the path"):
+        read("/dev/zero")
