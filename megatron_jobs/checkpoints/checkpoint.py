@@ -40,6 +40,7 @@ from mujina.user_input import UserError, nearest, read_object, read_text, readin
 STATES = ("master", "exp_avg", "exp_avg_sq")  # float32 weights, and AdamW's two moments
 FORMAT = 2
 DAMAGED = "the checkpoint is damaged; take an older one"
+SEEN_WITHIN = 60  # seconds that a file system may take to show to one node what another one sees
 FILE_BYTES = 2**30  # of the checkpoints that no rank writes
 
 
@@ -225,14 +226,19 @@ def _first_whole(
     folder: Path, order: Callable[[int], Any], keeps: Callable[[Checkpoint], bool], rank: int, gathered: Callable[[Any], list[Any]]
 ) -> tuple[Checkpoint | None, list[int]]:
     """The first one, in the `order` of steps, that is whole and kept, None where there are none; and what `keeps` refused before it."""
-    of_ranks = gathered(sorted(map(_step, _steps(folder)), key=order))
-    steps, refused = of_ranks[0], []
+    of_ranks = gathered(set(map(_step, _steps(folder))))
+    steps, refused = sorted(set[int]().union(*of_ranks), key=order), list[int]()
     for step in steps:
-        problem, is_kept = None, True
+        is_kept = True
+        checkpoint, problem = _opened(_folder(folder, step))
+        if any(gathered(problem is None)):
+            # A file system may show what was written just now to one node, and to another one later.
+            end = time.monotonic() + SEEN_WITHIN
+            while problem and time.monotonic() < end:
+                time.sleep(1)
+                checkpoint, problem = _opened(_folder(folder, step))
         try:
-            checkpoint = Checkpoint(_folder(folder, step))
-            is_kept = keeps(checkpoint)
-            if is_kept:
+            if checkpoint and (is_kept := keeps(checkpoint)):
                 checkpoint.verify(rank, len(of_ranks))
         except UserError as error:
             problem = str(error)
@@ -246,10 +252,18 @@ def _first_whole(
             return checkpoint, refused
     if steps:
         raise UserError(
-            f"{folder}: none of its {len(steps)} checkpoints is whole ({len(refused)} were rolled back): bring one back, or remove the "
-            "folder to start anew"
+            f"{folder}: none of its {len(steps)} checkpoints is whole ({len(refused)} were rolled back): bring one back, or move the "
+            "folder away to start anew"
         )
     return None, []
+
+
+def _opened(folder: Path) -> tuple[Checkpoint | None, str | None]:
+    """The checkpoint, or why it is none as this process sees it."""
+    try:
+        return Checkpoint(folder), None
+    except UserError as error:
+        return None, str(error)
 
 
 class Writer:

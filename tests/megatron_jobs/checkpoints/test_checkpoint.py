@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,36 @@ def test_every_file_is_verified_by_exactly_one_share(prepared, tmp_path):
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(prepared, tmp_path):
     assert newest_whole(tmp_path) is None
     halve(save(tiny(prepared, tmp_path), tmp_path, 1) / "ledger.json")
-    with pytest.raises(UserError, match="none of its 1 checkpoints is whole .* bring one back, or remove the folder to start anew"):
+    with pytest.raises(UserError, match="none of its 1 checkpoints is whole .* bring one back, or move the folder away to start anew"):
         newest_whole(tmp_path)
+
+
+def test_a_rank_waits_for_what_another_one_sees(prepared, tmp_path):
+    """Its file system shows the newest checkpoint later."""
+    for step in (1, 2):
+        save(tiny(prepared, tmp_path), tmp_path / "early", step, num_ranks=2)
+    shutil.copytree(tmp_path / "early", tmp_path / "late", symlinks=True)
+    shutil.rmtree(tmp_path / "late/step-00000002")
+    barrier, said = threading.Barrier(2), [None, None]
+
+    def find(rank: int, folder: Path) -> Checkpoint | None:
+        def gathered(value: Any) -> list[Any]:
+            said[rank] = value
+            barrier.wait(60)
+            values = list(said)
+            barrier.wait(60)
+            return values
+
+        return newest_whole(folder, rank=rank, gathered=gathered)
+
+    def appear() -> None:
+        shutil.copytree(tmp_path / "early/step-00000002", tmp_path / "late/.step")
+        (tmp_path / "late/.step").rename(tmp_path / "late/step-00000002")
+
+    threading.Timer(1.5, appear).start()
+    with ThreadPoolExecutor(2) as ranks:
+        found = list(ranks.map(find, (0, 1), (tmp_path / "early", tmp_path / "late")))
+    assert [one.step for one in found] == [2, 2]
 
 
 def test_nothing_is_removed_where_nothing_would_be_left(prepared, tmp_path):
