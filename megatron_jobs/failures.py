@@ -214,9 +214,10 @@ def _redirect(log: Path, rank: int) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     if rank == 0:
-        # In a session of its own: a signal to the run's processes must not end what tells of it.
         for number in (1, 2):
-            tee = subprocess.Popen(["tee", "-a", log], stdin=subprocess.PIPE, stdout=number, start_new_session=True)
+            tee = subprocess.Popen(
+                ["tee", "-a", log], stdin=subprocess.PIPE, stdout=number, start_new_session=True, preexec_fn=_ignore_signals
+            )
             assert tee.stdin is not None  # a pipe
             os.dup2(tee.stdin.fileno(), number)
             tee.stdin.close()
@@ -225,6 +226,12 @@ def _redirect(log: Path, rank: int) -> int:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
     return console
+
+
+def _ignore_signals() -> None:
+    """A signal to the run's processes, of which Slurm leaves out none, must not end what tells of it: that ends with them."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _told(error: Exception) -> str | None:

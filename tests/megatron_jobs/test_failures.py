@@ -103,6 +103,25 @@ def test_a_hang_ends_the_run_with_the_stacks_of_all_ranks(prepared, tmp_path, fa
             assert "in fault" in log
 
 
+TELLING = """
+import pathlib, psutil, signal, sys, time
+from megatron_jobs import failures
+with failures.supervised(pathlib.Path(sys.argv[1]), 0, 1, hang_seconds=60):
+    for child in psutil.Process().children():
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            child.send_signal(number)
+    time.sleep(0.5)
+    print("saved", flush=True)
+"""
+
+
+def test_a_signal_to_all_that_a_rank_has_started_does_not_silence_it(tmp_path):
+    """Slurm's signals reach every process of a step; what the rank has to say comes after them."""
+    attempt = failures.new_attempt(tmp_path)
+    told = subprocess.run([sys.executable, "-c", TELLING, str(attempt)], cwd=ROOT, text=True, capture_output=True, timeout=120)
+    assert told.returncode == 0 and told.stdout == "saved\n" and (attempt / "rank-0.log").read_text() == "saved\n", told
+
+
 WATCHED = """
 import os, pathlib, sys, time
 from megatron_jobs import failures
