@@ -79,13 +79,17 @@ class Journal:
         for number, line in enumerate(lines[:-1], start=1):
             with reading(f"{path} line {number}", "a row of a chain's journal", "take the line out, and its station runs again"):
                 self.rows.append(pydantic.TypeAdapter(Row).validate_json(line))
-        for row in self.rows:
-            if row.job and (end := sbatch.ended(folder / "jobs", row.job, row.tasks)):
-                row.status, row.seconds = end
+        self._read_ends()
         if any(row.job and row.status != 0 for row in self.rows):
             queued = sbatch.in_queue()
+            self._read_ends()  # a job may have ended before squeue was asked, and after its end was looked for
             for row in self.rows:
                 row.is_queued = row.job in queued and row.status != 0
+
+    def _read_ends(self) -> None:
+        for row in self.rows:
+            if row.job and (end := sbatch.ended(self.folder / "jobs", row.job, row.tasks)):
+                row.status, row.seconds = end
 
     def add(self, row: Row) -> None:
         """The row is safely on the disk when this returns."""

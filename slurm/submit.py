@@ -55,6 +55,7 @@ def main(
     if gpus_per_node:
         _check_memory(settings, planner.machine(processes, gpu, gpus_per_node, "transformer-engine"), gpu)
     _check_disk(settings)
+    _check_start(settings)
     tell_hindrance(settings)
 
     options = [f"--nodes={nodes + spare}"] + ([f"--time={time}"] if time else [])

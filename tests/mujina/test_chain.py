@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from mujina import sbatch
+from mujina.chain import Journal, Row
 from mujina.exits import MISTAKE, STOPPED
 from mujina.stations import read_chain
 from mujina.user_input import UserError
@@ -249,3 +251,18 @@ def test_the_chains_of_the_project_fit(chain, monkeypatch):
     }
     made = read_chain(Path(chain), [f"{key}={value}" for key, value in names.items()] if "slurm" in chain else [])
     assert len({station.name for station in made.stations}) == len(made.stations) >= 7
+
+
+def test_a_job_that_ends_while_the_queue_is_asked_has_ended(folder, monkeypatch):
+    """squeue answers when it is over, and its end was not there yet when the journal was opened."""
+    journal = Journal(folder, read_only=False)
+    journal.add(Row("one", ["write", "one"], {}, 0.0, job="7"))
+
+    def ends_first() -> set[str]:
+        (folder / "jobs").mkdir()
+        (folder / "jobs/7_0").write_text("began 5\nended 9 0\n")
+        return set()
+
+    monkeypatch.setattr(sbatch, "in_queue", ends_first)
+    [row] = Journal(folder, read_only=True).rows
+    assert (row.status, row.seconds, row.is_queued) == (0, 4.0, False)

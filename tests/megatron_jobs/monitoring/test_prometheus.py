@@ -117,14 +117,14 @@ def free_port() -> int:
     raise AssertionError("no free ports")
 
 
-def full(prepared: Path, folder: Path, **sections: Any) -> RunConfig:
+def full(prepared: Path, folder: Path, checkpoint_interval: int = 3, **sections: Any) -> RunConfig:
     """A run that has every metric."""
     return tiny(
         prepared,
         folder / "small",
         moe=MOE | {"capacity_factor": 1.0},
         data=dict(validation_tokens=64),
-        train=dict(validation_interval=2),
+        train=dict(validation_interval=2, checkpoint_interval=checkpoint_interval),
         prometheus=dict(port=free_port(), targets=str(folder / "targets")),
         **sections,
     )
@@ -207,12 +207,12 @@ def test_the_last_word_is_seen_and_the_target_is_gone(texts):
 
 
 def test_a_run_that_goes_back_and_then_gives_up(prepared, tmp_path):
-    """Step 4 is not finite and is passed over with the one before it; step 8 is not finite either."""
-    config = full(prepared, tmp_path, stability=dict(max_rollbacks=1, pass_over=2))
-    (attempt,) = run_ranks(1, watched, config, None, 0.0, {4: "nan", 8: "nan"})
+    """Step 5 is not finite and is passed over with the one before it, from step 2 on; step 8 is not finite either."""
+    config = full(prepared, tmp_path, checkpoint_interval=2, stability=dict(max_rollbacks=1, pass_over=2))
+    (attempt,) = run_ranks(1, watched, config, None, 0.0, {5: "nan", 8: "nan"})
     seen = [parsed(text, "small") for text in attempt]
-    assert [values["step"][""] for values in seen[:9]] == [0, 1, 2, 3, 1, 2, 5, 6, 7]
-    assert seen[5]["tokens"] == {"": 512} and seen[5]["trained_tokens_total"] == {"": 5 * 256}
+    assert [values["step"][""] for values in seen[:8]] == [0, 1, 2, 3, 4, 3, 6, 7]
+    assert seen[5]["tokens"] == {"": 3 * 256} and seen[5]["trained_tokens_total"] == {"": 5 * 256}
     last = seen[-1]
     assert last["state"] == dict(running=0, done=0, stopped=0, failed=1)
     counts = {what: count for what, count in last["events_total"].items() if count}
