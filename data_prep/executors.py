@@ -27,6 +27,7 @@ from data_prep.workers import Workers
 from mujina.files import hold, write_whole
 from mujina.user_input import UserError
 from tokenization.load import load
+from tokenization.tokenizer import Tokenizer
 
 
 def prepare(config: PrepareConfig) -> list[Manifest]:
@@ -205,11 +206,14 @@ def _run_rank(executor: LocalPipelineExecutor, rank: int) -> None:
 
 
 def _use_tokenizer(config: PrepareConfig) -> None:
-    if config.tokenizer is not None:
-        tokenizer = load(config.tokenizer, config.end_of_document, config.begin_documents)
+    if tokenizer := _tokenizer(config):
         if tokenizer.remark:
             print(tokenizer.remark, file=sys.stderr)
         use(tokenizer)
+
+
+def _tokenizer(config: PrepareConfig) -> Tokenizer | None:
+    return load(config.tokenizer, config.end_of_document, config.begin_documents) if config.tokenizer is not None else None
 
 
 def _finish_alone(config: PrepareConfig, name: str, _: int) -> None:
@@ -224,9 +228,8 @@ def _finish_alone(config: PrepareConfig, name: str, _: int) -> None:
 def notes(config: PrepareConfig, manifests: list[Manifest]) -> list[str]:
     """What is not in these binaries, or was not in their documents."""
     empty = [f"source {one.name}: {one.num_empty:,} documents of nothing were left out" for one in manifests if one.num_empty]
-    if config.tokenizer is None or not any(one.template_hash for one in manifests):
-        return empty
-    return empty + [f"{config.tokenizer}: its chat template {note}" for note in load(config.tokenizer).template_notes()]
+    tokenizer = _tokenizer(config) if any(one.template_hash for one in manifests) else None
+    return empty + [f"{config.tokenizer}: its chat template {note}" for note in (tokenizer.template_notes() if tokenizer else [])]
 
 
 def _finish(config: PrepareConfig, name: str, workers: Workers, say: Callable[[str], None]) -> Manifest | None:

@@ -93,7 +93,7 @@ def before_the_ranks_meet(attempt: Path | None) -> Iterator[None]:
     """Writes down why rank 0, which makes the meeting place, could not (a port that is taken); the others have no `attempt` yet."""
     try:
         yield
-    except Exception:
+    except Exception:  # whatever it is: it goes on up, once it is written down
         if attempt:
             claim(attempt, "rank 0", traceback.format_exc())
         raise
@@ -118,7 +118,7 @@ class Watchdog:
         self.attempt, self.rank, self.world_size, self.hang_seconds, self.console = attempt, rank, world_size, hang_seconds, console
         self._log = (attempt / f"rank-{rank}.log").open("a")
         self._closed = threading.Event()
-        self._alive, self._told = attempt / f"alive-{rank}", 0.0
+        self._alive, self._last_told = attempt / f"alive-{rank}", 0.0
         faulthandler.enable(self._log)  # a segmentation fault leaves its stack, too
         self.mark()
         threading.Thread(target=self._watch, daemon=True).start()
@@ -143,7 +143,7 @@ class Watchdog:
             if (now := bytes_moved()) > moved + MOVED:
                 moved = now
                 self.mark()
-            if self._marked > self._told + self.hang_seconds / 10:
+            if self._marked > self._last_told + self.hang_seconds / 10:
                 self._tell_of_life()
             if (self.attempt / "first_error").exists():
                 self._closed.wait(GRACE)  # this rank may be waiting for one that is gone, and never know
@@ -154,7 +154,7 @@ class Watchdog:
                 self._hung()
 
     def _tell_of_life(self) -> None:
-        self._told = self._marked
+        self._last_told = self._marked
         moment = time.time() - (time.monotonic() - self._marked)
         with contextlib.suppress(OSError):  # a full disk is no hang
             self._alive.touch()

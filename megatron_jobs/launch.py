@@ -84,8 +84,8 @@ def _is_done(config: RunConfig, order: DataOrder, num_steps: int) -> bool:
         return False  # the last one is damaged, or was rolled back
     phases.check_resumable(newest.config, config, newest.step)
     order.check_continues(newest.ledger)
-    if not newest.updates:
-        guard.from_ledger(newest.ledger.interventions)
+    guard.from_ledger(newest.ledger.interventions)
+    if guard.left_out_all(newest.step):
         raise UserError(guard.never_updated(config.run, newest.step))
     return True
 

@@ -10,7 +10,6 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -135,15 +134,6 @@ class Guard:
         """The interventions so far, a line each."""
         lines = [f"step {skip['step']} was skipped: {skip['reason']}" for skip in self.skipped[-self.config.max_skips :]]
         return lines + [f"steps {back['first']} to {back['last']} were passed over: {back['reason']}" for back in self.rollbacks]
-
-
-def not_finite(field: str, broken: Mapping[str, int]) -> str:
-    """What to tell of the weights that `field` gives: how many values of which matrices are NaN or Inf."""
-    named = ", ".join(f"{name} ({count:,})" for name, count in sorted(broken.items())[:5])
-    return (
-        f"{field}: {sum(broken.values()):,} values of the weights to start from are NaN or Inf, in {named}"
-        f"{f' and {len(broken) - 5} more' if len(broken) > 5 else ''}: take weights that are whole; `mujina checkpoint inspect` counts them"
-    )
 
 
 def read_rollbacks(run: Path) -> list[dict[str, Any]]:

@@ -19,13 +19,13 @@ import typer
 
 from megatron_jobs import config as configuration
 from megatron_jobs import failures, ranks, stability
-from megatron_jobs.checkpoints.checkpoint import Checkpoint
+from megatron_jobs.checkpoints.checkpoint import Checkpoint, step_folder
 from megatron_jobs.checkpoints.saver import Saver
 from megatron_jobs.checkpoints.weights import InitialWeights
 from megatron_jobs.config import RunConfig
 from megatron_jobs.config.phase import Phase
 from megatron_jobs.conversion.families import tell_hindrance
-from megatron_jobs.conversion.start import open_weights, origin_of
+from megatron_jobs.conversion.start import check_finite, open_weights, origin_of
 from megatron_jobs.conversion.upcycle import Mixture
 from megatron_jobs.data import feeder, phases
 from megatron_jobs.data.ledger import Ledger, Origin
@@ -123,7 +123,7 @@ class Trainer:
         self._tell_of_saves()
         if stopping:
             if self.log:
-                saved = config.run / f"checkpoints/step-{self.step:08d}"
+                saved = step_folder(self.saver.folder, self.step)
                 self.log.event(self.step, "stopped", reason=f"saved in {saved}; the same command goes on from there")
             self._last_word("stopped")
             raise SystemExit(STOPPED)
@@ -207,8 +207,7 @@ class Trainer:
             return start.step
         weights, origin_of = _initial(self.config)
         self.origin = ranks.from_rank_0(origin_of() if ranks.rank() == 0 else None)
-        if broken := self.state.start_from(weights):
-            raise UserError(stability.not_finite(_start_field(self.config), broken))
+        check_finite(self.config, self.state.start_from(weights))
         return 0
 
     def _roll_back(self, verdict: Verdict, step_in_phase: int) -> None:
@@ -261,13 +260,6 @@ class Trainer:
                 ]
             )
         )
-
-
-def _start_field(config: RunConfig) -> str:
-    """The field that says where the weights come from, with its value."""
-    if config.moe and config.moe.upcycle_from:
-        return f"moe.upcycle_from ({config.moe.upcycle_from})"
-    return f"train.init_from ({config.train.init_from})" if config.train.init_from else f"model.init_std ({config.model.init_std:g})"
 
 
 def _initial(config: RunConfig) -> tuple[TensorSource, Callable[[], Origin | None]]:

@@ -35,7 +35,7 @@ class Router(TopKRouter):
         without_capacity.moe_expert_capacity_factor = None
         super().__init__(without_capacity, *args, **kwargs)
         self.capacity_factor = config.moe_expert_capacity_factor
-        self.frozen_expert_bias = True  # for megatron-core, which would move it before it is known whether the step makes an update
+        self.frozen_expert_bias = True  # for megatron-core, which moves it in the pass, with an exchange of its own; see `move_bias`
         self.normalize_logits, self.part_of_sequence = normalize_logits, part_of_sequence
         # the share of each expert in the tokens of the step before, for `global_aux_loss`; who trains keeps it up to date
         even_E = torch.full((self.num_experts,), 1 / self.num_experts, device=torch.cuda.current_device())

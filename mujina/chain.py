@@ -19,7 +19,6 @@ to run all anew, the folder of the chain:
 SIGTERM and Ctrl-C reach the station that runs as SIGTERM; then, or when it fails, the chain ends with its status (`mujina.exits`).
 """
 
-import fcntl
 import json
 import os
 import shlex
@@ -37,7 +36,7 @@ import typer
 
 from mujina import sbatch
 from mujina.exits import MISTAKE, STOPPED
-from mujina.files import sha256_of, write_whole
+from mujina.files import hold, sha256_of, write_whole
 from mujina.processes import end_with_parent
 from mujina.stations import Plan, Station, files_named, read_chain
 from mujina.user_input import UserError, command_line, reading
@@ -59,19 +58,14 @@ class Row:
 
 
 class Journal:
-    """The rows of a chain, oldest first. Opened for writing it keeps other calls away until this process ends."""
+    """The rows of a chain, oldest first. Who opens it for writing holds the chain's folder."""
 
     def __init__(self, folder: Path, read_only: bool) -> None:
-        """Raises UserError when the chain runs already."""
         self.folder, path = folder, folder / "chain.jsonl"
         self._file: IO[bytes] | None = None
         if not read_only:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab")
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{folder}: another `mujina chain` is at it: wait for it to end, or stop it") from None
         lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
         if self._file and lines[-1]:  # power was lost in the middle of a line
             self._file.truncate(sum(len(line) + 1 for line in lines[:-1]))
@@ -284,8 +278,8 @@ def main(
 ) -> None:
     """Runs the stations of a chain that are not done yet, in order."""
     plan = read_chain(file, overrides or [])
-    journal = Journal(plan.folder, read_only=dry_run)
     if dry_run:
+        journal = Journal(plan.folder, read_only=True)
         due = reasons(plan, journal)
         for station in plan.stations:
             queued = _queued(journal, station.name)
@@ -295,10 +289,12 @@ def main(
                 print(shlex.join(["sbatch", *job_arguments(plan, station, waits_for)] if slurm else ["mujina", *station.command]))
         return
     status, last = 0, ""
-    if slurm:
-        run_on_slurm(plan, journal)
-    else:
-        status, last = run_here(plan, journal)
+    with hold(plan.folder / ".lock", f"chain {plan.folder}"):
+        journal = Journal(plan.folder, read_only=False)
+        if slurm:
+            run_on_slurm(plan, journal)
+        else:
+            status, last = run_here(plan, journal)
     table = standing(plan, journal)
     seconds = round(sum(row["seconds"] for row in table), 1)
     write_whole(plan.folder / "summary.json", json.dumps({"chain": plan.name, "stations": table, "seconds": seconds}, indent=1).encode())

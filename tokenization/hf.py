@@ -19,7 +19,7 @@ import gigatoken
 import numpy as np
 import tokenizers
 
-from mujina.user_input import UserError, nearest
+from mujina.user_input import UserError, nearest, read_object
 from tokenization.chat import ChatTemplate, Part
 from tokenization.tokenizer import BEGINNINGS, CHAT_PIECES, CHAT_TEMPLATE, END_OF_TURN, SPACE_PIECE, BeginDocuments, Rendered, beginning
 
@@ -287,15 +287,7 @@ class HfTokenizer:
     def _read(self, name: str) -> dict[str, Any]:
         """A JSON object of the folder; empty without the file. Raises UserError when it is anything else."""
         path = self._folder / name
-        if not path.exists():
-            return {}
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read as JSON ({error}): mend it, or copy it again") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: is a JSON {type(values).__name__}, not an object: copy it again")
-        return values
+        return read_object(path, "mend it, or copy it again") if path.exists() else {}
 
     def _read_template(self, config: dict[str, Any]) -> str | None:
         if (self._folder / "chat_template.jinja").exists():

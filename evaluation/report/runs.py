@@ -3,6 +3,7 @@
 A run may still be going on, and older ones recorded less: what is not there is None or empty.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pydantic
 
 from evaluation.report.charts import Band, Line, Mark, Points, smooth
 from mujina import gaps
-from mujina.user_input import Section, UserError, parse, parse_object, read_object, read_text, read_yaml
+from mujina.user_input import Section, UserError, parse, parse_object, read_object, read_text, read_yaml, reading
 
 _SMOOTHED_SHARE = 1 / 40  # of a run's steps: the window of the smoothed lines, and "the end" of a run
 # What `mujina train` writes of its own: a spike that was only logged is "update", since the step's update was made.
@@ -86,17 +87,6 @@ class Event(Section):
     time: float
     step: int
     what: str
-
-
-class Rollback(_Part):
-    """Steps that were passed over, and have no lines."""
-
-    first: int
-    last: int
-
-
-class Rollbacks(_Part):
-    rollbacks: list[Rollback] = []
 
 
 class SourceUse(_Part):
@@ -270,11 +260,11 @@ def read_run(folder: Path, name: str, colour: str) -> Run:
 
 
 def _lost(folder: Path, steps: list[Step]) -> str:
-    path, rollbacks = folder / "rollbacks.json", Rollbacks()
+    path, remedy, passed_over = folder / "rollbacks.json", "bring it back, or remove it", list[tuple[int, int]]()
     if path.exists():
-        remedy = "bring it back, or remove it"
-        rollbacks = parse(parse_object(f'{{"rollbacks": {read_text(path, remedy)}}}', str(path), remedy), Rollbacks, str(path))
-    passed_over = [(back.first, back.last) for back in rollbacks.rollbacks]
+        text = read_text(path, remedy)
+        with reading(path, "a list of rollbacks", remedy):
+            passed_over = [(int(back["first"]), int(back["last"])) for back in json.loads(text)]
     return gaps.lost((step.step for step in steps), steps[-1].step, passed_over)
 
 

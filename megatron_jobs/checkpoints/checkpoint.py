@@ -157,7 +157,7 @@ def _at_end_of_phase(named: Path) -> Path:
     names = [one.name for one in phases]
     if phase not in names:
         raise UserError(f"{named}: the run has no phase {phase}: {nearest(phase, names)}")
-    return _folder(checkpoints, sum(one.num_steps for one in phases[: names.index(phase) + 1]))
+    return step_folder(checkpoints, sum(one.num_steps for one in phases[: names.index(phase) + 1]))
 
 
 def _description(folder: Path) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def newest_whole(
     found, refused = _first_whole(folder, lambda step: -step, keeps, rank, gathered)
     if rank == 0:
         for step in refused:
-            _remove(_folder(folder, step))
+            _remove(step_folder(folder, step))
         if found and not (folder / "latest").exists():
             _point_latest_at(found.folder)
         elif not found:
@@ -217,7 +217,7 @@ def remove_after(folder: Path, step: int) -> None:
     for newer in filter(lambda one: _step(one) > step, sorted(_steps(folder), reverse=True)):
         _remove(newer)
     if step:
-        _point_latest_at(_folder(folder, step))
+        _point_latest_at(step_folder(folder, step))
     else:
         (folder / "latest").unlink(missing_ok=True)
 
@@ -230,13 +230,13 @@ def _first_whole(
     steps, refused = sorted(set[int]().union(*of_ranks), key=order), list[int]()
     for step in steps:
         is_kept = True
-        checkpoint, problem = _opened(_folder(folder, step))
+        checkpoint, problem = _opened(step_folder(folder, step))
         if any(gathered(problem is None)):
             # A file system may show what was written just now to one node, and to another one later.
             end = time.monotonic() + SEEN_WITHIN
             while problem and time.monotonic() < end:
                 time.sleep(1)
-                checkpoint, problem = _opened(_folder(folder, step))
+                checkpoint, problem = _opened(step_folder(folder, step))
         try:
             if checkpoint and (is_kept := keeps(checkpoint)):
                 checkpoint.verify(rank, len(of_ranks))
@@ -271,7 +271,7 @@ class Writer:
 
     def __init__(self, folder: Path, step: int) -> None:
         self.folder = folder
-        self.final = _folder(folder, step)
+        self.final = step_folder(folder, step)
         self.temporary = self.final.with_name(f".{self.final.name}")
         self.step = step
 
@@ -366,7 +366,7 @@ def prune(folder: Path, keep: int, is_kept: Callable[[int], bool], back_to: int)
     needed = max((step for step in steps if step <= back_to), default=0)
     for step in [step for step in steps if not is_kept(step)][:-keep]:
         if step < needed:
-            _remove(_folder(folder, step))
+            _remove(step_folder(folder, step))
 
 
 def _steps(folder: Path) -> Iterator[Path]:
@@ -377,7 +377,8 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name[5:])
 
 
-def _folder(folder: Path, step: int) -> Path:
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of so many steps stands, or will, in a run's `checkpoints`."""
     return folder / f"step-{step:08d}"
 
 

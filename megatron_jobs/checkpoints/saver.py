@@ -59,6 +59,13 @@ class Saver:
             remove_after(self.folder, step)
         dist.barrier()
 
+    def back_to(self, step: int) -> int:
+        """The steps that are done where a rollback of the step behind `step` goes back to (`stability.Guard.back_to`)."""
+        if not self.config.stability.may_roll_back:
+            return step
+        begun = max((end for end in self.phase_ends if end <= step), default=0)
+        return max(begun, step + 1 - self.config.stability.pass_over)
+
     def save(self, step: int, updates: int, boxes: dict[str, torch.Tensor], ledger: Ledger) -> None:
         """Saves the boxes that this rank owns (`TrainingState.boxes`), which may change when this returns. Collective.
 
@@ -165,7 +172,7 @@ class _Save:
             self.saver.folder,
             train.keep_checkpoints,
             lambda step: step in ends or bool(train.keep_every and step % train.keep_every == 0),
-            back_to=self.writer.step + 1 - config.stability.pass_over if config.stability.may_roll_back else self.writer.step,
+            self.saver.back_to(self.writer.step),
         )
         whole_seconds = time.monotonic() - self.began
         stood_still = self.stood_still if train.asynchronous_save else whole_seconds

@@ -1,5 +1,6 @@
 """The model that a run starts from, or that a mixture is made of: a checkpoint or a Hugging Face folder, opened and compared."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,22 @@ def origin_of(opened: Opened) -> Origin:
     if isinstance(opened, Checkpoint):
         return opened.ledger.origin_for(opened.identity)
     return Origin(kind="imported", of=(identity_of(opened),), hugging_face=opened.facts())
+
+
+def check_finite(config: RunConfig, broken: Mapping[str, int]) -> None:
+    """Raises UserError when values of the weights that a run starts from are NaN or Inf: how many, of which matrices."""
+    if not broken:
+        return
+    if config.moe and config.moe.upcycle_from:
+        field = f"moe.upcycle_from ({config.moe.upcycle_from})"
+    else:
+        path = config.train.init_from
+        field = f"train.init_from ({path})" if path else f"model.init_std ({config.model.init_std:g})"
+    named = ", ".join(f"{name} ({count:,})" for name, count in sorted(broken.items())[:5])
+    raise UserError(
+        f"{field}: {sum(broken.values()):,} values of the weights to start from are NaN or Inf, in {named}"
+        f"{f' and {len(broken) - 5} more' if len(broken) > 5 else ''}: take weights that are whole; `mujina checkpoint inspect` counts them"
+    )
 
 
 def identity_of(opened: Opened) -> dict[str, Any]:

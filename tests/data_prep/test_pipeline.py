@@ -231,7 +231,7 @@ def test_a_word_list_is_a_part_of_its_step(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     documents = write_files(tmp_path / "in", files=1, rows=5)
-    mine = tmp_path / "out/code/work/thesis.txt"
+    mine = tmp_path / "out/code" / "work" / "thesis.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("years of work")
     with pytest.raises(UserError, match="out/code: exists, is not empty and holds no pipeline.json"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, prune, write_weights
+from megatron_jobs.checkpoints.saver import Saver
 from megatron_jobs.checkpoints.weights import InitialWeights
 from megatron_jobs.config import RunConfig, StabilityConfig
 from megatron_jobs.data.ledger import Ledger
@@ -116,6 +117,15 @@ def test_the_checkpoints_that_a_rollback_can_need_are_kept(tmp_path, pass_over, 
                 assert there[0] <= spike - pass_over
 
 
+def test_checkpoints_before_a_phase_are_not_kept_for_its_rollbacks(prepared, tmp_path):
+    """The same step as the guard goes back to when the next step is not finite."""
+    config = tiny(prepared, tmp_path)  # phases of six and four steps
+    here, saver = guard(pass_over=config.stability.pass_over), Saver(config, {6, 10})
+    for done, step_in_phase in ((0, 0), (3, 3), (5, 5), (6, 0), (8, 2)):
+        assert saver.back_to(done) == here.back_to(done + 1, step_in_phase)
+    assert Saver(tiny(prepared, tmp_path, stability=dict(on_not_finite="skip")), {6, 10}).back_to(8) == 8
+
+
 class Killed(BaseException):
     """Stands for the end of the process at this moment: nothing is written any more."""
 
@@ -130,7 +140,6 @@ def train_with_faults(config: RunConfig, faults: dict[int, str], killed_at: str 
 
     import torch.distributed as dist
 
-    from megatron_jobs.checkpoints.saver import Saver
     from megatron_jobs.engine.passes import Passes
     from megatron_jobs.train import Trainer
 
