@@ -40,12 +40,9 @@ def main(
     processes: Annotated[int, typer.Option(min=1, max=1024, help="how many processes: one a GPU, or a few on a CPU")] = 1,
 ) -> None:
     """Trains to the end of the last phase; a run that was interrupted goes on where its newest whole checkpoint stands."""
-    settings = configuration.load(config, overrides)
-    layouts.check(settings, processes)
-    sources = feeder.facts(feeder.open_sources(settings))
-    settings = phases.resolve(settings, sources)
+    settings, order = checked(configuration.load(config, overrides), processes)
     num_steps = phases.num_steps(settings.phases)
-    if _is_done(settings, DataOrder(settings, sources), num_steps):
+    if _is_done(settings, order, num_steps):
         print(f"{settings.run}: all {num_steps} steps are done")
         return
     before = len(failures.attempts(settings.run))
@@ -69,6 +66,14 @@ def main(
     if block:
         print(block, file=sys.stderr)
     sys.exit(status if status > 0 else 1)
+
+
+def checked(config: RunConfig, processes: int) -> tuple[RunConfig, DataOrder]:
+    """The run with the budgets of its phases, and the order of its data. Raises UserError when it cannot be on so many processes."""
+    layouts.check(config, processes)
+    sources = feeder.facts(feeder.open_sources(config))
+    config = phases.resolve(config, sources)
+    return config, DataOrder(config, sources)
 
 
 def _is_done(config: RunConfig, order: DataOrder, num_steps: int) -> bool:
