@@ -22,10 +22,9 @@ import typer
 
 from megatron_jobs import config as configuration
 from megatron_jobs import failures, stability
+from megatron_jobs.check import check
 from megatron_jobs.config import RunConfig
-from megatron_jobs.data import feeder, phases
-from megatron_jobs.data.order import DataOrder
-from megatron_jobs.planning import layouts
+from megatron_jobs.data import phases
 from megatron_jobs.stability import Guard
 from mujina.exits import MISTAKE, STOPPED
 from mujina.processes import end_with_parent
@@ -40,9 +39,9 @@ def main(
     processes: Annotated[int, typer.Option(min=1, max=1024, help="how many processes: one a GPU, or a few on a CPU")] = 1,
 ) -> None:
     """Trains to the end of the last phase; a run that was interrupted goes on where its newest whole checkpoint stands."""
-    settings, order = checked(configuration.load(config, overrides), processes)
+    settings, _ = check(configuration.load(config, overrides), processes)
     num_steps = phases.num_steps(settings.phases)
-    if _is_done(settings, order, num_steps):
+    if _is_done(settings, num_steps):
         print(f"{settings.run}: all {num_steps} steps are done")
         return
     before = len(failures.attempts(settings.run))
@@ -68,16 +67,8 @@ def main(
     sys.exit(status if status > 0 else 1)
 
 
-def checked(config: RunConfig, processes: int) -> tuple[RunConfig, DataOrder]:
-    """The run with the budgets of its phases, and the order of its data. Raises UserError when it cannot be on so many processes."""
-    layouts.check(config, processes)
-    sources = feeder.facts(feeder.open_sources(config))
-    config = phases.resolve(config, sources)
-    return config, DataOrder(config, sources)
-
-
-def _is_done(config: RunConfig, order: DataOrder, num_steps: int) -> bool:
-    """Whether the newest whole checkpoint is that of this run's last step. Raises UserError when it is another run's, or never trained."""
+def _is_done(config: RunConfig, num_steps: int) -> bool:
+    """Whether the newest whole checkpoint is that of this run's last step. Raises UserError when no step of the run was trained."""
     folder = config.run / "checkpoints"
     if not any(int(path.name.removeprefix("step-")) >= num_steps for path in folder.glob("step-" + 8 * "[0-9]")):
         return False  # the trainer looks at it
@@ -87,8 +78,6 @@ def _is_done(config: RunConfig, order: DataOrder, num_steps: int) -> bool:
     newest, guard = newest_whole(folder), Guard(config.stability, stability.read_rollbacks(config.run))
     if newest is None or newest.step < num_steps or not guard.agrees(newest.step, newest.ledger.interventions):
         return False  # the last one is damaged, or was rolled back
-    phases.check_resumable(newest.config, config, newest.step)
-    order.check_continues(newest.ledger)
     guard.from_ledger(newest.ledger.interventions)
     if guard.left_out_all(newest.step):
         raise UserError(guard.never_updated(config.run, newest.step))

@@ -1,8 +1,7 @@
 """Checks a run before it waits in the queue, and submits it.    python -m slurm.submit RUN.yaml [key=value …]     (= mujina submit)
 
-Checked are the configuration, the layout on the nodes and its memory (plan), the data and their manifests, the disk, and what sbatch
-says (--test-only).
-Needs no torch.
+Checked are the configuration, the layout on the nodes and its memory (plan), the data and their manifests, the model or checkpoint that
+the run begins with, the disk, and what sbatch says (--test-only).
 """
 
 import re
@@ -15,10 +14,11 @@ from typing import Annotated
 import typer
 
 from megatron_jobs import config as configuration
+from megatron_jobs.check import check
 from megatron_jobs.config import RunConfig
 from megatron_jobs.conversion.families import tell_hindrance
-from megatron_jobs.data import feeder, phases
-from megatron_jobs.planning import layouts, plan, planner
+from megatron_jobs.data import phases
+from megatron_jobs.planning import plan, planner
 from mujina import sbatch
 from mujina.user_input import UserError, command_line, read_text, reading
 from slurm import history
@@ -48,14 +48,10 @@ def main(
         nodes = nodes or int(asked.get("nodes", 1))
         processes = nodes * int(asked.get("ntasks-per-node", 1))
         gpus_per_node = int(asked.get("gpus-per-node", "0").rpartition(":")[2])
-    layouts.check(settings, processes)
-    sources = feeder.facts(feeder.open_sources(settings))
-    settings = phases.resolve(settings, sources)
-    phases.shares(settings, sources)
+    settings, _ = check(settings, processes)
     if gpus_per_node:
         _check_memory(settings, planner.machine(processes, gpu, gpus_per_node, "transformer-engine"), gpu)
     _check_disk(settings)
-    _check_start(settings)
     tell_hindrance(settings)
 
     options = [f"--nodes={nodes + spare}"] + ([f"--time={time}"] if time else [])
@@ -114,16 +110,6 @@ def _check_disk(config: RunConfig) -> None:
             f"{free / 1e9:,.1f} GB free: make space, keep fewer, or move the run"
         )
     print(f"disk                    {kept} checkpoints of {BYTES_PER_PARAMETER * parameters / 1e9:,.1f} GB, {free / 1e9:,.1f} GB free")
-
-
-def _check_start(config: RunConfig) -> None:
-    """Raises UserError when the run begins, and what it begins with is not there."""
-    if history.standing(config.run)[0]:
-        return
-    for field, path in (("train.init_from", config.train.init_from), ("moe.upcycle_from", config.moe and config.moe.upcycle_from)):
-        run = path and path.with_name(path.name.partition("@")[0])  # RUN@PHASE
-        if path and run and not path.exists() and not run.exists():
-            raise UserError(f"{field} ({path}): no such folder: check the path, which starts at the folder where the command runs")
 
 
 def _tell(config: RunConfig, nodes: int, spare: int, processes: int, left_out: Iterable[str]) -> None:

@@ -34,20 +34,28 @@ MAY_ENTER = {
     "megatron_jobs.conversion": "mujina tokenization data_prep moe megatron_jobs.config megatron_jobs.conversion.families "
     "megatron_jobs.data megatron_jobs.planning megatron_jobs.checkpoints megatron_jobs.engine",
     "megatron_jobs.monitoring": "mujina moe megatron_jobs.config megatron_jobs.ranks megatron_jobs.data megatron_jobs.planning",
-    "megatron_jobs.launch": "mujina megatron_jobs.config megatron_jobs.failures megatron_jobs.stability megatron_jobs.data "
-    "megatron_jobs.planning megatron_jobs.checkpoints",
+    "megatron_jobs.check": "mujina megatron_jobs.config megatron_jobs.stability megatron_jobs.data megatron_jobs.planning "
+    "megatron_jobs.checkpoints megatron_jobs.conversion megatron_jobs.monitoring",
+    "megatron_jobs.launch": "mujina megatron_jobs.check megatron_jobs.config megatron_jobs.failures megatron_jobs.stability "
+    "megatron_jobs.data megatron_jobs.checkpoints",
     "megatron_jobs.train": "mujina megatron_jobs.config megatron_jobs.ranks megatron_jobs.failures megatron_jobs.stability "
     "megatron_jobs.data megatron_jobs.planning megatron_jobs.checkpoints megatron_jobs.engine megatron_jobs.conversion "
     "megatron_jobs.conversion.families megatron_jobs.monitoring",
     "evaluation": "mujina",
-    "slurm": "mujina megatron_jobs.config megatron_jobs.conversion.families megatron_jobs.failures megatron_jobs.data "
+    "slurm": "mujina megatron_jobs.check megatron_jobs.config megatron_jobs.conversion.families megatron_jobs.failures megatron_jobs.data "
     "megatron_jobs.planning",
 }
 MAY_IMPORT_MEGATRON_CORE = {"megatron_jobs.engine", "moe"}
 # Rooms and modules that need no torch to be imported; those of the verbs are added to them.
 NEED_NO_TORCH = [
-    *("tokenization", "data_prep", "slurm", "megatron_jobs.config", "megatron_jobs.failures", "megatron_jobs.launch"),
-    *("megatron_jobs.stability", "megatron_jobs.data", "megatron_jobs.planning", "megatron_jobs.conversion.families"),
+    *("tokenization", "data_prep", "slurm", "megatron_jobs.config", "megatron_jobs.failures", "megatron_jobs.check"),
+    *(
+        "megatron_jobs.launch",
+        "megatron_jobs.stability",
+        "megatron_jobs.data",
+        "megatron_jobs.planning",
+        "megatron_jobs.conversion.families",
+    ),
 ]
 HEAVY = {"torch", "megatron", "transformers"}
 

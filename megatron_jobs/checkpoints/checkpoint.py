@@ -201,6 +201,22 @@ def newest_whole(
     return found
 
 
+def newest_described(folder: Path, keeps: Callable[[Checkpoint], bool]) -> Checkpoint | None:
+    """The newest checkpoint that `keeps` does not refuse, as its description has it: nothing is read of its files but their sizes.
+
+    Raises UserError when there are checkpoints and this can be said of none of them.
+    """
+    steps, refused = sorted(map(_step, _steps(folder)), reverse=True), list[int]()
+    for step in steps:
+        checkpoint, _ = _opened(step_folder(folder, step))
+        if checkpoint and keeps(checkpoint):
+            return checkpoint
+        refused += [step] if checkpoint else []
+    if steps:
+        raise _none_is_whole(folder, steps, refused)
+    return None
+
+
 def whole_before(
     folder: Path,
     step: int,
@@ -251,11 +267,15 @@ def _first_whole(
         else:
             return checkpoint, refused
     if steps:
-        raise UserError(
-            f"{folder}: none of its {len(steps)} checkpoints is whole ({len(refused)} were rolled back): bring one back, or move the "
-            "folder away to start anew"
-        )
+        raise _none_is_whole(folder, steps, refused)
     return None, []
+
+
+def _none_is_whole(folder: Path, steps: Sequence[int], refused: Sequence[int]) -> UserError:
+    return UserError(
+        f"{folder}: none of its {len(steps)} checkpoints is whole ({len(refused)} were rolled back): bring one back, or move the folder "
+        "away to start anew"
+    )
 
 
 def _opened(folder: Path) -> tuple[Checkpoint | None, str | None]:

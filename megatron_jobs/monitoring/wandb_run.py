@@ -14,6 +14,16 @@ from mujina.files import write_whole
 from mujina.user_input import UserError
 
 
+def library() -> Any:
+    """The package. Raises UserError when it is missing."""
+    try:
+        return importlib.import_module("wandb")
+    except ImportError:
+        raise UserError(
+            "wandb: the package is not installed here: pip install -c constraints.txt -e '.[wandb]', or take the section out"
+        ) from None
+
+
 class WandbRun:
     """Rank 0 has one."""
 
@@ -21,12 +31,7 @@ class WandbRun:
         """Raises UserError when the package is missing or nobody is logged in. Without a connection the run is kept on this machine."""
         assert config.wandb
         self._say, self._is_silent = say, False
-        try:
-            self._wandb: Any = importlib.import_module("wandb")
-        except ImportError:
-            raise UserError(
-                "wandb: the package is not installed here: pip install -c constraints.txt -e '.[wandb]', or take the section out"
-            ) from None
+        self._wandb = library()
         path = config.run / "wandb_id"
         if not path.exists():
             write_whole(path, secrets.token_hex(4).encode())

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from megatron_jobs import launch
+from megatron_jobs.check import check
 from megatron_jobs.config import RunConfig, from_dict
 from megatron_jobs.data import phases
+from megatron_jobs.launch import held_port
 from mujina.user_input import UserError
 from tests.ranks import run_ranks, start_ranks
 
@@ -106,8 +107,8 @@ def draw(seed: int, prepared: Path, data: Path, vocab_size: int) -> Case:
 
 def accepted(config: RunConfig, world: int) -> RunConfig:
     """What `mujina train` goes through before it starts ranks. Raises UserError."""
-    checked, _ = launch.checked(config, world)
-    return checked
+    settings, _ = check(config, world)
+    return settings
 
 
 def _model(chance: random.Random, vocab_size: int) -> dict[str, Any]:
@@ -323,7 +324,7 @@ def start(config: RunConfig, stage: Stage, nan_at: int | None, is_wide: bool) ->
     if stage.killed is None:
         run_ranks(stage.world, train_so, config, nan_at, stage.last_step, None, is_wide)
         return
-    with launch.held_port() as port:
+    with held_port() as port:
         ranks = start_ranks(stage.world, port, train_so, config, nan_at, None, stage.killed, is_wide)
         ranks[stage.killed[0]].join(PATIENCE)
         ended = ranks[stage.killed[0]].exitcode
