@@ -10,15 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.row import LONGEST, Row, fields_of, row_of, too_long
+from data_prep.row import LONGEST_OF_OURS, Row, fields_of, row_of
 from data_prep.steps.read import NOTHING, records
-from mujina.files import open_rows, read_rows
+from mujina.files import LONGEST, open_rows, read_rows, too_long
 from mujina.user_input import UserError
 
 # Small blocks first, so that a small source keeps all cores busy; large ones later, so that a large source has few of them.
 FIRST_BLOCK, LAST_BLOCK = 1 << 19, 1 << 25  # bytes
 BLOCKS_OF_A_SIZE = 32
-LONGEST_OF_OURS = 16 * LONGEST  # bytes of a line that steps have written, in search of its end: JSON may take 12 for a character
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +28,9 @@ class Block:
     first_line: int
     lines: bytes
 
+    def __str__(self) -> str:
+        return f"{self.path} from {_unit(self.path)} {self.first_line} on"
+
 
 def read_blocks(path: str, is_ours: bool = False) -> Iterator[Block]:
     """Cuts a file of rows (.jsonl, .jsonl.gz, .jsonl.zst, .parquet) or a `datasets:` name into blocks; `is_ours`: steps have written it.
@@ -36,9 +38,10 @@ def read_blocks(path: str, is_ours: bool = False) -> Iterator[Block]:
     Raises UserError when it is unreadable or holds no rows.
     """
     first_line, anything = 1, False
-    for lines in _cut(_lines_of_table(path)) if _is_table(path) else _cut_file(path, LONGEST_OF_OURS if is_ours else LONGEST):
+    longest = LONGEST_OF_OURS if is_ours else LONGEST
+    for lines in _cut(_lines_of_table(path)) if _is_table(path) else _cut_file(path, longest):
         if lines is None:
-            raise UserError(f"{path} line {first_line}: {too_long('line')}")
+            raise UserError(f"{path} line {first_line}: {too_long('line', longest)}")
         anything = anything or not lines.isspace()
         yield Block(path, first_line, lines)
         first_line += lines.count(b"\n")
@@ -51,7 +54,7 @@ def rows_of(block: Block, labels: dict[str, str]) -> Iterator[Row]:
 
     labels   of the source, see `row.SourceFacts.labels`
     """
-    name, unit = Path(block.path).name, "row" if _is_table(block.path) else "line"
+    name, unit = Path(block.path).name, _unit(block.path)
     for number, line in enumerate(io.BytesIO(block.lines), start=block.first_line):
         if not line.strip():
             continue
@@ -62,8 +65,12 @@ def rows_of(block: Block, labels: dict[str, str]) -> Iterator[Row]:
         yield row
 
 
+def _unit(path: str) -> str:
+    return "row" if _is_table(path) else "line"
+
+
 def _is_table(path: str) -> bool:
-    return path.startswith("datasets:") or path.endswith(".parquet")
+    return path.startswith("datasets:") or path.lower().endswith(".parquet")
 
 
 def _cut_file(path: str, longest: int) -> Iterator[bytes | None]:
@@ -81,7 +88,7 @@ def _cut_file(path: str, longest: int) -> Iterator[bytes | None]:
                 else:
                     rest += data  # a line longer than a block
     except OSError:
-        for _ in read_rows(path):  # names what is wrong, and after which line
+        for _ in read_rows(path, longest):  # names what is wrong, and after which line
             pass
         raise
     if rest:

@@ -23,11 +23,13 @@ from data_prep.pipeline import Stage, Task
 from data_prep.report import write_report
 from data_prep.steps.read import find_inputs
 from data_prep.tokenize import tokenize, use
-from data_prep.workers import Workers
+from data_prep.workers import Workers, unexpected
 from mujina.files import hold, write_whole
 from mujina.user_input import UserError
 from tokenization.load import load
 from tokenization.tokenizer import Tokenizer
+
+ERRORS = "errors.log"  # of the output: what Python says of errors that nobody expected
 
 
 def prepare(config: PrepareConfig) -> list[Manifest]:
@@ -44,7 +46,7 @@ def _prepare(config: PrepareConfig, stages: dict[str, list[Stage]]) -> list[Mani
     logger.remove()  # datatrove tells its story in the log files of the stages
     columns = SpinnerColumn(finished_text="✓"), TextColumn("{task.description:20} {task.fields[state]}"), TimeElapsedColumn()
     manifests = []
-    with Workers(config.processes) as workers, Progress(*columns, console=Console(stderr=True)) as progress:
+    with Workers(config.processes, Path(config.output) / ERRORS) as workers, Progress(*columns, console=Console(stderr=True)) as progress:
         for name in config.sources:
             line = progress.add_task(name, total=None, state="")
 
@@ -201,8 +203,13 @@ def _logs(config: PrepareConfig, name: str, stage: str) -> str:
 
 
 def _run_rank(executor: LocalPipelineExecutor, rank: int) -> None:
-    with open("/dev/null", "w") as nowhere, redirect_stderr(nowhere):  # its log file has the same
-        executor._run_for_rank(rank, local_rank=1)
+    try:
+        with open("/dev/null", "w") as nowhere, redirect_stderr(nowhere):  # its log file has the same
+            executor._run_for_rank(rank, local_rank=1)
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise unexpected(error, f"task {rank}", Path(executor.logging_dir.path) / f"logs/task_{rank:05}.log") from None
 
 
 def _use_tokenizer(config: PrepareConfig) -> None:
@@ -219,7 +226,7 @@ def _tokenizer(config: PrepareConfig) -> Tokenizer | None:
 def _finish_alone(config: PrepareConfig, name: str, _: int) -> None:
     """`_finish` as a task of its own on a cluster, with a core for each of its processes."""
     _use_tokenizer(config)
-    with Workers(config.processes) as workers, _hold(config, name):
+    with Workers(config.processes, Path(config.output) / ERRORS) as workers, _hold(config, name):
         manifest = _finish(config, name, workers, print)
     for note in notes(config, [manifest] if manifest else []):
         print(note)

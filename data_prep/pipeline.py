@@ -29,7 +29,7 @@ from datatrove.pipeline.writers import JsonlWriter
 
 from data_prep.config import SourceConfig
 from data_prep.report import SourceReport, StepCounts
-from data_prep.row import is_nothing, joined
+from data_prep.row import LONGEST_OF_OURS, is_nothing, joined
 from data_prep.steps.read import files_of, find_inputs, read
 from data_prep.steps.step import CorpusStep, Judge, Step
 from mujina.files import Stamp, changed, read_rows, rename_folder, sha256_of, stamp, sync, write_stamps, write_whole
@@ -201,7 +201,7 @@ class ReadBack(PipelineStep):
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         path = self.folder / f"{rank:05}.jsonl.zst"
-        for _, row in read_rows(path) if path.exists() else ():  # no file: no document came so far
+        for _, row in read_rows(path, LONGEST_OF_OURS) if path.exists() else ():  # no file: no document came so far
             text = row.pop("text", None)
             if text is None:
                 text = joined(row["messages"])

@@ -15,6 +15,7 @@ from typing import Any
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
+from data_prep.row import LONGEST_OF_OURS
 from mujina.files import read_rows, write_whole
 from mujina.page import RUN_COLOURS, legend, page, swatch
 
@@ -135,7 +136,7 @@ def samples(paths: list[Path], seed: str) -> tuple[dict[str, list[Sample]], list
     chosen = sorted(rng.sample(sorted(paths), min(len(paths), SEEN_FILES)))
     for path in chosen:
         try:
-            for _, row in islice(read_rows(path), SEEN_ROWS // len(chosen)):
+            for _, row in islice(read_rows(path, LONGEST_OF_OURS), SEEN_ROWS // len(chosen)):
                 reason, _, finding = str(row.get("reason") or "").partition(": ")
                 seen[reason] += 1
                 place = len(drawn[reason]) if len(drawn[reason]) < size else rng.randrange(seen[reason])

@@ -1,6 +1,6 @@
 """What a row is: one text or one dialogue with its labels, read from a line of JSONL, a row of a table, a record of an archive or a file.
 
-    text       a string without NUL, of at most LONGEST characters; or
+    text       a string without NUL, of at most LONGEST (64 Mi) characters; or
     messages   the turns of a dialogue, [{"role": "...", "content": "..."}, ...], their contents together like a text. They win over a
                text beside them, and a source of kind chat needs them
     id         the row's own, else <name of the file>:<number of the row>
@@ -14,13 +14,13 @@ A reader finds fields, which are unchecked, and says where; here it is said what
 import re
 from typing import Any, Literal, NotRequired, TypedDict, cast, get_args
 
-from mujina.files import parse_row
+from mujina.files import LONGEST, parse_row, too_long
 from mujina.user_input import Section
 
 Kind = Literal["web", "code", "documents", "chat"]
 Origin = Literal["human", "synthetic", "rule"]
 
-LONGEST = 64 << 20  # bytes of a line, a page or a file of text, characters of a text; what is longer is no document
+LONGEST_OF_OURS = 16 * LONGEST  # bytes of a line that steps have written: JSON may take 12 for a character
 INVISIBLE = re.compile(
     r"[\s\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]*"
 )  # blanks, controls, marks of direction
@@ -108,7 +108,7 @@ def row_of(fields: Fields, id: str, labels: dict[str, str]) -> Row | str:
     if "\0" in text:
         return f"holds a NUL byte at character {text.index('\0')}, which is no text: mend or drop it"
     if len(text) > LONGEST:
-        return too_long("text")
+        return too_long("text", LONGEST)
     stated = {key: value for key, value in fields.items() if value is not None and (value != "" or key == "text")}
     if messages is not None:
         stated.pop("text", None)
@@ -123,11 +123,6 @@ def is_nothing(text: str) -> bool:
 def joined(messages: list[dict[str, str]]) -> str:
     """The contents of a dialogue's turns, by lines."""
     return "\n".join(turn["content"] for turn in messages)
-
-
-def too_long(what: str) -> str:
-    """What to tell the user of a row, or a part of one, that is above LONGEST."""
-    return f"the {what} is longer than {LONGEST >> 20} MiB: cut it into documents, or leave it out"
 
 
 def _short(value: Any) -> str:

@@ -4,27 +4,33 @@ import functools
 import multiprocessing
 import multiprocessing.connection
 import signal
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Self
 
+from data_prep.blocks import Block
 from mujina.processes import end_with_parent
-from mujina.user_input import UserError, explain
+from mujina.user_input import SHOWN, UserError, explain
 
 AHEAD = 3
 
 
 class Workers:
-    """`processes` forks of this process. Opened before threads start, because a fork copies only the one that calls it."""
+    """`processes` forks of this process. Opened before threads start, because a fork copies only the one that calls it.
 
-    def __init__(self, processes: int) -> None:
+    An error that nobody expected is told in one line; what Python has to say of it is appended to the file `log`.
+    """
+
+    def __init__(self, processes: int, log: Path) -> None:
         context = multiprocessing.get_context("fork")
         self._processes: dict[Connection, Any] = {}
         for _ in range(processes):
             ours, theirs = context.Pipe()
             # A worker that held a copy of our ends would not notice that we were killed, and would wait for ever.
             # No daemon, which might not have children: a step may give up a page only in a process of its own.
-            process = context.Process(target=_serve, args=(theirs, [*self._processes, ours]))
+            process = context.Process(target=_serve, args=(theirs, [*self._processes, ours], log))
             process.start()
             theirs.close()
             self._processes[ours] = process
@@ -86,7 +92,18 @@ def _end_of(status: int, processes: int) -> str:
     return f"was killed ({name}): unless somebody did so, the kernel for want of memory (`dmesg` tells): {fewer}, and start again"
 
 
-def _serve(connection: Connection, others: list[Connection]) -> None:
+def unexpected(error: Exception, where: str, log: Path) -> UserError:
+    """What to tell the user of an error that is no mistake of theirs; the file `log` has its traceback."""
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:SHOWN]
+    return UserError(f"{where}: ended with an error that nobody expected ({what}): report it, with what {log} has of it")
+
+
+def _told(task: tuple[Any, ...]) -> str:
+    """What a worker was at: names, files and lines."""
+    return ", ".join(str(part) for part in task if isinstance(part, str | int | Path | Block)) or "a task"
+
+
+def _serve(connection: Connection, others: list[Connection], log: Path) -> None:
     end_with_parent()  # the next run must not find us still writing
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us all; the parent says what happened, and ends us
     for other in others:
@@ -103,4 +120,10 @@ def _serve(connection: Connection, others: list[Connection]) -> None:
         except OSError as error:
             error.filename = error.filename or "a file of the output"  # a write does not know its file's name
             result = UserError(explain(error) or f"a file cannot be read or written ({error}): start again")
+        except MemoryError:
+            result = UserError(f"{_told(task)}: takes more memory than there is: set `processes` lower, or cut the input into files")
+        except Exception as error:
+            with log.open("a", encoding="utf-8") as file:
+                traceback.print_exc(file=file)
+            result = unexpected(error, _told(task), log)
         connection.send(result)

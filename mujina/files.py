@@ -28,24 +28,71 @@ import zstandard
 
 from mujina.user_input import UserError
 
+LONGEST = 64 << 20  # bytes of a line of somebody else's file; what is longer is no row
 PATIENCE = 5  # seconds for the processes that a killed holder of a lock leaves behind, which end with it
 # How compressed files are unpacked, and how many bytes at a time: zstd makes up to 32,000 times as much of them, gzip 1,000 times.
 FORMATS: dict[str, tuple[Callable[[], Any], int]] = {
     ".gz": (lambda: zlib.decompressobj(wbits=31), 1 << 13),
     ".zst": (lambda: zstandard.ZstdDecompressor().decompressobj(), 1 << 8),
 }
+PACKED = {b"\x1f\x8b\x08": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}  # what its first bytes are
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(path: str | Path, longest: int = LONGEST) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line number from 1, row) of a .jsonl, .jsonl.gz or .jsonl.zst file.
 
-    Raises UserError, naming file and line, when a line is not UTF-8, is not a JSON object, or a compressed stream breaks off.
+    Raises UserError, naming file and line, when a line is not UTF-8, is not a JSON object, has more than `longest` bytes, or a compressed
+    stream breaks off.
     """
-    for number, line in _numbered_lines(Path(path)):
-        row = parse_row(line)
-        if isinstance(row, str):
-            raise UserError(f"{path} line {number}: {row}")
-        yield number, row
+    for number, line in read_lines(path, longest, open_rows):
+        if line.strip():
+            row = parse_row(line)
+            if isinstance(row, str):
+                raise UserError(f"{path} line {number}: {row}")
+            yield number, row
+
+
+def read_lines(
+    path: str | Path, longest: int = LONGEST, opened: Callable[[str | Path], io.BufferedReader] = lambda path: open(path, "rb")
+) -> Iterator[tuple[int, bytes]]:
+    """Yields (number from 1, line) of a file. Raises UserError when it cannot be read, or a line has more than `longest` bytes."""
+    number = 0
+    try:
+        with opened(path) as stream:
+            for number, line in lines_of(stream, longest):
+                if line is None:
+                    raise UserError(f"{path} line {number}: {too_long('line', longest)}")
+                yield number, line
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file: check the path") from None
+    except OSError as error:
+        after = f"{path} after line {number}" if number else path
+        raise UserError(f"{after}: cannot be read further ({error}): copy or build the file again") from None
+
+
+def read_texts(path: str | Path) -> Iterator[str]:
+    """The lines of a text in UTF-8, without their ends. Raises UserError as `read_lines` does, and where it is none."""
+    for number, line in read_lines(path):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as wrong:
+            raise UserError(f"{path} line {number}: {not_utf8(wrong)}") from None
+
+
+def lines_of(stream: io.BufferedReader, longest: int) -> Iterator[tuple[int, bytes | None]]:
+    """Yields (number from 1, line), with None for one of more than `longest` bytes, which are passed over in pieces."""
+    number = 0
+    while part := stream.readline(1 << 20):
+        number, size, parts = number + 1, len(part), [part]
+        while not part.endswith(b"\n") and (part := stream.readline(1 << 20)):
+            size += len(part)
+            parts = [*parts, part] if size <= longest else []
+        yield number, b"".join(parts) if size <= longest else None
+
+
+def too_long(what: str, longest: int) -> str:
+    """What to tell the user of a row, or a part of one, that has more than so many bytes."""
+    return f"the {what} is longer than {longest >> 20} MiB: cut it into documents, or leave it out"
 
 
 def parse_row(line: bytes) -> dict[str, Any] | str:
@@ -60,6 +107,9 @@ def parse_row(line: bytes) -> dict[str, Any] | str:
 
 def not_utf8(error: UnicodeDecodeError) -> str:
     """What to tell the user about bytes that are no text."""
+    for begins, ending in PACKED.items():
+        if error.object.startswith(begins):
+            return f"holds packed bytes, and its name does not say so: let it end in {ending}"
     return f"byte {error.object[error.start]:#04x} at {error.start} is not UTF-8: convert the file, for example with iconv"
 
 
@@ -262,23 +312,9 @@ def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers."""
-    number = 0
-    try:
-        with open_rows(path) as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield number, line
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file: check the path") from None
-    except OSError as error:
-        raise UserError(f"{path} after line {number}: cannot be read further ({error}): copy or build the file again") from None
-
-
 def open_rows(path: str | Path) -> io.BufferedReader:
     """The bytes of a .jsonl, .jsonl.gz or .jsonl.zst file; OSError where the file is broken. Raises UserError on any other name."""
-    if not str(path).endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+    if not str(path).lower().endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
         raise UserError(f"{path}: unknown kind of file: give .jsonl, .jsonl.gz or .jsonl.zst")
     return io.BufferedReader(Stream(path), 1 << 20)
 
@@ -305,18 +341,19 @@ class Stream(io.RawIOBase):
 
 def _content(path: str | Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
-        if Path(path).suffix not in FORMATS:
+        ending = Path(path).suffix.lower()
+        if ending not in FORMATS:
             yield from iter(lambda: file.read(1 << 16), b"")
             return
-        new, size = FORMATS[Path(path).suffix]
+        new, size = FORMATS[ending]
         stream = None
         try:
             while piece := file.read(size):
-                while piece:
+                while piece := piece if stream or ending != ".gz" else piece.lstrip(b"\0"):  # with which some tools fill a file up
                     stream = stream or new()
                     yield stream.decompress(piece)
                     piece, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
         except (zlib.error, zstandard.ZstdError) as error:
-            raise OSError(f"not {Path(path).suffix[1:]} any more, or never was: {error}") from None
+            raise OSError(f"not {ending[1:]} any more, or never was: {error}") from None
         if stream is not None:
             raise OSError("the file is cut off")

@@ -14,7 +14,7 @@ from pydantic import Field, PositiveInt
 
 from data_prep.steps.ngrams import letters, ngram_hashes
 from data_prep.steps.step import Judge, Step, texts_of
-from mujina.files import read_rows
+from mujina.files import read_rows, read_texts
 from mujina.user_input import UserError
 
 FEWEST = 10  # letters: shorter texts of a set are answers such as "Paris", which say nothing
@@ -104,10 +104,7 @@ class Decontaminate(Step):
     def _rows(self, path: Path) -> Iterator[list[str]]:
         """The strings of each row."""
         if path.suffix == ".txt":
-            try:
-                yield from ([line] for line in path.read_text(encoding="utf-8-sig").splitlines())
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"sets: {path}: cannot be read as UTF-8 ({error}): convert the file") from None
+            yield from ([line] for line in read_texts(path))
             return
         for _, row in read_rows(path):
             yield [text for key, value in row.items() if self.fields is None or key in self.fields for text in _strings(value)]

@@ -17,9 +17,10 @@ from data_prep.steps.records import Records, group_starts, id_file, id_of, numbe
 from data_prep.steps.step import CorpusStep, Judge, texts_of
 
 PARAGRAPH = re.compile(r"\n\s*\n")
-# Lines that documents share because they are written so, not because a site puts them there: markup, and code.
+# Lines that documents share because they are written so, not because a site puts them there: markup, code, and rules without a letter.
 MARKUP = re.compile(
-    r"\s*(?:\\|</?[a-zA-Z!?]|[{}\])]|```|>>> |\$ |#!|#\s*include\b|import\s|from\s+\S+\s+import\s)|.*[{};]\s*\Z",
+    r"\s*(?:\\|</?[a-zA-Z!?]|[{}\])]|```|>>> |\$ |#!|#\s*include\b|import\s|from\s+\S+\s+import\s"
+    r"|#{1,6}\s|=+\s.*\s=+\s*\Z|\|.*\|\s*\Z|\$\$|[\W_]*\Z|(?:def|class|if|else|for|while)\b.*:\s*\Z)|.*[{};]\s*\Z",
     re.DOTALL,
 )
 ENDS, CLOSING = "。．.！!？?…、，,", "」』）)\"'”’"

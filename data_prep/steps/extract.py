@@ -26,6 +26,7 @@ WRAPPED = re.compile(rf"{WIDE}(?:{INLINE})*+\Z")
 PREFORMATTED = re.compile(r"(<(?:pre|PRE)\b[^<]*+(?:<(?!/?(?:pre|PRE)\b)[^<]*+)*+</(?:pre|PRE))")
 BLANK_LINES = re.compile(r"\n{3,}")
 
+HAS_RUBY = re.compile("<[rR][uU][bB][yY]")
 RUBY = re.compile(r"</?(?:rb|ruby)(?=[\s/>])[^>]*+>", re.IGNORECASE)
 PAD, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"  # of those that Unicode keeps for such use: they are in no text
 
@@ -47,8 +48,14 @@ SIGNS = r"(?:[^<&\w。]++|\d++|&(?:nbsp|amp|lt|gt|laquo|raquo|middot|bull);|<(?!
 IN_ITEM, IN_BOX = SIGNS.format("a|li|ul|menu"), SIGNS.format("a|li|ul|menu|div|p|h[1-6]|d[dlt]|t[dhr]|table|ol")
 MENU = re.compile(rf"<(ul|menu)\b[^>]*+>\s*+(?:<li\b[^>]*+>{IN_ITEM}(?:{LINK}{IN_ITEM})++(?:</li\s*>\s*+)?+)++</\1\s*>", re.IGNORECASE)
 BOX = re.compile(rf"<[dD][iI][vV]\b[^>]*+>{IN_BOX}(?:{LINK}{IN_BOX}){{2,}}+</div\s*>", re.IGNORECASE)
-# Without the pictures' own texts, and without what is entered into forms; their captions and labels are text.
-SKIPPED = ["img", "area", "object", "video", "audio", "embed", "svg", "textarea", "input", "button", "select", "option"]
+# Without the pictures' own texts, and without what is entered into forms; their captions and labels are text. Nor what browsers do not
+# show: the title, dialogs that are closed, the source of formulas, what stands for an element that the browser does not know.
+SKIPPED = [
+    *("img", "area", "object", "video", "audio", "embed", "svg", "textarea", "input", "button", "select", "option"),
+    *("title", "datalist", "dialog:not([open])", "annotation", "annotation-xml", "canvas", "meter", "progress", "noembed", "noframes"),
+]
+# Text, as browsers with scripts have it: in the head its elements would begin the body.
+NO_SCRIPT = re.compile(r"<noscript\b[^>]*+>(?:[^<]++|<(?!/?(?:noscript|script)\b))*+</noscript\s*+>", re.IGNORECASE)
 
 
 # Either engine's time grows with the square of the depth of nesting: 8 s for so many elements, one in the other.
@@ -114,7 +121,7 @@ def _sandbox(engine: str, ruby: str, timeout: float) -> ExtractorSandbox:
 
 def without_ruby(html: str, ruby: Literal["drop", "parentheses"]) -> str:
     """HTML in which the readings of ruby are gone, or stand in parentheses after what they are of; the rest of it is plain text."""
-    if not any(tag in html for tag in ("<ruby", "<RUBY", "<Ruby")):
+    if not HAS_RUBY.search(html):
         return html
     from resiliparse.parse.html import HTMLTree
 
@@ -162,6 +169,8 @@ def _resiliparse(html: str) -> str:
 
 def _led_around(html: str) -> str:
     """A page of which resiliparse keeps all main text: it takes nothing in it for something else because of its form."""
+    if "noscript" in html:
+        html = NO_SCRIPT.sub("", html)
     if "<time" in html:  # dates in sentences
         html = html.replace("<time", "<span").replace("</time", "</span")
     if "itemprop=" in html or "rel=author" in html or 'rel="author' in html:

@@ -16,6 +16,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from data_prep.steps.measure import NO_LIMIT, Rule, code_points, duplicates, first_broken, repeated_ngrams
 from data_prep.steps.step import Judge, Step
+from mujina.files import read_texts
 from mujina.user_input import Section, UserError
 
 WORDS = Path(__file__).parent / "words"
@@ -182,11 +183,7 @@ def _classes() -> NDArray[np.uint8]:
 
 
 def _words(words: Path) -> list[str]:
-    try:
-        lines = (WORDS / words).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"words {words}: cannot be read ({error}): name a list of {WORDS.name}/ or an absolute path") from None
-    found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    found = [line.strip() for line in read_texts(WORDS / words) if line.strip() and not line.startswith("#")]
     for word in found:
         if len(word) == 1:
             raise UserError(f"words {words}: {word!r} is one character: give words of two or more, a character alone says little")

@@ -59,8 +59,8 @@ INTERNATIONAL = re.compile(
 AMERICAN = re.compile(rf"{NOT_INSIDE}(?:1[-. ])?(?:\([2-9]\d\d\)[-. ]?|[2-9]\d\d[-.])[2-9]\d\d[-.]\d{{4}}{NO_MORE}")
 # Behind a word that says so, also without signs or with blanks.
 SAID = re.compile(
-    rf"((?<![A-Za-z])(?:tel|ＴＥＬ|fax|ＦＡＸ|℡|☎|📞|電話(?:番号)?|携帯(?:番号|電話)?|ファッ?クス|フリーダイヤル)[\s:：.．/／(（)）は]{{0,4}})"
-    rf"(?:[0０]\d|[(（][0０]\d)(?:[ 　()（）]|{HYPHEN})?(?:\d(?:[ 　()（）]|{HYPHEN})?){{7,8}}\d(?!\d)",
+    rf"((?<![A-Za-z])(?:tel|ＴＥＬ|fax|ＦＡＸ|℡|☎|📞|電話(?:番号)?|携帯(?:番号|電話)?|ファッ?クス|フリーダイヤル)[\s:：.．/／(（)）は]{{0,4}}?)"
+    rf"(?:[0０]\d|[(（](?=\d{{1,5}}[)）])[0０]\d)(?:[ 　()（）]|{HYPHEN})?(?:\d(?:[ 　()（）]|{HYPHEN})?){{7,8}}\d(?!\d)",
     re.IGNORECASE,
 )
 

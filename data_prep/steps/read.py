@@ -16,10 +16,10 @@ import pyarrow
 from datatrove.data import Document
 from pyarrow import parquet
 
-from data_prep.row import KEYS, LONGEST, Fields, fields_of, joined, known, row_of, too_long
+from data_prep.row import KEYS, Fields, fields_of, joined, known, row_of
 from data_prep.steps.decode import html_of
 from data_prep.steps.warc import Page, Passed, read_warc
-from mujina.files import Stream, not_utf8
+from mujina.files import LONGEST, Stream, lines_of, not_utf8, too_long
 from mujina.user_input import UserError
 
 PAGES = (".html", ".htm")
@@ -87,7 +87,7 @@ def read(
             raise UserError(f"{where}: {row}")
         else:
             problems(f"{where}: {row}")
-            passed(re.split(r"[:(]| [`'\d]", row)[0].strip())
+            passed(re.split(r"[:(]| [`'\d]", row.lstrip("0123456789, "))[0].strip())
 
 
 def records(path: str) -> Iterator[tuple[str, int, Fields | Passed | str]]:
@@ -113,22 +113,11 @@ def records(path: str) -> Iterator[tuple[str, int, Fields | Passed | str]]:
 
 
 def _read_jsonl(path: str) -> Found:
-    for number, line in _lines(Stream(path)):
+    for number, line in lines_of(io.BufferedReader(Stream(path), 1 << 16), LONGEST):
         if line is None:
-            yield number, too_long("line")
+            yield number, too_long("line", LONGEST)
         elif line.strip():
             yield number, fields_of(line)
-
-
-def _lines(stream: io.RawIOBase) -> Iterator[tuple[int, bytes | None]]:
-    """Yields (number from 1, line), with None for one longer than LONGEST, whose bytes are passed over in pieces."""
-    number, buffered = 0, io.BufferedReader(stream, 1 << 16)
-    while part := buffered.readline(1 << 20):
-        number, size, parts = number + 1, len(part), [part]
-        while not part.endswith(b"\n") and (part := buffered.readline(1 << 20)):
-            size += len(part)
-            parts = [*parts, part] if size <= LONGEST else []
-        yield number, b"".join(parts) if size <= LONGEST else None
 
 
 def _read_parquet(path: str) -> Found:
@@ -174,7 +163,7 @@ def _read_warc(path: str) -> Found:
 def _read_file(path: str) -> Found:
     """One file, one document."""
     if os.path.getsize(path) > LONGEST:
-        yield 0, too_long("file")
+        yield 0, too_long("file", LONGEST)
         return
     data = Path(path).read_bytes()
     if not data.strip():

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from datatrove.data import Document
 
 from data_prep.steps.step import Judge, Step
-from mujina.user_input import UserError
+from mujina.files import read_texts
 
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
 # What datatrove's filter says, and our reason.
@@ -70,9 +70,5 @@ def _filter_of(blocked_domains: str | None) -> Any:
 def _domains_of(path: str | None) -> list[str]:
     if path is None:
         return []
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = (line.partition("#")[0].strip().lower() for line in file)
-            return [line for line in lines if line]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a list of domains ({error}): give UTF-8 text, a domain on each line") from None
+    lines = (line.partition("#")[0].strip().lower() for line in read_texts(path))
+    return [line for line in lines if line]

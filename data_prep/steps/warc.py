@@ -4,20 +4,20 @@ A record is a head of lines, as many bytes as its Content-Length says, and two l
 the end follow. In a packed archive each record is a gzip member, so that of a damaged one the next member tells where to go on; else the
 next line that begins with WARC/1. does. Archives with LF for CRLF are read, too.
 
-fastwarc reads the heads, brotli and zstd; zlib the rest.
+fastwarc reads the heads; `http_body` unpacks what they say is packed.
 """
 
 import io
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
-from fastwarc.stream_io import BrotliReader, WarcReader, ZstdReader
 from fastwarc.warc import HeaderMap
 
-from data_prep.row import LONGEST, too_long
+from data_prep.steps.http_body import MEMBER, is_unpacked, unpacked
+from mujina.files import LONGEST, too_long
 
 PIECE = 1 << 13  # bytes of a packed archive at a time: gzip makes up to 1,000 times as much of them
 LONGEST_HEAD = 1 << 16
@@ -37,8 +37,6 @@ END_OF_HEAD = re.compile(rb"\n\r?\n")
 END_OF_RECORD = re.compile(rb"\r?\n\r?\n")
 CONTENT_LENGTH = re.compile(rb"^content-length[ \t]*:[ \t]*(\d{1,18})[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
 CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([^\s\"';,]+)", re.IGNORECASE)
-CHUNK = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\n]*)?\r?\n")
-AFTER_CHUNK = re.compile(rb"\r?\n")
 # Not pages, but what is written about them.
 BESIDE = ("warcinfo", "request", "metadata")
 
@@ -190,7 +188,7 @@ class _Window:
             gone = min(left, max(len(self.data) - LONGEST_NEXT, 1))
             del self.data[:gone]
             left -= gone
-        return too_long("record")
+        return too_long("record", LONGEST)
 
 
 def _content(path: str) -> Iterator[bytes | Break]:
@@ -230,12 +228,12 @@ def _seek_member(file: BinaryIO, start: int) -> bool:
     held = b""
     while piece := file.read(1 << 20):
         held, base = held + piece, start
-        at = held.find(b"\x1f\x8b\x08")
+        at = held.find(MEMBER)
         while at >= 0:
             try:
                 zlib.decompressobj(wbits=31).decompress(held[at : at + 512], 1 << 16)
             except zlib.error:
-                at = held.find(b"\x1f\x8b\x08", at + 1)
+                at = held.find(MEMBER, at + 1)
             else:
                 file.seek(base + at)
                 return True
@@ -262,6 +260,8 @@ def _page_of(data: bytes) -> Page | Passed | str | None:
         is_response = kind == "response" and headers.get("content-type", "application/http").lower().startswith("application/http")
         if is_response:
             status, http, body = _head_and_body(body)
+            while status is not None and status < 200 and body.startswith(b"HTTP/"):  # "go on", before the answer
+                status, http, body = _head_and_body(body)
             if status is None:
                 return "holds no HTTP response: fetch the page again"
             if not 200 <= status < 300 or status in (204, 205, 206):
@@ -274,13 +274,14 @@ def _page_of(data: bytes) -> Page | Passed | str | None:
     if content_type not in (*HTML_TYPES, *UNKNOWN_TYPES):
         return Passed(content_type)
     if is_response:
-        told = http.get("content-length", "")
-        if told.isdecimal() and len(body) < int(told) and "transfer-encoding" not in http:
+        told, packed = http.get("content-length", ""), http.get("content-encoding", "")
+        is_as_sent = "transfer-encoding" not in http and not (packed and is_unpacked(body))
+        if told.isdecimal() and len(body) < int(told) and is_as_sent:
             return Passed("body shorter than the server said")
-        unpacked = _body(body, http.get("transfer-encoding", ""), http.get("content-encoding", ""))
-        if isinstance(unpacked, str):
-            return unpacked
-        body = unpacked
+        content = unpacked(body, http.get("transfer-encoding", ""), packed)
+        if isinstance(content, str):
+            return content
+        body = content
     if not body.strip():
         return Passed("empty body")
     if content_type in UNKNOWN_TYPES and not PAGE.match(body):
@@ -289,85 +290,20 @@ def _page_of(data: bytes) -> Page | Passed | str | None:
 
 
 def _head_and_body(data: bytes) -> tuple[int | None, dict[str, str], bytes]:
-    """The status of a first line, the headers by their names in lower case (of two the first), and what follows."""
+    """The status of a first line, the headers by their names in lower case, and what follows. Of two the first counts, and both of how
+    a body is packed, one after the other."""
     found = END_OF_HEAD.search(data)
     end = found.end() if found else len(data)
     headers = HeaderMap()
     headers.parse(io.BytesIO(data[:end].replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")))
-    return headers.status_code, {name.lower(): value.strip() for name, value in reversed(headers.items())}, data[end:]
+    named = {name.lower(): value.strip() for name, value in reversed(headers.items())}
+    packed = [value for name, value in headers.items() if name.lower() == "content-encoding"]
+    return headers.status_code, named | ({"content-encoding": ", ".join(packed)} if packed else {}), data[end:]
 
 
 def _type_of(value: str) -> tuple[str, str | None]:
     """The media type of a Content-Type in lower case, "" without one, and its charset."""
     kind, _, parameters = value.partition(";")
     found = CHARSET.search(parameters)
-    return kind.split(",")[0].strip().lower(), found[1] if found else None
-
-
-def _body(data: bytes, transfer: str, content: str) -> bytes | str:
-    """A body unpacked, or what is wrong with it.
-
-    Some crawlers store a page unpacked and leave its header as it was, so that what begins like a page is one.
-    """
-    try:
-        if "chunked" in transfer.lower() and CHUNK.match(data):
-            data = _unchunked(data)
-        names = [name.strip().lower() for name in content.split(",")]
-        for name in reversed(names):
-            if not data.lstrip().startswith(b"<") and name in UNPACK:
-                data = UNPACK[name](data)
-        data = _gunzip(data)  # whatever the header says
-    except (OSError, zlib.error) as error:
-        return f"its body cannot be unpacked ({error}): fetch the page again"
-    return data if len(data) <= LONGEST else too_long("record, unpacked,")
-
-
-def _unchunked(data: bytes) -> bytes:
-    parts, at = list[bytes](), 0
-    while found := CHUNK.match(data, at):
-        start, size = found.end(), int(found[1], 16)
-        if size == 0:
-            return b"".join(parts)
-        parts.append(data[start : start + size])
-        after = AFTER_CHUNK.match(data, start + size)
-        if after is None:
-            break
-        at = after.end()
-    raise OSError("it is chunked and breaks off")
-
-
-def _inflate(data: bytes, wbits: int) -> bytes:
-    stream = zlib.decompressobj(wbits)
-    unpacked = stream.decompress(data, LONGEST + 1)
-    if not stream.eof and len(unpacked) <= LONGEST:
-        raise OSError("it breaks off")
-    return unpacked
-
-
-def _gunzip(data: bytes) -> bytes:
-    return _inflate(data, 31) if data.startswith(b"\x1f\x8b") else data
-
-
-def _deflate(data: bytes) -> bytes:
-    """HTTP means zlib's format by that name; some servers send it bare."""
-    try:
-        return _inflate(data, 15)
-    except zlib.error:
-        return _inflate(data, -15)
-
-
-def _read_all(reader: WarcReader) -> bytes:
-    """What it has, as far as it is not too long."""
-    data = bytearray()
-    while len(data) <= LONGEST and (piece := reader.read(1 << 16)):
-        data += piece
-    return bytes(data)
-
-
-UNPACK: dict[str, Callable[[bytes], bytes]] = {
-    "gzip": _gunzip,
-    "x-gzip": _gunzip,
-    "deflate": _deflate,
-    "br": lambda data: _read_all(BrotliReader(io.BytesIO(data))),
-    "zstd": lambda data: _read_all(ZstdReader(io.BytesIO(data))),
-}
+    kind = kind.split(",")[0].strip().lower()
+    return kind if "/" in kind else "", found[1] if found else None  # without a slash it is no type

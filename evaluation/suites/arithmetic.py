@@ -18,7 +18,7 @@ from evaluation.progress import answered
 from evaluation.result import Measure, Result, Sample, Suite, summarize
 from mujina.answers import Answer, Answerer, Conversation, Message, Sampling
 from mujina.files import sha256_of
-from mujina.user_input import Section, UserError, parse, parse_object, read_text
+from mujina.user_input import MOST, Section, UserError, parse, parse_object, read_text
 
 SAMPLING = Sampling(max_new_tokens=128)  # room for some working before the fixed form
 MEASURES = {
@@ -70,7 +70,7 @@ def evaluate(answerer: Answerer, model: str, prompts: Path, limit: int | None) -
 def read_problems(path: Path) -> list[Problem]:
     """The rows of a prompt file; raises UserError naming the line when one does not fit, or when there is none."""
     remedy = "give a JSONL file of {id, messages, answer, language}"
-    lines = read_text(path, remedy).split("\n")
+    lines = read_text(path, remedy, MOST).split("\n")
     rows = [(f"{path}: line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise UserError(f"{path}: holds no prompts: {remedy}")

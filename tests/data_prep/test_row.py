@@ -78,6 +78,17 @@ def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path: Path, name: str, rows: 
 
 
 @of_both
+def test_endings_in_capitals_zeros_behind_and_packed_files_that_do_not_say_so(tmp_path: Path, rows: Reader) -> None:
+    packed = gzip.compress(b'{"text": "x"}\n')
+    for name, data in {"A.JSONL": b'{"text": "x"}', "A.JSONL.GZ": packed, "zeros.jsonl.gz": packed + bytes(20_000) + packed}.items():
+        (tmp_path / name).write_bytes(data)
+        assert {row["text"] for row in rows(tmp_path / name, WEB)} == {"x"}
+    (tmp_path / "a.jsonl").write_bytes(packed)
+    with pytest.raises(UserError, match="a.jsonl line 1: holds packed bytes, and its name does not say so: let it end in .gz"):
+        rows(tmp_path / "a.jsonl", WEB)
+
+
+@of_both
 def test_dialogues(tmp_path: Path, rows: Reader) -> None:
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": MESSAGES, "text": "passed over"}))
     (row,) = rows(tmp_path / "chat.jsonl", CHAT)

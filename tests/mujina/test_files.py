@@ -13,7 +13,7 @@ from data_prep import pipeline
 from data_prep.indexed import BinaryWriter, Labels
 from data_prep.steps.records import id_file, record_file
 from megatron_jobs.stability import read_rollbacks, write_rollbacks
-from mujina.files import parse_row, read_rows, rename_folder, whole_file, whole_folder, write_whole
+from mujina.files import parse_row, read_lines, read_rows, read_texts, rename_folder, whole_file, whole_folder, write_whole
 from mujina.user_input import UserError
 
 
@@ -212,3 +212,17 @@ def test_a_line_that_is_no_row_is_explained(tmp_path: Path, line: bytes, problem
 
 def test_pairs_of_surrogates_are_one_character() -> None:
     assert parse_row(b'{"a": "\\ud83e\\udda1"}') == {"a": "\U0001f9a1"}
+
+
+def test_a_line_of_somebody_else_has_a_bound(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "x"}\n' + b'{"text": "' + b"x" * (3 << 20) + b'"}\n')
+    assert len(list(read_rows(path))) == 2
+    for reader in (read_rows, read_lines):
+        with pytest.raises(UserError, match="a.jsonl line 2: the line is longer than 1 MiB: cut it"):
+            list(reader(path, 1 << 20))
+    path.write_bytes("\ufeff一\r\n二".encode() + b"\n\xff")
+    texts = read_texts(path)
+    assert [next(texts), next(texts)] == ["一", "二"]
+    with pytest.raises(UserError, match="a.jsonl line 3: byte 0xff at 0 is not UTF-8"):
+        next(texts)

@@ -104,6 +104,8 @@ FOOTER = ["本サイトの内容の無断転載を禁じます。", "Copyright (
         ["Dear Sir or Madam,", "this is letter {n}.", "Thank you in advance for your answer.", "Yours sincerely,"],
         ["拝啓　時下ますますご清栄のこととお喜び申し上げます。", "{n}番目の用件です。", "以上、よろしくお願いいたします。"],
         ["節{n}の本文", "まとめと今後の課題について", "{n}のまとめ"],
+        ["## 参考文献の一覧です", "{n}番目の本。", "| --- | --- | --- |", "----------------", "== 脚注・出典・関連項目 =="],
+        ["if __name__ == '__main__':", "    print({n})", "$$\\int_0^1 f(x)dx$$", "def main() -> None:"],
         ["<div class='entry-content'>", "text {n}", "</div><!-- entry-content -->", "</body></html>    "],
         [
             "では{n}回目です。",

@@ -81,6 +81,10 @@ def test_lists_of_links_are_menus_and_other_lists_are_not() -> None:
         ("<ul><li><a>東京</a>は首都<li><a>大阪</a>は都市</ul>", "• 東京は首都\n  • 大阪は都市"),
         ("<menu><li>甲<menu><li>乙</menu></menu><p>後", "• 甲\n    • 乙\n\n後"),
         ("<ul><li>甲<p>後", "• 甲\n\n    後"),
+        ("<p>😀<b>𠮷</b><i>Ω</i><u>×</u><s>々</s>50<span>%</span>&#x3000;<b>「</b>本<b>」</b></p>", "😀𠮷Ω×々50%\u3000「本」"),
+        ("<p>e<b>\u0301</b>か<b>\u3099</b>한<b>국</b>ก<b>า</b></p>", "e\u0301か\u3099한국กา"),
+        ("<math><mi>x</mi><semantics><mo>=</mo><annotation>=</annotation></semantics></math><dialog open>対</dialog>", "x=対"),
+        ("<p>" + "<b><i>" * 5_000 + "深い", "深い"),
     ],
 )
 def test_no_text_is_lost_for_its_form(page: str, text: str) -> None:
@@ -97,6 +101,8 @@ def test_no_text_is_lost_for_its_form(page: str, text: str) -> None:
         "<div><a>戻る</a> | <a>上へ</a></div>",
         "<p>¶</p><i>\ue001</i><i>&#xe001;</i><a>&para;</a>",
         "<nav>春</nav><p hidden>夏</p><noscript>秋</noscript><select><option>冬</select>",
+        "<noscript><p>春</p></noscript><title>夏</title><dialog>秋</dialog><canvas>冬</canvas>",
+        "<template>春</template><svg><text>夏</text></svg><datalist><option>秋</datalist><meter>冬</meter>",
     ],
 )
 def test_menus_icons_and_what_is_hidden_are_left_out(page: str) -> None:
@@ -165,6 +171,8 @@ def test_main_text_is_the_text_nodes_in_their_order(page: str) -> None:
         ("<ruby>漢字<rt>かんじ</rt><rtc>kanji</rtc></ruby>を", "漢字を", "漢字（かんじ）（kanji）を"),
         ("<ruby><ruby>漢<rt>かん</rt></ruby><rt>から</rt></ruby>", "漢", "漢（かん）（から）"),
         ("<ruby>送<rt>おく</rt>り<rt></rt></ruby>仮名", "送り仮名", "送（おく）り仮名"),
+        ("<ruBy>漢<rT>かん</rT></ruBy>", "漢", "漢（かん）"),
+        ("<h1><a><ruby><rb>東</rb><rb>京</rb><rt>とう</rt><rt>きょう</rt></ruby></a></h1>", "東京", "東京（とうきょう）"),
         ("<ruby>漢<rt>かん字<rt>じ</ruby>", "漢", "漢（かん字じ）"),  # as browsers read what has no end tag
     ],
 )

@@ -48,6 +48,8 @@ def test_what_looks_alike_stays(form: str, before: str, behind: str) -> None:
     [
         ("TEL 03-1234-5678", "TEL <phone>"),
         ("TEL0312345678まで", "TEL<phone>まで"),
+        ("Tel:(03)1234-5678", "Tel:<phone>"),
+        ("電話（03-1234-5678）", "電話（<phone>）"),
         ("電話番号：03 1234 5678", "電話番号：<phone>"),
         ("〒100-0001 東京都", "〒<postcode> 東京都"),
         ("〒１００－０００１", "〒<postcode>"),

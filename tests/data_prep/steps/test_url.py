@@ -48,5 +48,5 @@ def test_addresses(judge: Judge, url: str | None, reason: str | None) -> None:
 
 
 def test_a_list_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="none.txt: cannot be read as a list of domains"):
+    with pytest.raises(UserError, match="none.txt: no such file: check the path"):
         Url(blocked_domains=str(tmp_path / "none.txt")).start()

@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from data_prep.executors import prepare
-from data_prep.steps import warc
+from data_prep.steps import http_body, warc
 from data_prep.steps.read import read
 from mujina.user_input import UserError
 from tests.data_prep.steps.test_read import DEFAULTS, record
@@ -58,6 +58,7 @@ def skip(path: Path) -> tuple[list[str], list[str], Counter[str]]:
         (record(2, b"9\r\n<p>page 2\r\n", header="text/html\r\nTransfer-Encoding: chunked"), "is chunked and breaks off"),
         (record(2, b"x", header="text/html\r\nContent-Encoding: br"), "its body cannot be unpacked"),
         (record(2, b"x", header="text/html\r\nContent-Encoding: zstd"), "its body cannot be unpacked"),
+        (record(2, b"\0\1x", header="text/html\r\nContent-Encoding: sdch"), r"is packed in a way that is not known \(sdch\)"),
         (record(2, b"\xff", type="conversion"), "byte 0xff at 0 is not UTF-8"),
         (record(2, b"").replace(b"HTTP/1.1 200 X", b"hello everybody"), "holds no HTTP response"),
     ],
@@ -65,7 +66,8 @@ def skip(path: Path) -> tuple[list[str], list[str], Counter[str]]:
 def test_a_bad_record_costs_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, place: int, bad: bytes, problem: str
 ) -> None:
-    monkeypatch.setattr(warc, "LONGEST", 1000)
+    for part in (warc, http_body):
+        monkeypatch.setattr(part, "LONGEST", 1000)
     path = tmp_path / name
     path.write_bytes(PACK[name]([*GOOD[:place], bad, *GOOD[place + 1 :]]))
     texts, problems, passed = skip(path)
@@ -183,6 +185,14 @@ ZIPPED = zipped(PAGE)
         ("text/html\r\nContent-Encoding: br, gzip", zipped(brotli.compress(PAGE))),
         ("text/html\r\nContent-Encoding: identity", PAGE),
         ("text/html\r\nContent-Length: 9", PAGE),
+        ("text/html\r\nContent-Encoding: gzip\r\nContent-Encoding: br", brotli.compress(zipped(PAGE))),
+        ("text/html\r\nContent-Encoding: gzip", zipped(PAGE[:4]) + zipped(PAGE[4:]) + b"\0\0"),
+        ("text/html\r\nContent-Encoding: gzip\r\nContent-Length: 900", PAGE),  # of what was sent, and the page is what came of it
+        ("text/html\r\nTransfer-Encoding: chunked", b"\r\n0009 ;a=\"x;y\"\r\n<p>page 1\r\n000\r\nTrailer: x\r\n\r\n"),
+        ("text/html\r\nTransfer-Encoding: gzip, chunked", b"%x\r\n%b\r\n0\r\n\r\n" % (len(ZIPPED), ZIPPED)),
+        ("text/html\r\nContent-Encoding: utf-8", PAGE),
+        ("text/html;\r\n charset=utf-8", PAGE),
+        ("html", PAGE),  # is no type
         ("", PAGE),
         ("application/octet-stream", PAGE),
     ],
@@ -237,6 +247,20 @@ def test_the_report_counts_what_was_passed_over(tmp_path: Path) -> None:
     report = (tmp_path / "out/code/report.html").read_text()
     for line in ("2 × status 404", "2 × image/gif", "2 × its body cannot be unpacked", "a.warc record 3: its body cannot be unpacked"):
         assert line in report
+
+
+@pytest.mark.parametrize("first", [b"HTTP/2 200\r\n", b"ICY", b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n"])
+def test_status_lines(tmp_path: Path, first: bytes) -> None:
+    http = record(1, PAGE).partition(b"\r\n\r\n")[2].removesuffix(b"\r\n\r\n").replace(b"HTTP/1.1 200 X\r\n", first)
+    (tmp_path / "a.warc").write_bytes(
+        record(1, http, type="resource").replace(b"resource", b"response").replace(b"text/plain", b"application/http")
+    )
+    assert skip(tmp_path / "a.warc")[0] == ([TEXTS[1]] if first != b"ICY" else [])
+
+
+def test_problems_are_counted_whatever_their_numbers(tmp_path: Path) -> None:
+    (tmp_path / "a.warc").write_bytes(b"no record\r\n" + GOOD[0] + b"nor is this\r\n" + GOOD[1])
+    assert skip(tmp_path / "a.warc")[2] == Counter({"bytes are no record": 2})
 
 
 def test_other_records_that_hold_pages(tmp_path: Path) -> None:
