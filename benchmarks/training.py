@@ -120,7 +120,7 @@ def transformers(folder: str, steps: int) -> dict[str, Any]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     losses, turns = [], Turns()
     for step in range(steps):
-        tokens = torch.from_numpy(feeder.read(binaries, order.samples(step, range(4)), 512))
+        tokens = torch.from_numpy(feeder.micro_batch(order, binaries, order.samples(step, range(4)), config.phases[0]).tokens)
         logits = llama(tokens[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         adamw.zero_grad()

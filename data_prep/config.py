@@ -55,7 +55,12 @@ class SourceConfig(SourceFacts):
     """Tasks that share the files, for steps; more than files make no sense. Null: one for each gigabyte, and at least 16."""
     answer_weights: bool = False
     """Of kind chat: beside the tokens lies the channel `weights`, uint8, 1 for each token that the assistant has to say, its end of turn
-    included, and 0 for all others. The end-of-document token has 0: the end of the turn has ended the answer.
+    and the end of the document included, and 0 for all others. Phases of `loss.kind: answers` train on them. A dialogue without an answer
+    is then damaged, and so is one that the chat template changes, see `template_may_change`.
+    """
+    template_may_change: bool = False
+    """With `answer_weights`: the chat template may add to a dialogue what no turn says, such as a default system prompt or an empty think
+    block, and leave out what one says.
     """
 
     @pydantic.model_validator(mode="after")

@@ -235,8 +235,13 @@ def _finish_alone(config: PrepareConfig, name: str, _: int) -> None:
 def notes(config: PrepareConfig, manifests: list[Manifest]) -> list[str]:
     """What is not in these binaries, or was not in their documents."""
     empty = [f"source {one.name}: {one.num_empty:,} documents of nothing were left out" for one in manifests if one.num_empty]
+    damaged = [
+        f"source {one.name}: {one.num_damaged:,} dialogues were passed over, such as {one.damaged[0]}"
+        for one in manifests
+        if one.num_damaged
+    ]
     tokenizer = _tokenizer(config) if any(one.template_hash for one in manifests) else None
-    return empty + [f"{config.tokenizer}: its chat template {note}" for note in (tokenizer.template_notes() if tokenizer else [])]
+    return empty + damaged + [f"{config.tokenizer}: its chat template {note}" for note in (tokenizer.template_notes() if tokenizer else [])]
 
 
 def _finish(config: PrepareConfig, name: str, workers: Workers, say: Callable[[str], None]) -> Manifest | None:

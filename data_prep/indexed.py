@@ -40,8 +40,9 @@ class Labels(Section):
     begin_documents, end_of_document    as the tokenizer was asked for them (`data_prep.config.PrepareConfig`)
     num_begun                           documents that begin with the tokenizer's bos_token
 
-    Not written where there are none: `num_empty`, the documents without anything in them, which were left out, and `template_hash`, of
-    the chat template that wrote the dialogues.
+    Not written where there are none: `num_empty`, the documents without anything in them, which were left out; `template_hash`, of the
+    chat template that wrote the dialogues; `num_answer_tokens`, what the assistant says in them; `num_damaged`, the dialogues that were
+    passed over for what is wrong with them, and `damaged`, the first of these.
     """
 
     name: str
@@ -58,6 +59,9 @@ class Labels(Section):
     begin_documents: BeginDocuments = "auto"
     end_of_document: str | None = None  # of older binaries: the tokenizer's eos_token
     num_begun: int = 0
+    num_answer_tokens: int = 0
+    num_damaged: int = 0
+    damaged: tuple[str, ...] = ()
     fingerprint: str
 
 
@@ -270,6 +274,12 @@ class TokenBinary:
         first = bisect_right(numbers, offset, key=self._start)
         last = bisect_left(numbers, offset + length, lo=first, hi=min(first + length, len(numbers)), key=self._start)
         return np.bincount(self._starts(first, last) - offset, minlength=length).cumsum(dtype=np.int32)
+
+    def bounds(self, document: int) -> tuple[int, int]:
+        """The offsets, in tokens, of the first token of a document and of the one behind its last."""
+        start = self._start(document)
+        length = os.pread(_opened(self, "idx").descriptor, 4, HEADER.size + 4 * document)
+        return start, start + int.from_bytes(length, "little")
 
     def _start(self, document: int) -> int:
         entry = os.pread(_opened(self, "idx").descriptor, 8, self._starts_at + 8 * document)

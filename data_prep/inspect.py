@@ -38,6 +38,8 @@ def facts(binary: TokenBinary) -> list[tuple[str, str]]:
         ("licences", _counts(manifest.licences)),
         ("teachers", _counts(manifest.teachers) or "none"),
         ("documents", f"{manifest.num_documents:,}" + (f"; {manifest.num_empty:,} of nothing were left out" if manifest.num_empty else "")),
+        *([("tokens of answers", f"{manifest.num_answer_tokens:,}")] if manifest.num_answer_tokens else []),
+        *([("damaged dialogues", f"{manifest.num_damaged:,} were passed over")] if manifest.num_damaged else []),
         ("begin with bos_token", f"{manifest.num_begun:,} documents"),
         ("tokens", f"{manifest.num_tokens:,}, an end-of-document token each document included"),
         ("tokens per document", f"mean {lengths.mean():,.1f}, median {np.median(lengths):,.1f}, max {lengths.max():,}"),

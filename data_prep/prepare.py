@@ -66,12 +66,15 @@ def _tasks_of_array() -> str:
 
 def _binaries(manifests: list[Manifest]) -> Table:
     binaries = Table("source", "kind", "origin")
-    for title in ("documents", "tokens", "characters per token"):
+    for title in ("documents", "tokens", "of which answers", "characters per token"):
         binaries.add_column(title, justify="right")
     for m in manifests:
-        binaries.add_row(m.name, m.kind, m.origin, f"{m.num_documents:,}", f"{m.num_tokens:,}", f"{m.num_characters / m.num_tokens:.2f}")
+        answers = f"{m.num_answer_tokens:,}" if m.num_answer_tokens else ""
+        counts = f"{m.num_documents:,}", f"{m.num_tokens:,}", answers, f"{m.num_characters / m.num_tokens:.2f}"
+        binaries.add_row(m.name, m.kind, m.origin, *counts)
     binaries.add_section()
-    binaries.add_row("all", "", "", f"{sum(m.num_documents for m in manifests):,}", f"{sum(m.num_tokens for m in manifests):,}", "")
+    sums = (sum(getattr(m, name) for m in manifests) for name in ("num_documents", "num_tokens", "num_answer_tokens"))
+    binaries.add_row("all", "", "", *(f"{count:,}" for count in sums), "")
     return binaries
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.answers import problem_of
 from data_prep.blocks import Block, read_blocks, rows_of
 from data_prep.config import SourceConfig
 from data_prep.indexed import BinaryWriter, Channel, Labels, Manifest, open_binary, token_dtype
@@ -30,10 +31,11 @@ from data_prep.steps.read import files_of
 from data_prep.workers import Workers
 from mujina.files import sha256_of
 from mujina.user_input import UserError
-from tokenization.tokenizer import Tokenizer
+from tokenization.tokenizer import Rendered, Tokenizer
 
 BATCH = 256  # documents tokenized at once
 WEIGHTS = "weights"  # the channel of `SourceConfig.answer_weights`
+SHOWN = 20  # damaged dialogues in a manifest
 
 _tokenizer: Tokenizer  # of this run: forked with the workers instead of being sent to each of them with every block
 
@@ -55,6 +57,9 @@ class _Tally:
     num_empty: int = 0
     has_dialogues: bool = False
     num_begun: int = 0
+    num_answer_tokens: int = 0
+    num_damaged: int = 0
+    damaged: list[str] = field(default_factory=list)
 
     def add(self, rows: tuple[Row, ...], ids: list[np.ndarray], num_characters: int) -> None:
         self.languages.update(row["language"] for row in rows)
@@ -64,13 +69,16 @@ class _Tally:
         self.has_dialogues |= any("messages" in row for row in rows)
         self.num_begun += sum(int(document[0]) == _tokenizer.bos_id for document in ids if document.size > 1)
 
-    def add_shard(self, shard: Manifest) -> None:
+    def add_shard(self, shard: "Manifest | _Tally") -> None:
         for name in ("languages", "licences", "teachers"):
             getattr(self, name).update(getattr(shard, name))
         self.num_characters += shard.num_characters
         self.num_empty += shard.num_empty
-        self.has_dialogues |= shard.template_hash is not None
+        self.has_dialogues |= shard.has_dialogues if isinstance(shard, _Tally) else shard.template_hash is not None
         self.num_begun += shard.num_begun
+        self.num_answer_tokens += shard.num_answer_tokens
+        self.num_damaged += shard.num_damaged
+        self.damaged += shard.damaged[: SHOWN - len(self.damaged)]
 
     def labels(self, name: str, facts: SourceFacts, fingerprint: str) -> Labels:
         counts = {name: dict(sorted(getattr(self, name).items())) for name in ("languages", "licences", "teachers")}
@@ -87,6 +95,9 @@ class _Tally:
             begin_documents=_tokenizer.begin_documents,
             end_of_document=_tokenizer.piece(_tokenizer.eod_id),
             num_begun=self.num_begun,
+            num_answer_tokens=self.num_answer_tokens,
+            num_damaged=self.num_damaged,
+            damaged=tuple(self.damaged),
             fingerprint=fingerprint,
         )
 
@@ -106,15 +117,14 @@ def tokenize(name: str, source: SourceConfig, files: list[str], output: Path, wo
         writer, tally = BinaryWriter(prefix, token_dtype(_tokenizer.vocab_size), _channels(source)), _Tally()
         blocks = enumerate(block for path in files for block in read_blocks(path, is_needed(source)))
         for shard in workers.map(_build_shard, ((name, source, block, shards / f"{number:06}") for number, block in blocks)):
-            if isinstance(shard, int):
-                tally.num_empty += shard
+            tally.add_shard(shard)
+            if isinstance(shard, _Tally):
                 continue
             writer.add_binary(open_binary(shards / shard.name))
-            tally.add_shard(shard)
             say(f"{writer.num_documents:,} documents, {writer.num_tokens:,} tokens")
         if writer.num_documents == 0:
             said = f"all that it held was dropped or passed over, see {output / name / 'report.html'}"
-            where = said if source.steps else ", ".join(files)
+            where = tally.damaged[0] if tally.damaged else said if source.steps else ", ".join(files)
             raise UserError(f"source {name}: holds no documents ({where}): leave it out, or give files that hold some")
         manifest = writer.finish(tally.labels(name, source, fingerprint))
     shutil.rmtree(shards, ignore_errors=True)  # also when a run was killed just before it came here
@@ -122,8 +132,8 @@ def tokenize(name: str, source: SourceConfig, files: list[str], output: Path, wo
     return manifest
 
 
-def _build_shard(name: str, source: SourceConfig, block: Block, prefix: Path) -> Manifest | int:
-    """The binary of one block, built unless it is there. When the block holds no documents, how many of nothing it holds."""
+def _build_shard(name: str, source: SourceConfig, block: Block, prefix: Path) -> Manifest | _Tally:
+    """The binary of one block, built unless it is there. When the block holds no documents, what it holds instead."""
     fingerprint = _fingerprint(name, source, hashlib.sha256(block.lines).hexdigest())
     manifest = _finished(prefix, fingerprint)
     if manifest is not None:
@@ -133,14 +143,20 @@ def _build_shard(name: str, source: SourceConfig, block: Block, prefix: Path) ->
     for found in batched(rows_of(block, source.labels(name)), BATCH):
         rows = tuple(row for row in found if not is_nothing(row["text"] if "text" in row else joined(row["messages"])))
         tally.num_empty += len(found) - len(rows)
+        rendered = None
+        if source.answer_weights:
+            rows, rendered = _answered(name, source, rows, tally)
         if not rows:
             continue
-        ids, weights, num_characters = _tokenized(rows, bool(channels))
+        ids, weights, num_characters = _tokenized(rows, rendered)
         tally.add(rows, ids, num_characters)
-        values = {WEIGHTS: np.concatenate(weights)} if channels else {}
+        values = {}
+        if channels:
+            values = {WEIGHTS: np.concatenate(weights)}
+            tally.num_answer_tokens += int(values[WEIGHTS].sum())
         writer.add_documents(np.concatenate(ids), np.array([document.size for document in ids]), values)
     if writer.num_documents == 0:
-        return tally.num_empty
+        return tally
     return writer.finish(tally.labels(prefix.name, source, fingerprint))
 
 
@@ -149,22 +165,41 @@ def _channels(source: SourceConfig) -> dict[str, Channel]:
     return {WEIGHTS: Channel(dtype="uint8", per="token")} if source.answer_weights else {}
 
 
-def _tokenized(rows: tuple[Row, ...], weighted: bool) -> tuple[list[np.ndarray], list[np.ndarray], int]:
-    """The ids of each row, from what begins documents to what ends them, weights (of dialogues, if asked for), and characters of all."""
+def _answered(name: str, source: SourceConfig, rows: tuple[Row, ...], tally: _Tally) -> tuple[tuple[Row, ...], list[Rendered]]:
+    """The dialogues that can be trained on for their answers, as the template writes them; the others stop the run or are passed over."""
+    kept, rendered = list[Row](), list[Rendered]()
+    for row in rows:
+        try:
+            written = _tokenizer.render(row["messages"])
+            problem = problem_of(row["messages"], written, source.template_may_change)
+        except UserError as error:
+            problem = str(error)
+        if problem is None:
+            kept.append(row)
+            rendered.append(written)
+            continue
+        told = f"dialogue {row['id']}: {problem}"
+        if source.damaged == "stop":
+            raise UserError(f"source {name}: {told}; or set damaged: skip, and such rows are passed over and told")
+        tally.num_damaged += 1
+        tally.damaged += [told][: SHOWN - len(tally.damaged)]
+    return tuple(kept), rendered
+
+
+def _tokenized(rows: tuple[Row, ...], rendered: list[Rendered] | None) -> tuple[list[np.ndarray], list[np.ndarray], int]:
+    """The ids of each row, from what begins documents to what ends them, weights (of what is `rendered`), and characters of all."""
     texts = iter(_tokenizer.encode_batch([row["text"] for row in rows if "text" in row]))
     begin = np.array([_tokenizer.bos_id], np.int32) if _tokenizer.begins_texts else None
-    ids, weights, characters = [], [], 0
-    for row in rows:
+    ids, characters = [], 0
+    for number, row in enumerate(rows):
         if "text" in row:
             ids.append(next(texts) if begin is None else np.append(begin, next(texts)))
             characters += len(row["text"])
         else:
             # where nobody asks for the answers, a template need not tell them
-            rendered = _tokenizer.render(row["messages"]) if weighted else None
-            ids.append(rendered.ids if rendered else _tokenizer.encode_chat(row["messages"]))
-            if rendered:
-                weights.append(np.append(rendered.is_answer, False).astype(np.uint8))  # the end of the turn has ended the answer
+            ids.append(rendered[number].ids if rendered else _tokenizer.encode_chat(row["messages"]))
             characters += sum(len(turn["content"]) for turn in row["messages"])
+    weights = [np.append(one.is_answer, True).astype(np.uint8) for one in rendered or ()]  # the end of the document included
     return [np.append(document, np.int32(_tokenizer.eod_id)) for document in ids], weights, characters
 
 
@@ -179,8 +214,9 @@ def _contents(path: str) -> str | list[str]:
 def _fingerprint(name: str, source: SourceConfig, contents: Any) -> str:
     """Changes with whatever changes a binary, its labels or its channels."""
     described: list[Any] = [_tokenizer.hash, name, source.model_dump(include=set(SourceFacts.model_fields)), contents]
-    channels = {channel: about.model_dump() for channel, about in _channels(source).items()}
-    return hashlib.sha256(json.dumps([*described, channels] if channels else described).encode()).hexdigest()
+    if source.answer_weights:  # with the end of the document, unlike those of version 0.1
+        described += [WEIGHTS, "and the end", source.template_may_change, source.damaged]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
 def _finished(prefix: Path, fingerprint: str) -> Manifest | None:

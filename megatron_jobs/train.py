@@ -29,7 +29,7 @@ from megatron_jobs.conversion.start import check_finite, open_weights, origin_of
 from megatron_jobs.conversion.upcycle import Mixture
 from megatron_jobs.data import feeder, phases
 from megatron_jobs.data.ledger import Ledger, Origin
-from megatron_jobs.data.order import DataOrder
+from megatron_jobs.data.order import DataOrder, Sample
 from megatron_jobs.engine import groups
 from megatron_jobs.engine.gpt import has_transformer_engine
 from megatron_jobs.engine.passes import Passes, fp8_warning
@@ -228,8 +228,8 @@ class Trainer:
             back = self.guard.rollbacks[-1]
             self.log.event(self.step, "back", reason=f"the data of steps {back['first']} to {back['last']} are passed over")
 
-    def _batch(self) -> list[tuple[str, int]]:
-        """Where the samples of the step under way lie in the data: (source, token offset)."""
+    def _batch(self) -> list[Sample]:
+        """Where the samples of the step under way lie in the data."""
         phase, step_in_phase = phases.at(self.config.phases, self.step)
         return self.order.samples(self.step, range(phase.batch_size(step_in_phase)))
 

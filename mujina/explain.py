@@ -141,7 +141,8 @@ def schema(model: type[Section]) -> dict[str, Any]:
 
 def _without_required(node: Any) -> Any:
     if isinstance(node, dict):
-        return {key: _without_required(value) for key, value in node.items() if key != "required" or not isinstance(value, list)}
+        kept = {key: _without_required(value) for key, value in node.items() if key != "required" or not isinstance(value, list)}
+        return {"anyOf" if key == "oneOf" else key: value for key, value in kept.items()}  # without its tag a section may be several
     return [_without_required(value) for value in node] if isinstance(node, list) else node
 
 

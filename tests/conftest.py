@@ -5,9 +5,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from xdist.scheduler import LoadScopeScheduling
 
+from data_prep.indexed import TokenBinary
 from data_prep.prepare import PrepareConfig, prepare
 from megatron_jobs.config import RunConfig, from_dict
 from tokenization.load import load as load_tokenizer
@@ -68,6 +71,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     prepare(PrepareConfig.model_validate({"tokenizer": str(folder / "tokenizer"), "output": str(folder / "data"), "sources": sources}))
     return folder
+
+
+def read(binaries: dict[str, TokenBinary], where: list[tuple[str, int]], length: int) -> torch.Tensor:
+    """The samples at (source, offset): int64 [samples, length + 1], the last token of each a label only."""
+    return torch.from_numpy(np.stack([binaries[name].read(offset, length + 1).astype(np.int64) for name, offset in where]))
 
 
 def tiny(prepared: Path, run: Path, **sections: Any) -> RunConfig:

@@ -55,6 +55,11 @@ class Part(NamedTuple):
     is_answer: bool
 
 
+def plain(parts: Sequence[Part]) -> str:
+    """What is written, a NUL for each control token."""
+    return "".join("\0" if part.is_control else part.text for part in parts)
+
+
 class ChatTemplate:
     """A jinja template and the control tokens that it may write."""
 

@@ -20,7 +20,7 @@ import numpy as np
 import tokenizers
 
 from mujina.user_input import UserError, nearest, read_object
-from tokenization.chat import ChatTemplate, Part
+from tokenization.chat import ChatTemplate, Part, plain
 from tokenization.tokenizer import BEGINNINGS, CHAT_PIECES, CHAT_TEMPLATE, END_OF_TURN, SPACE_PIECE, BeginDocuments, Rendered, beginning
 
 # Gigatoken remembers every word that it has met (13 bytes a character of words that never recur) until it is dropped: so it is opened
@@ -191,13 +191,14 @@ class HfTokenizer:
             raise UserError(f"{self._folder}: the tokenizer lacks {needs}, which chat sources need: add chat_template.jinja")
         ids: list[int] = []
         is_answer: list[bool] = []
-        for is_control, group in groupby(self._chat.parts(messages, add_generation_prompt, with_answers), lambda part: part.is_control):
+        all_parts = self._chat.parts(messages, add_generation_prompt, with_answers)
+        for is_control, group in groupby(all_parts, lambda part: part.is_control):
             parts = list(group)
             tokens = [[self._id(part.text)] for part in parts] if is_control else self._encode_cut([part.text for part in parts])
             for part, its_ids in zip(parts, tokens, strict=True):
                 ids += its_ids
                 is_answer += [part.is_answer] * len(its_ids)
-        return Rendered(np.array(ids, np.int32), np.array(is_answer, bool))
+        return Rendered(np.array(ids, np.int32), np.array(is_answer, bool), plain(all_parts))
 
     def template_notes(self) -> list[str]:
         """What the chat template adds to dialogues and leaves out of them, such as a system prompt or reasoning."""

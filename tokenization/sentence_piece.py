@@ -14,7 +14,7 @@ import numpy as np
 import sentencepiece
 
 from mujina.user_input import UserError
-from tokenization.chat import ChatTemplate, Part
+from tokenization.chat import ChatTemplate, Part, plain
 from tokenization.tokenizer import BEGINNINGS, CHAT_PIECES, CHAT_TEMPLATE, END_OF_TURN, SPACE_PIECE, BeginDocuments, Rendered, beginning
 
 
@@ -105,7 +105,7 @@ class SentencePieceTokenizer:
         for part in parts:
             ids += [self._chat_ids[part.text]] if part.is_control else self.encode(part.text)
             is_answer += [part.is_answer] * (len(ids) - len(is_answer))
-        return Rendered(np.array(ids, np.int32), np.array(is_answer, bool))
+        return Rendered(np.array(ids, np.int32), np.array(is_answer, bool), plain(parts))
 
     def template_notes(self) -> list[str]:
         """What the chat template adds to dialogues and leaves out of them."""

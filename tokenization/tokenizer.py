@@ -45,10 +45,12 @@ class Rendered(NamedTuple):
     ids        int32 [n]
     is_answer  bool [n], what the assistant has to say: the contents of its turns, and the token that ends each of them; not the headers
                of its turns, which are there when it is asked, and nothing that others say
+    text       what was written, a NUL for each control token
     """
 
     ids: "np.ndarray"
     is_answer: "np.ndarray"
+    text: str
 
 
 class Tokenizer(Protocol):

@@ -1,6 +1,6 @@
 """A phase of a run's configuration: its mix, its budget, its batches, its learning rate, its loss."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 from annotated_types import Gt, Le
@@ -92,6 +92,29 @@ class NextToken(Section):
     """The channel of the binaries that weighs each token; null: all count alike."""
 
 
+class Answers(Section):
+    """The cross-entropy of what the assistant has to say, in whole dialogues that are packed into samples (`data/packing.py`).
+
+    Attention stays within a dialogue. Sources are of kind chat, prepared with `answer_weights: true`.
+    """
+
+    kind: Literal["answers"] = "answers"
+    mean_over: Literal["tokens", "dialogues"] = "tokens"
+    """What the loss is a mean over: all that is said in the global batch, token by token, or its dialogues, each of which then counts
+    alike, however long its answers are.
+    """
+    too_long: Literal["stop", "cut", "drop"] = "stop"
+    """What a dialogue of more than `sequence_length` tokens does: stop the run before it begins, be cut (and left out where no answer
+    begins before the cut), or be left out.
+    """
+
+    token_weights: ClassVar[str] = "weights"
+    """The channel of the binaries that tells what the assistant says."""
+
+
+Loss = Annotated[NextToken | Answers, Field(discriminator="kind")]
+
+
 class BatchRamp(Section):
     """The global batch size grows from `start` by `increment` to the phase's own, in equal stretches of the first `tokens` of the phase."""
 
@@ -107,7 +130,8 @@ class Phase(Section):
     """A stretch of training with one mix.
 
     A source is given by weight, or by an amount; weights share what the amounts leave of `tokens`. Without `tokens` every source has an
-    amount, and the budget is their sum (`phases.resolve` writes it in).
+    amount, and the budget is their sum (`phases.resolve` writes it in). A phase of dialogues (`loss.kind: answers`) is always given by
+    amounts, and its budget is what their packs take, in whole global batches, the last one filled up with nothing.
     """
 
     name: str
@@ -124,7 +148,7 @@ class Phase(Section):
     """What is trained on, by the names of the binaries in `data.folder`: a weight, or a section with an amount."""
     learning_rate: LearningRate
     """The phase's piece of the learning-rate curve."""
-    loss: NextToken = NextToken()
+    loss: Loss = NextToken()
     """What is minimised."""
     moe: PhaseMoE = PhaseMoE()
     """How its routers are trained, where it differs from the section `moe`."""
@@ -133,20 +157,31 @@ class Phase(Section):
     admit: Admit = Admit()
     """Which sources may stand here; one that may not is an error that names it."""
     separate_documents: bool = False
-    """Attention stays within a document, and positions start anew with each."""
+    """Attention stays within a document, and positions start anew with each. In a phase of dialogues it always does."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _earlier_spelling(cls, values: Any) -> Any:
-        """Checkpoints of version 0.1 have `z_loss` beside the phase's other fields."""
-        if isinstance(values, dict) and "z_loss" in values and isinstance(values.get("loss", {}), dict):
-            loss = {"z_loss": values["z_loss"]} | values.get("loss", {})
+    def _loss_without_a_kind(cls, values: Any) -> Any:
+        """Is that of next tokens. Checkpoints of version 0.1 have `z_loss` beside the phase's other fields."""
+        if isinstance(values, dict) and isinstance(loss := values.get("loss", {}), dict):
+            z_loss = {"z_loss": values["z_loss"]} if "z_loss" in values else {}
+            loss = {"kind": "next_token"} | z_loss | loss
             return {name: value for name, value in values.items() if name != "z_loss"} | {"loss": loss}
         return values
 
     def portion(self, source: str) -> Portion:
         value = self.sources[source]
         return value if isinstance(value, Portion) else Portion(weight=value)
+
+    @property
+    def is_of_dialogues(self) -> bool:
+        """Whether its samples are packed with whole dialogues, and no stretches of a stream."""
+        return isinstance(self.loss, Answers)
+
+    @property
+    def keeps_apart(self) -> bool:
+        """Whether attention stays within documents."""
+        return self.separate_documents or self.is_of_dialogues
 
     @property
     def tokens_per_step(self) -> int:
@@ -189,6 +224,14 @@ class Phase(Section):
 
     @pydantic.model_validator(mode="after")
     def _can_be(self) -> "Phase":
+        if self.is_of_dialogues and self.batch_ramp:
+            raise ValueError(f"phase {self.name}: batch_ramp means nothing in a phase of dialogues (loss.kind answers): leave it out")
+        for source in self.sources if self.is_of_dialogues else ():
+            if (weight := self.portion(source).weight) is not None:
+                raise ValueError(
+                    f"phase {self.name}: takes whole dialogues (loss.kind answers), and source {source} has a weight ({weight:g}): write "
+                    f"how much of it, such as {source}: {{epochs: 1}}"
+                )
         if (ramp := self.batch_ramp) and (ramp.start >= self.global_batch_size or (self.global_batch_size - ramp.start) % ramp.increment):
             raise ValueError(
                 f"phase {self.name}: batch_ramp must reach global_batch_size ({self.global_batch_size}) from start ({ramp.start}) in whole "

@@ -75,8 +75,9 @@ def samples(config: RunConfig) -> torch.Tensor:
     sources = feeder.facts(binaries)
     config = phases.resolve(config, sources)
     first = config.phases[0]
-    where = DataOrder(config, sources).samples(0, range(min(NUM_SAMPLES, first.batch_size(0))))
-    return torch.from_numpy(feeder.read(binaries, where, first.sequence_length))
+    order = DataOrder(config, sources)
+    where = order.samples(0, range(min(NUM_SAMPLES, first.batch_size(0))))
+    return torch.from_numpy(feeder.micro_batch(order, binaries, where, first).tokens)
 
 
 def texts(tokenizer: Tokenizer) -> torch.Tensor:

@@ -10,8 +10,9 @@ import numpy as np
 
 from data_prep.indexed import Manifest, TokenBinary, open_binary
 from megatron_jobs.config import RunConfig
-from megatron_jobs.config.phase import Phase
-from megatron_jobs.data.order import DataOrder
+from megatron_jobs.config.phase import Answers, Phase
+from megatron_jobs.data.dialogues import Dialogues
+from megatron_jobs.data.order import DataOrder, Sample
 from megatron_jobs.data.phases import Source, locate, num_steps
 from mujina.user_input import UserError, nearest
 from tokenization.load import load as load_tokenizer
@@ -38,7 +39,8 @@ def open_sources(config: RunConfig) -> dict[str, TokenBinary]:
     for phase in config.phases:
         for name in phase.sources:
             if (channel := phase.loss.token_weights) and name in opened:
-                _check_channel(f"phases.{phase.name}.loss.token_weights ({channel})", channel, name, opened[name].manifest)
+                asked = f"kind ({phase.loss.kind})" if phase.is_of_dialogues else f"token_weights ({channel})"
+                _check_channel(f"phases.{phase.name}.loss.{asked}", channel, name, opened[name].manifest)
     return opened
 
 
@@ -47,30 +49,19 @@ def _check_channel(field: str, channel: str, source: str, manifest: Manifest) ->
     if channel not in per_token:
         raise UserError(
             f"{field}: the binary of source {source} has no such channel with a number for each token: {nearest(channel, per_token)}; "
-            "prepare it again with answer_weights: true, which gives `weights`, or leave token_weights out"
+            "prepare it again as kind chat with answer_weights: true, which gives `weights`, or take another loss"
         )
 
 
 def facts(binaries: dict[str, TokenBinary]) -> dict[str, Source]:
-    return {name: _facts_of(name, binary.manifest) for name, binary in binaries.items()}
+    return {name: _facts_of(name, binary) for name, binary in binaries.items()}
 
 
-def _facts_of(name: str, m: Manifest) -> Source:
+def _facts_of(name: str, binary: TokenBinary) -> Source:
+    m = binary.manifest
     labels = {"languages": tuple(m.languages), "licences": tuple(m.licences), "teachers": tuple(m.teachers)}
-    return Source(name, m.num_tokens, m.kind, m.origin, checksum=m.bin_sha256, **labels)
-
-
-def read(binaries: dict[str, TokenBinary], where: Sequence[tuple[str, int]], length: int) -> np.ndarray:
-    """The samples at (source, offset) of `DataOrder.samples`: int64 token ids, shape [samples, length + 1], the last one a label only."""
-    tokens = np.empty((len(where), length + 1), np.int64)
-    for row, (name, offset) in zip(tokens, where, strict=True):
-        row[:] = binaries[name].read(offset, length + 1)
-    return tokens
-
-
-def documents(binaries: dict[str, TokenBinary], where: Sequence[tuple[str, int]], length: int) -> np.ndarray:
-    """Which document of its sample each token belongs to, from 0: int32 [samples, length]. A sample may begin and end within one."""
-    return np.stack([binaries[name].documents(offset, length) for name, offset in where])
+    dialogues = Dialogues(binary) if m.kind == "chat" else None
+    return Source(name, m.num_tokens, m.kind, m.origin, m.bin_sha256, **labels, dialogues=dialogues, num_answer_tokens=m.num_answer_tokens)
 
 
 @dataclass(frozen=True)
@@ -92,29 +83,50 @@ def weighs(phase: Phase) -> bool:
     return phase.loss.token_weights is not None or any(phase.portion(source).loss_weight != 1 for source in phase.sources)
 
 
-def weights(binaries: dict[str, TokenBinary], where: Sequence[tuple[str, int]], phase: Phase) -> np.ndarray:
-    """The weight of each label of the samples, that is of the tokens behind those that are read: float32 [samples, length].
-
-    What the channel of the source says, times what the phase says of the source.
-    """
-    length = phase.sequence_length
-    rows = np.ones((len(where), length), np.float32)
-    for row, (name, offset) in zip(rows, where, strict=True):
-        if (channel := phase.loss.token_weights) in binaries[name].manifest.channels:
-            row[:] = binaries[name].read_channel(channel, offset + 1, length)
-        if name in phase.sources:  # a validation set may be of another phase's source
-            row *= phase.portion(name).loss_weight
-    return rows
-
-
-def micro_batch(order: DataOrder, binaries: dict[str, TokenBinary], where: Sequence[tuple[str, int]], phase: Phase) -> MicroBatch:
-    """The samples at (source, offset), as `phase` wants them."""
+def micro_batch(order: DataOrder, binaries: dict[str, TokenBinary], where: Sequence[Sample], phase: Phase) -> MicroBatch:
+    """The samples at these places, as `phase` wants them."""
+    rows = [_stretch(binaries[name], at, phase) if isinstance(at, int) else _packed(binaries[name], at, phase) for name, at in where]
+    tokens, documents, weights = zip(*rows, strict=True)
+    # a validation set may be of another phase's source; what fills up a batch does not count
+    factors = [phase.portion(name).loss_weight if name in phase.sources else 1.0 for name, _ in where]
     return MicroBatch(
-        tokens=read(binaries, where, phase.sequence_length),
-        sources=np.array([order.number_of[name] for name, _ in where]),
-        documents=documents(binaries, where, phase.sequence_length) if phase.separate_documents else None,
-        weights=weights(binaries, where, phase) if weighs(phase) else None,
+        tokens=np.stack(tokens, dtype=np.int64),
+        sources=np.array([len(order.names) if at == () else order.number_of[name] for name, at in where]),
+        documents=np.stack(documents) if phase.keeps_apart else None,
+        weights=np.stack(weights) * np.array(factors, np.float32)[:, None] if weighs(phase) else None,
     )
+
+
+Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # of a micro-batch: tokens [L + 1], documents [L], weights [L]
+
+
+def _stretch(binary: TokenBinary, offset: int, phase: Phase) -> Row:
+    """Of a stream: it may begin and end within a document."""
+    length, channel = phase.sequence_length, phase.loss.token_weights
+    documents = binary.documents(offset, length) if phase.separate_documents else np.zeros(length, np.int32)
+    weights = np.ones(length, np.float32)
+    if channel in binary.manifest.channels and not phase.is_of_dialogues:
+        weights[:] = binary.read_channel(channel, offset + 1, length)
+    return binary.read(offset, length + 1), documents, weights
+
+
+def _packed(binary: TokenBinary, dialogues: tuple[int, ...], phase: Phase) -> Row:
+    """Whole dialogues, one behind the other, and what is left of the sequence as one document more, in which nothing has a weight."""
+    length, loss = phase.sequence_length, phase.loss
+    assert isinstance(loss, Answers)  # as in every phase of dialogues
+    tokens, documents, weights = np.zeros(length + 1, np.int64), np.full(length, len(dialogues), np.int32), np.zeros(length, np.float32)
+    place = 0
+    for number, dialogue in enumerate(dialogues):
+        start, end = binary.bounds(dialogue)
+        size = min(end - start, length)
+        tokens[place : place + size] = binary.read(start, size)
+        documents[place : place + size] = number
+        said = weights[place : place + size - 1]  # the last token has no label
+        said[:] = binary.read_channel(loss.token_weights, start + 1, size - 1)
+        if loss.mean_over == "dialogues":
+            said /= max(1.0, float(said.sum()))
+        place += size
+    return tokens, documents, weights
 
 
 class Feeder:
@@ -153,8 +165,7 @@ class Feeder:
 
         Samples that fill up the last ones have the source number len(order.names), and do not count.
         """
-        names, size = self._order.names, self._config.train.micro_batch_size
-        where = [(name, int(offset)) for name in names for offset in self._order.validation(name, phase.sequence_length)]
+        names, size, where = self._order.names, self._config.train.micro_batch_size, self._order.validation(phase)
         group = size * self._ranks * self._config.parallel.pipeline  # the interleaved schedule takes micro-batches in groups
         num_micro_batches = -(-len(where) // group) * self._config.parallel.pipeline
 

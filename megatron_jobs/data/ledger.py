@@ -3,8 +3,8 @@
 It is RUN/checkpoints/step-*/ledger.json:
 
     tokens, block_length    consumed by the run; tokens in a block of the sources
-    phases                  name, steps, tokens, sequence_length (in tokens; older ledgers lack it), and of each source samples, tokens, the
-                            blocks that belong to the phase, and a checksum
+    phases                  name, steps, tokens, sequence_length (in tokens; older ledgers lack it), and of each source samples, tokens (in
+                            a phase of dialogues the places of its packs), the blocks or dialogues that belong to the phase, and a checksum
     origin                  where the weights of step 0 came from: kind (imported, upcycled, averaged, trained), of (what identifies the
                             models), ledger (the first one's own, with its origin), hugging_face (configuration of a Hugging Face folder)
     interventions           skipped steps, rollbacks, and the windows of losses and norms (stability.Guard)
@@ -24,8 +24,10 @@ class Consumed(Section):
 
     samples: int
     tokens: int
-    first_block: int
-    num_blocks: int
+    first_block: int | None = None
+    num_blocks: int | None = None
+    first_dialogue: int | None = None
+    num_dialogues: int | None = None
     checksum: str
 
 

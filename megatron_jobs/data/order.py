@@ -8,64 +8,28 @@ No index is built, cached or exchanged between processes; the n-th sample of a p
     mix             the sources of a phase are interleaved in windows of about WINDOW samples, each source within one
                     sample of its exact share in every window; a third permutation shuffles each window
 
+In a phase of dialogues a sample is a pack of whole ones (`dialogues.py`), epoch after epoch; the mix is the same, in smaller windows.
+
 So a token is used at most once per epoch, across phases and sequence lengths, and the order is the same at every
 data-parallel size, micro-batch size and restart.
 """
 
-import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 
 from megatron_jobs.config import RunConfig
+from megatron_jobs.config.phase import Phase
+from megatron_jobs.data import dialogues
 from megatron_jobs.data.ledger import Consumed, Ledger, PhaseRecord
+from megatron_jobs.data.permutation import permute, permute_each, round_keys
 from megatron_jobs.data.phases import Source, consumed_tokens, locate, num_steps, shares, training_blocks, validation_blocks
 from mujina.user_input import UserError
 
 WINDOW = 1024  # samples
-ROUNDS = 6
-
-
-def permute(indices: np.ndarray, size: int, *key: object) -> np.ndarray:
-    """The places of `indices` (int64 in [0, size)) under the permutation of [0, size) that `key` selects."""
-    return _permute(np.array(indices, np.int64), np.full(len(indices), size), np.broadcast_to(_round_keys(*key), (len(indices), ROUNDS)))
-
-
-@lru_cache(maxsize=1 << 16, typed=True)
-def _round_keys(*key: object) -> np.ndarray:
-    return np.frombuffer(hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest(), np.uint64)
-
-
-def _permute(indices: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Each index under a permutation of its own: indices and sizes [n], keys [n, ROUNDS].
-
-    A Feistel network over pairs (left, right) of [0, a) × [0, b) with a·b ≥ size, and cycle walking: a value that falls
-    outside [0, size) is sent through again until it is inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
-    """
-    result = indices.copy()
-    outside = np.arange(len(result))
-    while len(outside):
-        size, key = sizes[outside], keys[outside]
-        a = np.ceil(np.sqrt(size)).astype(np.int64)
-        b = -(-size // a)
-        left, right = np.divmod(result[outside], b)
-        for round in range(ROUNDS):
-            if round % 2:
-                left = (left + _mix(right, key[:, round]) % a) % a
-            else:
-                right = (right + _mix(left, key[:, round]) % b) % b
-        result[outside] = left * b + right
-        outside = outside[result[outside] >= size]
-    return result
-
-
-def _mix(values: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """A 63-bit hash of each value (the finaliser of splitmix64)."""
-    z = values.astype(np.uint64) ^ keys
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
+WINDOW_OF_PACKS = 32  # packs: they are shuffled already, and the epochs of a small source should follow each other
+Sample = tuple[str, int | tuple[int, ...]]  # a source; the offset of the first token in it, or the numbers of the dialogues packed together
 
 
 class DataOrder:
@@ -76,27 +40,40 @@ class DataOrder:
     """
 
     def __init__(self, config: RunConfig, sources: dict[str, Source]) -> None:
-        self.seed, self.sources = config.seed, sources
+        self.seed, self.sources, self._config = config.seed, sources, config
         self.phases = config.phases
         self.block_length = config.data.block_length
         self.shares = shares(config, sources)
         self._held_out = validation_blocks(config.data)
-        self._training = {share.source: training_blocks(sources[share.source], config.data) for row in self.shares for share in row}
-        self.names = sorted(self._training)
+        blocks = {share.source for row in self.shares for share in row if share.taken is None}
+        self._training = {name: training_blocks(sources[name], config.data) for name in blocks}
+        self.names = sorted({share.source for row in self.shares for share in row})
         self.number_of = {name: number for number, name in enumerate(self.names)}
         self._quotas = [np.array([share.num_samples for share in row], np.int64) for row in self.shares]
         self._window = lru_cache(maxsize=8)(self._window_order)
 
-    def samples(self, step: int, numbers: Sequence[int] | np.ndarray) -> list[tuple[str, int]]:
-        """(source, offset of the first token) of the samples with `numbers` (from 0, ascending) in the batch of step `step`.
+    def samples(self, step: int, numbers: Sequence[int] | np.ndarray) -> list[Sample]:
+        """Where the samples with `numbers` (from 0, ascending) in the batch of step `step` lie.
 
-        A sample of sequence length L reads tokens offset … offset + L; the last one serves as a label only.
+        A sample of sequence length L reads tokens offset … offset + L; the last one serves as a label only. A pack without dialogues
+        fills up the last batch of a phase of dialogues.
         """
         index, step_in_phase = locate(self.phases, step)
         first = self.phases[index].num_samples(step_in_phase)
         return self._samples(index, first + np.asarray(numbers, np.int64))
 
-    def validation(self, source: str, sequence_length: int) -> np.ndarray:
+    def validation(self, phase: Phase) -> list[Sample]:
+        """The samples that are held out of training, as `phase` measures them: dialogues only where it is a phase of them itself."""
+        samples: list[Sample] = []
+        for name in self.names:
+            if name in self._training:
+                samples += [(name, offset) for offset in self.held_out(name, phase.sequence_length).tolist()]
+            elif phase.is_of_dialogues and (there := self.sources[name].dialogues):
+                packs = dialogues.held_out(self._config, phase, there)
+                samples += [(name, packs[number]) for number in range(len(packs))]
+        return samples
+
+    def held_out(self, source: str, sequence_length: int) -> np.ndarray:
         """Offsets of the samples that are held out of training: int64 [validation blocks × samples in a block].
 
         Which blocks they lie in follows from the seed and the source alone. No token is read here and in training, nor a label here and
@@ -107,8 +84,8 @@ class DataOrder:
 
     def consumed(self, phase: int, steps: int) -> dict[str, int]:
         """Samples by source in the first `steps` steps of a phase."""
-        number = self.phases[phase].num_samples(steps)
         total = int(self._quotas[phase].sum())
+        number = min(total, self.phases[phase].num_samples(steps))
         window = self._window_of(phase, number) if number < total else self._num_windows(phase)
         counts = self._before(phase, window)
         rest = number - int(counts.sum())
@@ -126,8 +103,10 @@ class DataOrder:
                 share.source: Consumed(
                     samples=samples[share.source],
                     tokens=samples[share.source] * phase.sequence_length,
-                    first_block=share.first_block,
-                    num_blocks=share.num_blocks,
+                    first_block=None if share.taken else share.first_block,
+                    num_blocks=None if share.taken else share.num_blocks,
+                    first_dialogue=share.taken and share.taken.first,
+                    num_dialogues=share.taken and share.taken.count,
                     checksum=self.sources[share.source].checksum,
                 )
                 for share in self.shares[index]
@@ -150,20 +129,24 @@ class DataOrder:
     def _validation_key(self, source: str) -> tuple[object, ...]:
         return self.seed, "validation", source
 
-    def _samples(self, phase: int, numbers: np.ndarray) -> list[tuple[str, int]]:
-        assert numbers[-1] < self._quotas[phase].sum()
-        found: list[tuple[str, int]] = []
-        names = [share.source for share in self.shares[phase]]
+    def _samples(self, phase: int, numbers: np.ndarray) -> list[Sample]:
+        found: list[Sample] = []
+        shares, there = self.shares[phase], int(self._quotas[phase].sum())
+        filling: list[Sample] = [(self.names[0], ())] * int((numbers >= there).sum())
+        assert not filling or self.phases[phase].is_of_dialogues
+        numbers = numbers[numbers < there]
         while len(found) < len(numbers):
             window = self._window_of(phase, int(numbers[len(found)]))
             which, offsets = self._window(phase, window)
             places = numbers[len(found) :] - self._before(phase, window).sum()
             places = places[places < len(which)]
-            found += zip([names[n] for n in which[places].tolist()], offsets[places].tolist(), strict=True)
-        return found
+            for n, place in zip(which[places].tolist(), offsets[places].tolist(), strict=True):
+                taken = shares[n].taken
+                found.append((shares[n].source, taken.packs[place] if taken else place))
+        return found + filling
 
     def _num_windows(self, phase: int) -> int:
-        return -(-int(self._quotas[phase].sum()) // WINDOW)
+        return -(-int(self._quotas[phase].sum()) // (WINDOW_OF_PACKS if self.phases[phase].is_of_dialogues else WINDOW))
 
     def _before(self, phase: int, window: int) -> np.ndarray:
         """Samples of each source in all windows before `window`: the exact share, rounded down. shape [sources]"""
@@ -177,14 +160,15 @@ class DataOrder:
         return window
 
     def _window_order(self, phase: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each place in a window: the number of its source among the phase's, and the sample's offset in that source."""
+        """For each place in a window: the number of its source among the phase's, and the sample's offset in that source, or the number of
+        the pack."""
         first, last = self._before(phase, window), self._before(phase, window + 1)
         which = np.repeat(np.arange(len(first)), last - first)
         # The how-manieth sample of its source's share each is: first … last - 1 of each source.
         ordinals = np.arange(len(which)) + np.repeat(last - np.cumsum(last - first), last - first)
         order = permute(np.arange(len(which)), len(which), self.seed, "window", self.phases[phase].name, window)
         which, ordinals = which[order], ordinals[order]
-        return which, self._offsets(phase, which, ordinals)
+        return which, ordinals if self.phases[phase].is_of_dialogues else self._offsets(phase, which, ordinals)
 
     def _offsets(self, phase: int, which: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
         """The offsets of samples, each given by the number of its source and its ordinal within the share of that source. All [n]."""
@@ -192,14 +176,14 @@ class DataOrder:
         sources, slot = np.unique(which, return_inverse=True)
         rows = [self.shares[phase][n] for n in sources]
         training = np.array([self._training[share.source] for share in rows])[slot]
-        keys = np.stack([_round_keys(self.seed, "sample", name, share.source) for share in rows])[slot]
-        places = _permute(ordinals, np.array([share.num_samples for share in rows])[slot], keys)
+        keys = np.stack([round_keys(self.seed, "sample", name, share.source) for share in rows])[slot]
+        places = permute_each(ordinals, np.array([share.num_samples for share in rows])[slot], keys)
         block, sample_in_block = np.divmod(places, self.block_length // length)
         epoch, block = np.divmod(np.array([share.first_block for share in rows])[slot] + block, training)
         pairs = zip(slot.tolist(), epoch.tolist(), strict=True)
-        keys = np.stack([_round_keys(self.seed, "block", rows[n].source, e) for n, e in pairs])
-        block = _permute(block, training, keys)
+        keys = np.stack([round_keys(self.seed, "block", rows[n].source, e) for n, e in pairs])
+        block = permute_each(block, training, keys)
         if self._held_out:  # the first so many places of one more permutation, over all blocks of the source
-            keys = np.stack([_round_keys(*self._validation_key(share.source)) for share in rows])[slot]
-            block = _permute(self._held_out + block, self._held_out + training, keys)
+            keys = np.stack([round_keys(*self._validation_key(share.source)) for share in rows])[slot]
+            block = permute_each(self._held_out + block, self._held_out + training, keys)
         return block * self.block_length + sample_in_block * length

@@ -13,6 +13,7 @@ import numpy as np
 from megatron_jobs.config import DataConfig, RunConfig
 from megatron_jobs.config.model import differences
 from megatron_jobs.config.phase import LearningRate, Phase
+from megatron_jobs.data.dialogues import Dialogues, Taken, take
 from mujina.user_input import UserError, nearest, parse
 
 
@@ -28,6 +29,8 @@ class Source:
     languages: tuple[str, ...] = ()
     licences: tuple[str, ...] = ()
     teachers: tuple[str, ...] = ()
+    dialogues: Dialogues | None = None  # of kind chat
+    num_answer_tokens: int = 0  # that its assistant says; 0 where nobody asked for them
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,14 @@ class Share:
     """What one phase takes of one source: `num_samples` samples out of the blocks from `first_block` on.
 
     Block numbers run on over epochs: block `first_block % blocks in the source` of epoch `first_block // blocks in the source`.
+    In a phase of dialogues there are no blocks, and `taken` says what there is.
     """
 
     source: str
     num_samples: int
-    first_block: int
-    num_blocks: int
+    first_block: int = 0
+    num_blocks: int = 0
+    taken: Taken | None = None
 
 
 def num_steps(phases: Sequence[Phase]) -> int:
@@ -121,14 +126,25 @@ def check_resumable(before: RunConfig, now: RunConfig, steps: int) -> None:
 
 
 def resolve(config: RunConfig, sources: dict[str, Source]) -> RunConfig:
-    """`config` with the token budget of every phase written in: where it is missing, the sum of the amounts of its sources.
+    """`config` with the token budget of every phase written in: where it is missing, the sum of the amounts of its sources, or in a phase
+    of dialogues what their packs take.
 
     Raises UserError on an unknown source, and on a phase that cannot be with that budget.
     """
-    phases = []
+    phases, next_dialogue = [], dict.fromkeys(sources, 0)
     for phase in config.phases:
-        if phase.tokens is None:
+        tokens = phase.tokens
+        if phase.is_of_dialogues:
+            samples = sum(share.num_samples for share in _packed(config, phase, sources, next_dialogue))
+            tokens = -(-samples // phase.global_batch_size) * phase.tokens_per_step
+            if phase.tokens not in (None, tokens):
+                raise UserError(
+                    f"phases.{phase.name}.tokens ({phase.tokens:,}) is not what the packs of its dialogues take ({tokens:,}): leave it "
+                    "out, and say by the amounts of its sources how much is trained"
+                )
+        elif tokens is None:
             tokens = sum(_asked(phase, config.data, sources).values()) * phase.sequence_length
+        if phase.tokens is None:
             phase = parse(phase.model_dump() | {"tokens": tokens}, Phase, f"phases.{phase.name}")
         phases.append(phase)
     return config.model_copy(update={"phases": tuple(phases)})
@@ -142,11 +158,19 @@ def shares(config: RunConfig, sources: dict[str, Source]) -> list[list[Share]]:
     do not fit the phase's budget.
     """
     block_length = config.data.block_length
-    next_block = dict.fromkeys(sources, 0)
+    next_block, next_dialogue = dict.fromkeys(sources, 0), dict.fromkeys(sources, 0)
     result = []
     for phase in config.phases:
         for name in phase.sources:
             _admitted(phase, name, sources)
+            if (next_block if phase.is_of_dialogues else next_dialogue)[name]:
+                raise UserError(
+                    f"phases.{phase.name}.sources.{name}: one phase takes whole dialogues of it and another one stretches of its stream, "
+                    "so that nobody could say what was trained on twice: prepare it as two sources"
+                )
+        if phase.is_of_dialogues:
+            result.append(_packed(config, phase, sources, next_dialogue))
+            continue
         row = []
         for name, quota in _quotas(phase, config.data, sources).items():
             blocks = -(-quota * phase.sequence_length // block_length)
@@ -161,6 +185,23 @@ def shares(config: RunConfig, sources: dict[str, Source]) -> list[list[Share]]:
                 )
         result.append(row)
     return result
+
+
+def _packed(config: RunConfig, phase: Phase, sources: dict[str, Source], next_dialogue: dict[str, int]) -> list[Share]:
+    """What a phase of dialogues takes of each source, from the `next_dialogue` of each on, which is moved on."""
+    row = []
+    for name in sorted(phase.sources):
+        _admitted(phase, name, sources)
+        dialogues = sources[name].dialogues
+        if dialogues is None:
+            raise UserError(
+                f"phases.{phase.name}.sources.{name}: is of kind {sources[name].kind}, and loss.kind {phase.loss.kind} wants dialogues: "
+                "prepare it as kind chat with answer_weights: true, or take it in a phase of next_token"
+            )
+        taken = take(config, phase, dialogues, next_dialogue[name])
+        next_dialogue[name] += taken.count
+        row.append(Share(name, len(taken.packs), taken=taken))
+    return row
 
 
 def blocks_in(num_tokens: int, block_length: int) -> int:

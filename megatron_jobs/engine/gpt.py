@@ -75,10 +75,10 @@ def check_machine(config: RunConfig) -> None:
             "train.precision (fp8) needs Transformer Engine on a GPU that computes in fp8 (Ada, Hopper or later): install the extra "
             "`gpu` on such a machine, or set train.precision to bf16"
         )
-    separated = [phase.name for phase in config.phases if phase.separate_documents]
+    separated = [phase.name for phase in config.phases if phase.keeps_apart]
     if has_transformer_engine() and config.parallel.context > 1 and separated:
         raise UserError(
-            f"parallel.context ({config.parallel.context}) must be 1 where phases.{separated[0]}.separate_documents is set: Transformer "
+            f"parallel.context ({config.parallel.context}) must be 1 where phases.{separated[0]} separates documents: Transformer "
             "Engine cuts each document over the ranks, and wants their lengths in multiples of 2 × parallel.context"
         )
 
@@ -109,7 +109,7 @@ def forward(
 
 def message_shape(phase: Phase, micro_batch_size: int) -> dict[str, int]:
     """Sequence length and micro-batch size of what pipeline stages exchange, as megatron-core's schedules want them."""
-    if phase.separate_documents and has_transformer_engine():  # one row: see `forward`
+    if phase.keeps_apart and has_transformer_engine():  # one row: see `forward`
         return dict(seq_length=phase.sequence_length * micro_batch_size, micro_batch_size=1)
     return dict(seq_length=phase.sequence_length, micro_batch_size=micro_batch_size)
 

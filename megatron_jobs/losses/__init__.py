@@ -1,10 +1,10 @@
 """What a phase may minimise, one file a loss. Torch, no megatron-core."""
 
-from megatron_jobs.config.phase import NextToken
+from megatron_jobs.config.phase import Answers, NextToken
 from megatron_jobs.losses.loss import Loss
 from megatron_jobs.losses.next_token import NextTokenLoss
 
 
-def of(section: NextToken) -> Loss:
-    """The loss that the section `loss` of a phase asks for."""
-    return NextTokenLoss(section)
+def of(section: NextToken | Answers) -> Loss:
+    """The loss that the section `loss` of a phase asks for; answers differ from next_token in the weights of their tokens."""
+    return NextTokenLoss(section.z_loss if isinstance(section, NextToken) else 0.0)

@@ -4,7 +4,6 @@ from typing import ClassVar
 
 import torch
 
-from megatron_jobs.config.phase import NextToken
 from megatron_jobs.data.feeder import MicroBatch
 from megatron_jobs.losses.loss import Labels
 
@@ -14,8 +13,9 @@ class NextTokenLoss:
 
     measures: ClassVar[tuple[str, ...]] = ("loss", "z_loss")
 
-    def __init__(self, section: NextToken) -> None:
-        self._z_loss = section.z_loss
+    def __init__(self, z_loss: float) -> None:
+        """`z_loss` is the coefficient of the mean square of log Z."""
+        self._z_loss = z_loss
 
     def weight(self, batch: MicroBatch) -> float:
         return batch.num_labels if batch.weights is None else float(batch.weights.sum(dtype="float64"))

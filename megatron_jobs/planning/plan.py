@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -55,7 +56,9 @@ def main(
     if tokens_per_day is not None:
         console.print(_calendar(settings, tokens_per_day, datetime.now()))
     if sources is not None:
-        console.print(_source_table(settings, sources))
+        for table in (_source_table(settings, sources), _dialogue_table(settings, sources)):
+            if table.row_count:
+                console.print(table)
     else:
         console.print(f"data.folder ({settings.data.folder}) is not there yet: the sources were not checked")
 
@@ -142,7 +145,7 @@ def _source_table(config: RunConfig, sources: dict[str, Source]) -> Table:
         title="sources" + (f" ({held_out:,} tokens of each are held out for validation)" if held_out else ""),
     )
     for phase, row in zip(config.phases, phases.shares(config, sources), strict=True):
-        for share in row:
+        for share in row if not phase.is_of_dialogues else ():
             source = sources[share.source]
             there = phases.training_blocks(source, config.data)
             asked = share.num_samples * phase.sequence_length
@@ -157,6 +160,24 @@ def _source_table(config: RunConfig, sources: dict[str, Source]) -> Table:
                 f"{asked / (there * config.data.block_length):.2f}",
                 f"{(share.first_block + share.num_blocks) / there:.2f}",
             )
+    return table
+
+
+def _dialogue_table(config: RunConfig, sources: dict[str, Source]) -> Table:
+    """What the phases of dialogues take, and how full their packs are."""
+    table = Table(
+        *("phase", "source", "asked as", "dialogues asked", "cut", "left out", "packs", "filled", "tokens there", "of which answers"),
+        title="dialogues (tokens of each source once, and those that are trained on)",
+    )
+    for phase, row in zip(config.phases, phases.shares(config, sources), strict=True):
+        for share in row:
+            source, taken = sources[share.source], share.taken
+            if taken and source.dialogues:
+                places = np.minimum(source.dialogues.lengths[taken.packs.items], phase.sequence_length).sum()
+                counts = taken.count, taken.num_cut, taken.num_left_out, len(taken.packs)
+                filled = f"{places / (len(taken.packs) * phase.sequence_length):.1%}"
+                there = f"{source.num_tokens:,}", f"{source.num_answer_tokens:,}"
+                table.add_row(phase.name, source.name, _asked_as(phase, source.name), *(f"{n:,}" for n in counts), filled, *there)
     return table
 
 

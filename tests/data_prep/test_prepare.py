@@ -76,25 +76,50 @@ def test_documents_and_dialogues_decode_to_what_went_in(tokenizer_folder: Path, 
 def test_answers_have_weights_beside_the_tokens(tokenizer_folder: Path, tmp_path: Path) -> None:
     tokenizer = load(tokenizer_folder)
     first = [{"role": "user", "content": "7 + 5?"}, {"role": "assistant", "content": "The answer is 12."}]
-    second = [{"role": "system", "content": "the cat"}, *first, {"role": "user", "content": "猫"}, {"role": "assistant", "content": ""}]
-    documents = write_rows(tmp_path / "chat.jsonl", [{"messages": messages} for messages in (first, second, first[:1])])
+    second = [{"role": "system", "content": "the cat"}, *first, {"role": "user", "content": "猫"}, {"role": "assistant", "content": "犬"}]
+    documents = write_rows(tmp_path / "chat.jsonl", [{"messages": messages} for messages in (first, second)])
     source = {"documents": [documents], "kind": "chat", "origin": "synthetic", "answer_weights": True}
     (manifest,) = prepare(config(tokenizer_folder, tmp_path / "out", chat=source))
     binary = open_binary(tmp_path / "out/chat")
     binary.verify()
     assert {name: (channel.dtype, channel.per) for name, channel in manifest.channels.items()} == {"weights": ("uint8", "token")}
-    # The plain way: an answer and the end of its turn are said by the assistant; what names the speaker, and what comes after, is not.
+    # The plain way: the assistant says its answer, the end of its turn and that of the document, and not what names the speaker.
     expected: list[list[int]] = []
-    for messages in (first, second, first[:1]):
+    for messages in (first, second):
         expected.append([])
         for turn in messages:
             said = int(turn["role"] == "assistant")
             expected[-1] += [0, *[said] * len(tokenizer.encode(turn["content"])), said]
-        expected[-1] += [0]
+        expected[-1] += [1]
+    assert manifest.num_answer_tokens == sum(map(sum, expected))
     assert binary.lengths.tolist() == list(map(len, expected))
     assert binary.channel("weights").tolist() == sum(expected, []) and 1 in sum(expected, [])
     answer = binary.document(0)[np.array(expected[0], bool)]
-    assert tokenizer.decode(answer[:-1]) == "The answer is 12." and answer[-1] == tokenizer.end_of_turn_id
+    assert tokenizer.decode(answer[:-2]) == "The answer is 12." and answer[-2:].tolist() == [tokenizer.end_of_turn_id, tokenizer.eod_id]
+
+
+DAMAGED = {
+    "has no turn of the assistant": [("user", "7 + 5?")],
+    "turn 2 .assistant. says nothing": [("user", "7 + 5?"), ("assistant", " \n")],
+    "turn 2 .user. follows another of the same role": [("user", "7"), ("user", "5"), ("assistant", "12")],
+    "turn 3 .assistant. follows another of the same role": [("user", "7"), ("assistant", "5"), ("assistant", "12")],
+}
+
+
+@pytest.mark.parametrize("problem", DAMAGED)
+def test_a_dialogue_with_nothing_to_train_on_is_told(tokenizer_folder: Path, tmp_path: Path, problem: str) -> None:
+    good, bad = (
+        [{"role": role, "content": text} for role, text in turns] for turns in ([("user", "1"), ("assistant", "2")], DAMAGED[problem])
+    )
+    documents = write_rows(tmp_path / "chat.jsonl", [{"messages": good}, {"messages": bad}, {"messages": good, "id": "last"}])
+    source: dict[str, Any] = {"documents": [documents], "kind": "chat", "origin": "synthetic", "answer_weights": True}
+    with pytest.raises(UserError, match=rf"source chat: dialogue chat.jsonl:2: {problem}.*damaged: skip"):
+        prepare(config(tokenizer_folder, tmp_path / "out", chat=source))
+    (manifest,) = prepare(config(tokenizer_folder, tmp_path / "out", chat=source | {"damaged": "skip"}))
+    assert (manifest.num_documents, manifest.num_damaged) == (2, 1) and problem[:6] in manifest.damaged[0]
+    write_rows(tmp_path / "chat.jsonl", [{"messages": bad}])
+    with pytest.raises(UserError, match=rf"source chat: holds no documents \(dialogue chat.jsonl:1: {problem}"):
+        prepare(config(tokenizer_folder, tmp_path / "other", chat=source | {"damaged": "skip"}))
 
 
 def test_weights_of_answers_are_built_and_removed_with_their_field_only(tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from megatron_jobs.checkpoints.checkpoint import Checkpoint
 from megatron_jobs.config import RunConfig
 from mujina.matrices import Box
-from tests.conftest import tiny
+from tests.conftest import read, tiny
 from tests.ranks import run_ranks
 
 
@@ -44,7 +44,8 @@ def test_one_process_follows_transformers(prepared, tmp_path, alone):
 def plain_model(config: RunConfig) -> tuple[Any, Any, Iterator[tuple[Any, list[tuple[str, int]]]]]:
     """A Llama of transformers with the run's first weights, AdamW for it, and (token ids, places) of each step, its learning rate set."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
 
     from megatron_jobs.checkpoints.weights import InitialWeights
     from megatron_jobs.conversion import convert
@@ -52,14 +53,14 @@ def plain_model(config: RunConfig) -> tuple[Any, Any, Iterator[tuple[Any, list[t
     from megatron_jobs.data.ledger import Ledger
     from megatron_jobs.data.order import DataOrder
 
-    source = InitialWeights(config.model, None, config.seed)
+    source = InitialWeights(config.model, config.moe, config.seed)
     binaries = feeder.open_sources(config)
     order = DataOrder(config, feeder.facts(binaries))
     config.run.mkdir(parents=True, exist_ok=True)
     exported = convert.Exported(SimpleNamespace(config=config, ledger=Ledger(), shapes=source.shapes, read=source.read))
     convert.write_companions(exported, config.run)
-    llama = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.run), dtype=torch.float32)
-    llama.load_state_dict({tensor.name: tensor.read().view(*tensor.shape) for tensor in exported.tensors()})
+    save_file({tensor.name: tensor.read().view(*tensor.shape) for tensor in exported.tensors()}, config.run / "model.safetensors")
+    llama = AutoModelForCausalLM.from_pretrained(config.run, dtype=torch.float32, local_files_only=True)
     matrices, norms = ([p for p in llama.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
     groups = [dict(params=matrices, weight_decay=config.optimizer.weight_decay), dict(params=norms, weight_decay=0.0)]
     adamw = torch.optim.AdamW(groups, betas=(config.optimizer.beta1, config.optimizer.beta2), eps=config.optimizer.epsilon)
@@ -70,7 +71,7 @@ def plain_model(config: RunConfig) -> tuple[Any, Any, Iterator[tuple[Any, list[t
                 group["lr"] = phases.learning_rate(config.phases, step)
             phase, _ = phases.at(config.phases, step)
             where = order.samples(step, range(phase.global_batch_size))
-            yield torch.from_numpy(feeder.read(binaries, where, phase.sequence_length)), where
+            yield read(binaries, where, phase.sequence_length), where
 
     return llama, adamw, steps()
 

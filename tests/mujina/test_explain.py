@@ -57,7 +57,7 @@ def test_a_field_shows_type_default_meaning_and_an_example(capsys):
 
 
 def test_a_section_shows_its_fields(capsys):
-    shown = explained(capsys, "phases.loss", "phases.0.sources")
+    shown = explained(capsys, "phases.loss.next_token", "phases.0.sources")
     assert "z_loss Coefficient of the mean square of log Z" in shown and "weight Share of what the amounts leave" in shown
     assert "phases The stretches of the training" in explained(capsys)
     assert "japanese_quality Keeps Japanese prose" in explained(capsys, "sources.steps", of="prepare")

@@ -67,7 +67,10 @@ def with_template(bpe_folder: Path, tmp_path: Path):
 
 def answers(tokenizer: Tokenizer, rendered: Rendered) -> list[str]:
     """The answers as text, control tokens spelled."""
-    pieces = [(bool(said), tokenizer.bytes_of(token) or tokenizer.piece(token).encode()) for token, said in zip(*rendered, strict=True)]
+    pieces = [
+        (bool(said), tokenizer.bytes_of(token) or tokenizer.piece(token).encode())
+        for token, said in zip(rendered.ids, rendered.is_answer, strict=True)
+    ]
     return [b"".join(piece for _, piece in run).decode() for said, run in groupby(pieces, lambda piece: piece[0]) if said]
 
 

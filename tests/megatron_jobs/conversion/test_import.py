@@ -24,7 +24,7 @@ from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
 from megatron_jobs.conversion.start import open_weights
 from mujina.matrices import Box
 from mujina.user_input import UserError
-from tests.conftest import MOE, tiny
+from tests.conftest import MOE, read, tiny
 from tests.megatron_jobs.test_train import losses, train_here
 from tests.ranks import run_ranks
 from tokenization.load import load as load_tokenizer
@@ -81,7 +81,7 @@ def transformers_loss(config: RunConfig, folder: Path) -> float:
     binaries = feeder.open_sources(config)
     phase = config.phases[0]
     where = DataOrder(config, feeder.facts(binaries)).samples(0, range(phase.global_batch_size))
-    tokens = torch.from_numpy(feeder.read(binaries, where, phase.sequence_length))
+    tokens = read(binaries, where, phase.sequence_length)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     with torch.no_grad():
         return float(model(tokens, labels=tokens).loss)

@@ -33,7 +33,7 @@ def test_every_token_knows_its_document(binary):
     owner = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
     for length in (1, 3, 16, 64):
         offsets = range(len(owner) - length)
-        found = feeder.documents({"a": binary}, [("a", offset) for offset in offsets], length)
+        found = np.stack([binary.documents(offset, length) for offset in offsets])
         assert found.dtype == np.int32 and found.shape == (len(offsets), length)
         for offset in offsets:
             inside = owner[offset : offset + length]
@@ -88,7 +88,8 @@ def test_the_ranks_share_each_step_in_order(opened):
             for batch in batches:
                 assert (batch.documents is None) == (index == 0)
             if index == 1:
-                assert (np.concatenate([batch.documents for batch in batches]) == feeder.documents(binaries, where, length)).all()
+                there = np.stack([binaries[name].documents(offset, length) for name, offset in where])
+                assert (np.concatenate([batch.documents for batch in batches]) == there).all()
         assert feeders[0].take(3)[0][0].tokens.tolist() == feeders[0].read(3)[0].tokens.tolist()  # back to an earlier step
 
 

@@ -125,9 +125,9 @@ def test_any_plan_keeps_the_promises(plan, draw, ranks):
     config, there, order = plan
     held = {name: np.zeros(source.num_tokens + 1, bool) for name, source in there.items()}
     for name in order.names:
-        for offset in order.validation(name, 16):
+        for offset in order.held_out(name, 16):
             held[name][offset : offset + 16] = True
-        same = np.add.outer(order.validation(name, 64), np.arange(64))
+        same = np.add.outer(order.held_out(name, 64), np.arange(64))
         assert held[name].sum() == -(-config.data.validation_tokens // 64) * 64 and held[name][same].all()
     used = {name: np.zeros(source.num_tokens + 1, int) for name, source in there.items()}
     epochs, asked, step = Counter(), Counter(), 0
@@ -161,11 +161,11 @@ def test_what_is_held_out_follows_from_seed_and_source_alone():
     there = sources(a=10_000, b=10_000)
     one = DataOrder(run_config([phase("p", 640, sources={"a": 1.0})], validation_tokens=1000), there)
     other = DataOrder(run_config([phase("q", 6400, 64, 2, sources={"a": 1.0, "b": 2.0})], validation_tokens=1000), there)
-    assert one.validation("a", 16).tolist() == other.validation("a", 16).tolist()
-    assert len(one.validation("a", 64)) == 16  # 1,000 tokens in whole blocks of 64
-    assert set(other.validation("a", 64)) != set(other.validation("b", 64))
+    assert one.held_out("a", 16).tolist() == other.held_out("a", 16).tolist()
+    assert len(one.held_out("a", 64)) == 16  # 1,000 tokens in whole blocks of 64
+    assert set(other.held_out("a", 64)) != set(other.held_out("b", 64))
     elsewhere = DataOrder(run_config([phase("p", 640, sources={"a": 1.0})], seed=2, validation_tokens=1000), there)
-    assert set(one.validation("a", 64)) != set(elsewhere.validation("a", 64))
+    assert set(one.held_out("a", 64)) != set(elsewhere.held_out("a", 64))
 
 
 def test_a_source_too_small_to_hold_out_of_is_refused():

@@ -12,7 +12,7 @@ from megatron_jobs.checkpoints import checkpoint
 from megatron_jobs.checkpoints.weights import InitialWeights
 from megatron_jobs.config import RunConfig
 from mujina.matrices import Box
-from tests.conftest import MOE, tiny
+from tests.conftest import MOE, read, tiny
 from tests.megatron_jobs.engine.test_parallel import name
 from tests.megatron_jobs.test_train import plain_loop, train_here
 from tests.ranks import run_ranks
@@ -159,9 +159,9 @@ def _held_out_losses(config: RunConfig) -> dict[str, float]:
     losses = {}
     with groups.alone():
         for source in order.names:
-            where = [(source, int(offset)) for offset in order.validation(source, 32)]
+            where = [(source, int(offset)) for offset in order.held_out(source, 32)]
             assert len(where) == 6
-            tokens = torch.from_numpy(feeder.read(binaries, where, 32))
+            tokens = read(binaries, where, 32)
             logits = agreement.megatron_logits(config.model, None, InitialWeights(config.model, None, config.seed), tokens[:, :-1])
             losses[source] = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
     return losses
