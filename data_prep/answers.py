@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
 from tokenization.tokenizer import Rendered
 
 # What a template puts between turns, such as "user" or "### Response:", is short and no sentence.
@@ -23,6 +25,13 @@ def problem_of(messages: Sequence[dict[str, str]], rendered: Rendered, may_chang
     if not rendered.is_answer.any():
         return "has no turn of the assistant, so that there is nothing to train on: add one, or drop the row"
     return None if may_change else _change(messages, rendered.text)
+
+
+def last_answer(rendered: Rendered) -> Rendered:
+    """The dialogue with only the last turn of the assistant as an answer."""
+    ends = np.flatnonzero(rendered.is_answer)
+    first = 1 + int(np.flatnonzero(~rendered.is_answer[: ends[-1]])[-1]) if not rendered.is_answer[: ends[-1]].all() else 0
+    return rendered._replace(is_answer=rendered.is_answer & (np.arange(len(rendered.ids)) >= first))
 
 
 def _change(messages: Sequence[dict[str, str]], text: str) -> str | None:

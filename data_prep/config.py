@@ -59,13 +59,17 @@ class SourceConfig(SourceFacts):
     is then damaged, and so is one that the chat template changes, see `template_may_change`.
     """
     template_may_change: bool = False
-    """With `answer_weights`: the chat template may add to a dialogue what no turn says, such as a default system prompt or an empty think
-    block, and leave out what one says.
+    """With `answer_weights`, or of kind preferences: the chat template may add to a dialogue what no turn says, such as a default system
+    prompt or an empty think block, and leave out what one says.
     """
+
+    @property
+    def marks_answers(self) -> bool:
+        return self.answer_weights or self.kind == "preferences"
 
     @pydantic.model_validator(mode="after")
     def _has_answers(self) -> "SourceConfig":
-        if self.answer_weights and self.kind != "chat":
+        if self.answer_weights and self.kind not in ("chat", "preferences"):
             raise ValueError(f"answer_weights (true) needs kind chat, not {self.kind}, which has no answers: remove it")
         return self
 
@@ -119,7 +123,7 @@ class PrepareConfig(Section):
             raise ValueError("tokenizer is missing, and a source without steps has nothing else to be done: add it")
         for name, source in self.sources.items():
             files = {f"{name}.{end}": f"{name}.{end}" for end in ("bin", "idx", "json")}
-            if source.answer_weights:
+            if source.marks_answers:
                 files |= dict.fromkeys((f"{name}.weights", f"{name}.weights.bin"), f"{name}.weights.bin")
             for other in files.keys() & self.sources.keys():
                 raise ValueError(f"sources {name} and {other} would both write {files[other]}: give one of them another name")

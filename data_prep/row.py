@@ -2,7 +2,7 @@
 
     text       a string without NUL, of at most LONGEST (64 Mi) characters; or
     messages   the turns of a dialogue, [{"role": "...", "content": "..."}, ...], their contents together like a text. They win over a
-               text beside them, and a source of kind chat needs them
+               text beside them, and a source of kind chat needs them; in one of kind preferences they are a pair (`pairs.py`)
     id         the row's own, else <name of the file>:<number of the row>
     kind, origin                          the source's: a row that states another is an error, because phases rely on them
     language, licence, teacher, source    strings; the source's where a row states none (null or "")
@@ -14,10 +14,11 @@ A reader finds fields, which are unchecked, and says where; here it is said what
 import re
 from typing import Any, Literal, NotRequired, TypedDict, cast, get_args
 
+from data_prep import pairs
 from mujina.files import LONGEST, parse_row, too_long
 from mujina.user_input import Section
 
-Kind = Literal["web", "code", "documents", "chat"]
+Kind = Literal["web", "code", "documents", "chat", "preferences"]
 Origin = Literal["human", "synthetic", "rule"]
 
 LONGEST_OF_OURS = 16 * LONGEST  # bytes of a line that steps have written: JSON may take 12 for a character
@@ -25,7 +26,7 @@ INVISIBLE = re.compile(
     r"[\s\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]*"
 )  # blanks, controls, marks of direction
 LABELS = ("kind", "origin", "language", "licence", "teacher", "source")
-KEYS = ("text", "messages", "id", "url", *LABELS)  # that a row may bring from a file of rows
+KEYS = ("text", "messages", "id", "url", *LABELS, *pairs.KEYS)  # that a row may bring from a file of rows
 
 
 class SourceFacts(Section):
@@ -93,6 +94,12 @@ def row_of(fields: Fields, id: str, labels: dict[str, str]) -> Row | str:
                 f"{label} is {fields[label]!r}, but the source declares {labels.get(label)!r}: put the row into a source of its own "
                 f"(known: {', '.join(known)})"
             )
+    if labels.get("kind") == "preferences":
+        turns = pairs.turns_of(fields)
+        if isinstance(turns, str):
+            return turns
+        fields = fields | {"messages": turns}
+    fields = {key: value for key, value in fields.items() if key not in pairs.KEYS}
     text, messages = fields.get("text"), fields.get("messages")
     if messages is not None:
         if not isinstance(messages, list) or not messages:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.answers import problem_of
+from data_prep.answers import last_answer, problem_of
 from data_prep.blocks import Block, read_blocks, rows_of
 from data_prep.config import SourceConfig
 from data_prep.indexed import BinaryWriter, Channel, Labels, Manifest, open_binary, token_dtype
@@ -144,7 +144,7 @@ def _build_shard(name: str, source: SourceConfig, block: Block, prefix: Path) ->
         rows = tuple(row for row in found if not is_nothing(row["text"] if "text" in row else joined(row["messages"])))
         tally.num_empty += len(found) - len(rows)
         rendered = None
-        if source.answer_weights:
+        if source.marks_answers:
             rows, rendered = _answered(name, source, rows, tally)
         if not rows:
             continue
@@ -162,21 +162,30 @@ def _build_shard(name: str, source: SourceConfig, block: Block, prefix: Path) ->
 
 def _channels(source: SourceConfig) -> dict[str, Channel]:
     """What lies beside the tokens of the source."""
-    return {WEIGHTS: Channel(dtype="uint8", per="token")} if source.answer_weights else {}
+    return {WEIGHTS: Channel(dtype="uint8", per="token")} if source.marks_answers else {}
 
 
 def _answered(name: str, source: SourceConfig, rows: tuple[Row, ...], tally: _Tally) -> tuple[tuple[Row, ...], list[Rendered]]:
-    """The dialogues that can be trained on for their answers, as the template writes them; the others stop the run or are passed over."""
+    """The rows that can be trained on for their answers, and each dialogue of theirs as the template writes it (a pair of answers makes
+    two); the others stop the run or are passed over."""
     kept, rendered = list[Row](), list[Rendered]()
     for row in rows:
+        turns = row["messages"]
+        written = list[Rendered]()
         try:
-            written = _tokenizer.render(row["messages"])
-            problem = problem_of(row["messages"], written, source.template_may_change)
+            if source.kind == "preferences":
+                problem = "has two equal answers: drop the row" if turns[-1] == turns[-2] else None
+                dialogues = [turns[:-1], [*turns[:-2], turns[-1]]]
+            else:
+                problem, dialogues = None, [turns]
+            for dialogue in dialogues:
+                written.append(_tokenizer.render(dialogue))
+                problem = problem or problem_of(dialogue, written[-1], source.template_may_change)
         except UserError as error:
             problem = str(error)
         if problem is None:
             kept.append(row)
-            rendered.append(written)
+            rendered += map(last_answer, written) if source.kind == "preferences" else written
             continue
         told = f"dialogue {row['id']}: {problem}"
         if source.damaged == "stop":
@@ -187,19 +196,18 @@ def _answered(name: str, source: SourceConfig, rows: tuple[Row, ...], tally: _Ta
 
 
 def _tokenized(rows: tuple[Row, ...], rendered: list[Rendered] | None) -> tuple[list[np.ndarray], list[np.ndarray], int]:
-    """The ids of each row, from what begins documents to what ends them, weights (of what is `rendered`), and characters of all."""
-    texts = iter(_tokenizer.encode_batch([row["text"] for row in rows if "text" in row]))
-    begin = np.array([_tokenizer.bos_id], np.int32) if _tokenizer.begins_texts else None
-    ids, characters = [], 0
-    for number, row in enumerate(rows):
-        if "text" in row:
-            ids.append(next(texts) if begin is None else np.append(begin, next(texts)))
-            characters += len(row["text"])
-        else:
-            # where nobody asks for the answers, a template need not tell them
-            ids.append(rendered[number].ids if rendered else _tokenizer.encode_chat(row["messages"]))
-            characters += sum(len(turn["content"]) for turn in row["messages"])
+    """The ids of each document, from what begins it to what ends it, weights (of what is `rendered`), and characters of all rows."""
+    characters = sum(len(row["text"]) if "text" in row else sum(len(turn["content"]) for turn in row["messages"]) for row in rows)
     weights = [np.append(one.is_answer, True).astype(np.uint8) for one in rendered or ()]  # the end of the document included
+    if rendered is not None:
+        ids = [one.ids for one in rendered]
+    else:
+        texts = iter(_tokenizer.encode_batch([row["text"] for row in rows if "text" in row]))
+        # where nobody asks for the answers, a template need not tell them
+        ids = [next(texts) if "text" in row else _tokenizer.encode_chat(row["messages"]) for row in rows]
+        if _tokenizer.begins_texts:
+            begin = np.array([_tokenizer.bos_id], np.int32)
+            ids = [np.append(begin, one) if "text" in row else one for row, one in zip(rows, ids, strict=True)]
     return [np.append(document, np.int32(_tokenizer.eod_id)) for document in ids], weights, characters
 
 
@@ -214,7 +222,7 @@ def _contents(path: str) -> str | list[str]:
 def _fingerprint(name: str, source: SourceConfig, contents: Any) -> str:
     """Changes with whatever changes a binary, its labels or its channels."""
     described: list[Any] = [_tokenizer.hash, name, source.model_dump(include=set(SourceFacts.model_fields)), contents]
-    if source.answer_weights:  # with the end of the document, unlike those of version 0.1
+    if source.marks_answers:  # with the end of the document, unlike those of version 0.1
         described += [WEIGHTS, "and the end", source.template_may_change, source.damaged]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 

@@ -37,6 +37,8 @@ FORMATS = {  # the module whose docstring says what is in the files
     "Metrics and events of a run": "megatron_jobs/monitoring/metrics.py",
     "Checkpoints": "megatron_jobs/checkpoints/checkpoint.py",
     "The ledger of a checkpoint": "megatron_jobs/data/ledger.py",
+    "References of preferences": "megatron_jobs/references.py",
+    "Pairs of answers": "data_prep/pairs.py",
     "The names of the matrices": "megatron_jobs/engine/placement.py",
     "Logs of a run": "megatron_jobs/failures.py",
     "Rollbacks": "megatron_jobs/stability.py",

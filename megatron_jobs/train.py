@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from megatron_jobs import config as configuration
-from megatron_jobs import failures, ranks, stability
+from megatron_jobs import failures, ranks, references, stability
 from megatron_jobs.checkpoints.checkpoint import Checkpoint, step_folder
 from megatron_jobs.checkpoints.saver import Saver
 from megatron_jobs.checkpoints.weights import InitialWeights
@@ -74,6 +74,7 @@ class Trainer:
         self.state = TrainingState(config)
         self.passes = Passes(config, self.state, self.order.names)
         self.step = self._go_on_from(start)
+        self.refers = ""  # the phase whose references are there
         layers = "Transformer Engine" if has_transformer_engine() else "local"
         passed_over = [(back["first"], back["last"]) for back in self.guard.rollbacks]
         self.log = Log(config, self.step, groups.device_name(), layers, passed_over) if ranks.rank() == 0 else None
@@ -89,6 +90,8 @@ class Trainer:
             phase, step_in_phase = phases.at(config.phases, self.step)
             if step_in_phase == 0 and phase.optimizer == "reset":
                 state.forget_updates()
+            if phase.loss.kind == "preference" and self.refers != phase.name:
+                self._refer(step_in_phase)
             if not self.guard.passes_over(self.step + 1):
                 learning_rate = phases.learning_rate(config.phases, self.step)
                 began = time.perf_counter()
@@ -147,7 +150,23 @@ class Trainer:
                 yield batch
 
         batches, num_batches = self.feeder.validation(phase)
+        if not num_batches:
+            return {}
         return self.passes.measure(phase, marked(), num_batches).by_source
+
+    def _refer(self, step_in_phase: int) -> None:
+        """Before the first step of a phase of preferences: what the weights that it begins with make of its pairs."""
+
+        def say(done: int, of: int) -> None:
+            self.mark()
+            if self.log:
+                self.log.event(self.step, "references", reason=f"{done:,} of {of:,} pairs")
+
+        index, _ = phases.locate(self.config.phases, self.step)
+        about = references.identity(self.config, self.order, index, self.origin, self.guard.rollbacks)
+        compute = self.passes.log_probabilities if step_in_phase == 0 else None
+        self.passes.references = references.of_phase(self.config, index, self.order, about, self.feeder, compute, say)
+        self.refers = self.config.phases[index].name
 
     def _looked_at(self, phase: Phase, batches: list[feeder.MicroBatch]) -> dict[str, Any]:
         """What only some steps measure, between the gradients and the update."""

@@ -38,7 +38,9 @@ MAY_ENTER = {
     "megatron_jobs.checkpoints megatron_jobs.conversion megatron_jobs.monitoring",
     "megatron_jobs.launch": "mujina megatron_jobs.check megatron_jobs.config megatron_jobs.failures megatron_jobs.stability "
     "megatron_jobs.data megatron_jobs.checkpoints",
+    "megatron_jobs.references": "mujina megatron_jobs.config megatron_jobs.ranks megatron_jobs.data",
     "megatron_jobs.train": "mujina megatron_jobs.config megatron_jobs.ranks megatron_jobs.failures megatron_jobs.stability "
+    "megatron_jobs.references "
     "megatron_jobs.data megatron_jobs.planning megatron_jobs.checkpoints megatron_jobs.engine megatron_jobs.conversion "
     "megatron_jobs.conversion.families megatron_jobs.monitoring",
     "evaluation": "mujina",

@@ -67,6 +67,12 @@ class Step(_Part):
     z_loss: float | None = None
     load_balancing_loss: float | None = None
     router_z_loss: float | None = None
+    reward_margin: float | None = None
+    reward_accuracy: float | None = None
+    chosen_reward: float | None = None
+    rejected_reward: float | None = None
+    chosen_log_probability: float | None = None
+    rejected_log_probability: float | None = None
     validation: dict[str, float] = {}
     layer_norms: dict[str, dict[str, float]] = {}
     fp8_shadow: dict[str, float] = {}

@@ -112,7 +112,35 @@ class Answers(Section):
     """The channel of the binaries that tells what the assistant says."""
 
 
-Loss = Annotated[NextToken | Answers, Field(discriminator="kind")]
+class Preference(Section):
+    """Of two answers to a prompt the chosen one gains probability over the rejected one, compared with the weights that the phase begins
+    with (with an adapter: the base's): direct preference optimization (`losses/preference.py`). Sources are of kind preferences.
+    """
+
+    kind: Literal["preference"] = "preference"
+    form: Literal["dpo", "ipo"] = "dpo"
+    """The loss of a pair: of Rafailov et al. 2023 (arXiv 2305.18290), or of Azar et al. 2023 (arXiv 2310.12036), by token."""
+    beta: PositiveFloat = Field(default=0.1, le=1000)
+    """How much of the difference to the reference counts; small: far from it costs little."""
+    label_smoothing: NonNegativeFloat = Field(default=0.0, lt=0.5)
+    """Share of the pairs that are taken to be the wrong way round; for `dpo`."""
+    nll_weight: NonNegativeFloat = Field(default=0.0, le=1000)
+    """Coefficient of the chosen answers' own cross-entropy, a mean by answer (arXiv 2404.19733), which keeps them likely."""
+    too_long: Literal["stop", "drop"] = "stop"
+    """What a pair does whose two dialogues have more than `sequence_length` tokens together: stop the run before it begins, or be left out.
+    """
+
+    token_weights: ClassVar[str] = "weights"
+    """The channel of the binaries that tells which tokens are the two answers'."""
+
+    @pydantic.model_validator(mode="after")
+    def _smooths(self) -> "Preference":
+        if self.label_smoothing and self.form != "dpo":
+            raise ValueError(f"label_smoothing ({self.label_smoothing:g}) means nothing for form {self.form}: leave it out")
+        return self
+
+
+Loss = Annotated[NextToken | Answers | Preference, Field(discriminator="kind")]
 
 
 class BatchRamp(Section):
@@ -130,8 +158,8 @@ class Phase(Section):
     """A stretch of training with one mix.
 
     A source is given by weight, or by an amount; weights share what the amounts leave of `tokens`. Without `tokens` every source has an
-    amount, and the budget is their sum (`phases.resolve` writes it in). A phase of dialogues (`loss.kind: answers`) is always given by
-    amounts, and its budget is what their packs take, in whole global batches, the last one filled up with nothing.
+    amount, and the budget is their sum (`phases.resolve` writes it in). A phase of dialogues (`loss.kind: answers` or `preference`) is
+    always given by amounts, and its budget is what their packs take, in whole global batches, the last one filled up with nothing.
     """
 
     name: str
@@ -175,8 +203,8 @@ class Phase(Section):
 
     @property
     def is_of_dialogues(self) -> bool:
-        """Whether its samples are packed with whole dialogues, and no stretches of a stream."""
-        return isinstance(self.loss, Answers)
+        """Whether its samples are packed with whole dialogues (or pairs of them), and no stretches of a stream."""
+        return isinstance(self.loss, Answers | Preference)
 
     @property
     def keeps_apart(self) -> bool:
@@ -225,13 +253,17 @@ class Phase(Section):
     @pydantic.model_validator(mode="after")
     def _can_be(self) -> "Phase":
         if self.is_of_dialogues and self.batch_ramp:
-            raise ValueError(f"phase {self.name}: batch_ramp means nothing in a phase of dialogues (loss.kind answers): leave it out")
+            raise ValueError(
+                f"phase {self.name}: batch_ramp means nothing in a phase of dialogues (loss.kind {self.loss.kind}): leave it out"
+            )
         for source in self.sources if self.is_of_dialogues else ():
             if (weight := self.portion(source).weight) is not None:
                 raise ValueError(
-                    f"phase {self.name}: takes whole dialogues (loss.kind answers), and source {source} has a weight ({weight:g}): write "
-                    f"how much of it, such as {source}: {{epochs: 1}}"
+                    f"phase {self.name}: takes whole dialogues (loss.kind {self.loss.kind}), and source {source} has a weight "
+                    f"({weight:g}): write how much of it, such as {source}: {{epochs: 1}}"
                 )
+            if self.loss.kind == "preference" and (factor := self.portion(source).loss_weight) != 1:
+                raise ValueError(f"phase {self.name}: loss_weight ({factor:g}) of source {source} means nothing for pairs: leave it out")
         if (ramp := self.batch_ramp) and (ramp.start >= self.global_batch_size or (self.global_batch_size - ramp.start) % ramp.increment):
             raise ValueError(
                 f"phase {self.name}: batch_ramp must reach global_batch_size ({self.global_batch_size}) from start ({ramp.start}) in whole "

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_prep.indexed import TokenBinary
 from megatron_jobs.config import RunConfig
-from megatron_jobs.config.phase import Answers, Phase
+from megatron_jobs.config.phase import Answers, Phase, Preference
 from megatron_jobs.data.packing import Packs, joined, pack
 from megatron_jobs.data.permutation import permute
 from mujina.user_input import UserError
@@ -30,16 +30,20 @@ class Taken:
 
 
 class Dialogues:
-    """The dialogues of a binary, by number. Nothing is read before it is asked for."""
+    """The dialogues of a binary, by number; in one of kind preferences a pair counts as one. Nothing is read before it is asked for.
+
+    num_documents   of the binary that make a dialogue: 1, or 2 for a pair (the chosen one first)
+    """
 
     def __init__(self, binary: TokenBinary) -> None:
         self._binary = binary
         self.name = binary.manifest.name
+        self.num_documents = 2 if binary.manifest.kind == "preferences" else 1
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """int64 [dialogues], in tokens, the end of the document included."""
-        return np.array(self._binary.lengths, np.int64)
+        return np.array(self._binary.lengths, np.int64).reshape(-1, self.num_documents).sum(1)
 
     def have_answer(self, numbers: np.ndarray, length: int, channel: str) -> np.ndarray:
         """Whether anything that the assistant says stands within the first `length` tokens: bool [numbers]."""
@@ -133,11 +137,12 @@ def _asked(config: RunConfig, phase: Phase, dialogues: Dialogues, first: int, fi
 
 def _kept(phase: Phase, dialogues: Dialogues, long: np.ndarray, field: str) -> np.ndarray:
     """Which of the dialogues that are longer than the sequence are trained on."""
-    assert isinstance(phase.loss, Answers)  # as every phase of dialogues
+    assert isinstance(phase.loss, Answers | Preference)  # as every phase of dialogues
     if phase.loss.too_long == "stop":
         raise UserError(
             f"{field}: {len(long):,} of its dialogues are longer than sequence_length ({phase.sequence_length:,} tokens), the longest has "
-            f"{dialogues.lengths[long].max():,}: raise it, or choose phases.{phase.name}.loss.too_long: cut or drop"
+            f"{dialogues.lengths[long].max():,}: raise it, or choose phases.{phase.name}.loss.too_long: "
+            + ("drop" if dialogues.num_documents == 2 else "cut or drop")
         )
     if phase.loss.too_long == "drop":
         return np.zeros(len(long), bool)

@@ -10,7 +10,7 @@ import numpy as np
 
 from data_prep.indexed import Manifest, TokenBinary, open_binary
 from megatron_jobs.config import RunConfig
-from megatron_jobs.config.phase import Answers, Phase
+from megatron_jobs.config.phase import Answers, NextToken, Phase
 from megatron_jobs.data.dialogues import Dialogues
 from megatron_jobs.data.order import DataOrder, Sample
 from megatron_jobs.data.phases import Source, locate, num_steps
@@ -49,7 +49,7 @@ def _check_channel(field: str, channel: str, source: str, manifest: Manifest) ->
     if channel not in per_token:
         raise UserError(
             f"{field}: the binary of source {source} has no such channel with a number for each token: {nearest(channel, per_token)}; "
-            "prepare it again as kind chat with answer_weights: true, which gives `weights`, or take another loss"
+            "prepare it again with answer_weights: true, which gives `weights`, or take another loss"
         )
 
 
@@ -60,7 +60,7 @@ def facts(binaries: dict[str, TokenBinary]) -> dict[str, Source]:
 def _facts_of(name: str, binary: TokenBinary) -> Source:
     m = binary.manifest
     labels = {"languages": tuple(m.languages), "licences": tuple(m.licences), "teachers": tuple(m.teachers)}
-    dialogues = Dialogues(binary) if m.kind == "chat" else None
+    dialogues = Dialogues(binary) if m.kind in ("chat", "preferences") else None
     return Source(name, m.num_tokens, m.kind, m.origin, m.bin_sha256, **labels, dialogues=dialogues, num_answer_tokens=m.num_answer_tokens)
 
 
@@ -72,6 +72,8 @@ class MicroBatch:
     sources: np.ndarray  # int64 [B], numbers of names in DataOrder.names
     documents: np.ndarray | None  # int32 [B, L], see `documents`; None unless the phase separates documents
     weights: np.ndarray | None = None  # float32 [B, L], of each label in the loss; None: 1 each
+    pairs: np.ndarray | None = None  # int64 [B, P], numbers of the pairs of answers in their source, -1 behind the last; pair p of a
+    #                                  sample is its documents 2p and 2p + 1
 
     @property
     def num_labels(self) -> int:
@@ -94,7 +96,16 @@ def micro_batch(order: DataOrder, binaries: dict[str, TokenBinary], where: Seque
         sources=np.array([len(order.names) if at == () else order.number_of[name] for name, at in where]),
         documents=np.stack(documents) if phase.keeps_apart else None,
         weights=np.stack(weights) * np.array(factors, np.float32)[:, None] if weighs(phase) else None,
+        pairs=_numbers([at for _, at in where if isinstance(at, tuple)]) if phase.loss.kind == "preference" else None,
     )
+
+
+def _numbers(packed: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """int64 [B, P], -1 behind the last of each."""
+    numbers = np.full((len(packed), max(1, *map(len, packed))), -1)
+    for row, its in zip(numbers, packed, strict=True):
+        row[: len(its)] = its
+    return numbers
 
 
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # of a micro-batch: tokens [L + 1], documents [L], weights [L]
@@ -113,17 +124,18 @@ def _stretch(binary: TokenBinary, offset: int, phase: Phase) -> Row:
 def _packed(binary: TokenBinary, dialogues: tuple[int, ...], phase: Phase) -> Row:
     """Whole dialogues, one behind the other, and what is left of the sequence as one document more, in which nothing has a weight."""
     length, loss = phase.sequence_length, phase.loss
-    assert isinstance(loss, Answers)  # as in every phase of dialogues
-    tokens, documents, weights = np.zeros(length + 1, np.int64), np.full(length, len(dialogues), np.int32), np.zeros(length, np.float32)
-    place = 0
-    for number, dialogue in enumerate(dialogues):
-        start, end = binary.bounds(dialogue)
+    assert not isinstance(loss, NextToken)  # as in no phase of dialogues
+    each = 2 if loss.kind == "preference" else 1
+    tokens, weights = np.zeros(length + 1, np.int64), np.zeros(length, np.float32)
+    documents, place = np.full(length, each * len(dialogues), np.int32), 0
+    for number, document in enumerate(each * dialogue + side for dialogue in dialogues for side in range(each)):
+        start, end = binary.bounds(document)
         size = min(end - start, length)
         tokens[place : place + size] = binary.read(start, size)
         documents[place : place + size] = number
         said = weights[place : place + size - 1]  # the last token has no label
         said[:] = binary.read_channel(loss.token_weights, start + 1, size - 1)
-        if loss.mean_over == "dialogues":
+        if isinstance(loss, Answers) and loss.mean_over == "dialogues":
             said /= max(1.0, float(said.sum()))
         place += size
     return tokens, documents, weights
@@ -137,7 +149,7 @@ class Feeder:
 
     def __init__(self, config: RunConfig, order: DataOrder, binaries: dict[str, TokenBinary], rank: int, ranks: int) -> None:
         self._config, self._order, self._binaries = config, order, binaries
-        self._rank, self._ranks = rank, ranks
+        self._rank, self.ranks = rank, ranks
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
     def take(self, step: int) -> tuple[list[MicroBatch], float]:
@@ -156,26 +168,30 @@ class Feeder:
         """The micro-batches of a step, read here and now."""
         index, step_in_phase = locate(self._config.phases, step)
         phase, size = self._config.phases[index], self._config.train.micro_batch_size
-        numbers = np.arange(phase.batch_size(step_in_phase)).reshape(-1, self._ranks, size)[:, self._rank].ravel()
+        numbers = np.arange(phase.batch_size(step_in_phase)).reshape(-1, self.ranks, size)[:, self._rank].ravel()
         where = self._order.samples(step, numbers)
         return [micro_batch(self._order, self._binaries, where[n : n + size], phase) for n in range(0, len(where), size)]
 
     def validation(self, phase: Phase) -> tuple[Iterator[MicroBatch], int]:
-        """This rank's share of all held-out samples at the phase's sequence length: micro-batches, and how many there are.
+        """This rank's share of all held-out samples at the phase's sequence length, as `share` gives it."""
+        return self.share(self._order.validation(phase), phase)
+
+    def share(self, where: Sequence[Sample], phase: Phase) -> tuple[Iterator[MicroBatch], int]:
+        """This rank's share of the samples, as `phase` wants them: micro-batches, and how many there are.
 
         Samples that fill up the last ones have the source number len(order.names), and do not count.
         """
-        names, size, where = self._order.names, self._config.train.micro_batch_size, self._order.validation(phase)
-        group = size * self._ranks * self._config.parallel.pipeline  # the interleaved schedule takes micro-batches in groups
+        size = self._config.train.micro_batch_size
+        group = size * self.ranks * self._config.parallel.pipeline  # the interleaved schedule takes micro-batches in groups
         num_micro_batches = -(-len(where) // group) * self._config.parallel.pipeline
 
         def micro_batches() -> Iterator[MicroBatch]:
             for number in range(num_micro_batches):
-                first = (number * self._ranks + self._rank) * size
+                first = (number * self.ranks + self._rank) * size
                 mine = where[first : first + size]
                 fill = size - len(mine)
-                batch = micro_batch(self._order, self._binaries, mine + fill * where[:1], phase)
-                batch.sources[len(mine) :] = len(names)
+                batch = micro_batch(self._order, self._binaries, [*mine, *[where[0]] * fill], phase)
+                batch.sources[len(mine) :] = len(self._order.names)
                 yield batch
 
         return micro_batches(), num_micro_batches

@@ -63,9 +63,12 @@ class DataOrder:
         return self._samples(index, first + np.asarray(numbers, np.int64))
 
     def validation(self, phase: Phase) -> list[Sample]:
-        """The samples that are held out of training, as `phase` measures them: dialogues only where it is a phase of them itself."""
+        """The samples that are held out of training, as `phase` measures them: dialogues only where it is a phase of them itself, and
+        nothing but pairs where it is one of pairs."""
         samples: list[Sample] = []
         for name in self.names:
+            if (self.sources[name].kind == "preferences") != (phase.loss.kind == "preference"):
+                continue
             if name in self._training:
                 samples += [(name, offset) for offset in self.held_out(name, phase.sequence_length).tolist()]
             elif phase.is_of_dialogues and (there := self.sources[name].dialogues):

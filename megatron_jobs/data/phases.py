@@ -29,7 +29,7 @@ class Source:
     languages: tuple[str, ...] = ()
     licences: tuple[str, ...] = ()
     teachers: tuple[str, ...] = ()
-    dialogues: Dialogues | None = None  # of kind chat
+    dialogues: Dialogues | None = None  # of kinds chat and preferences
     num_answer_tokens: int = 0  # that its assistant says; 0 where nobody asked for them
 
 
@@ -193,10 +193,11 @@ def _packed(config: RunConfig, phase: Phase, sources: dict[str, Source], next_di
     for name in sorted(phase.sources):
         _admitted(phase, name, sources)
         dialogues = sources[name].dialogues
-        if dialogues is None:
+        wanted = "preferences" if phase.loss.kind == "preference" else "chat"
+        if dialogues is None or sources[name].kind != wanted:
             raise UserError(
-                f"phases.{phase.name}.sources.{name}: is of kind {sources[name].kind}, and loss.kind {phase.loss.kind} wants dialogues: "
-                "prepare it as kind chat with answer_weights: true, or take it in a phase of next_token"
+                f"phases.{phase.name}.sources.{name}: is of kind {sources[name].kind}, and loss.kind {phase.loss.kind} wants kind "
+                f"{wanted}: prepare it as that, or take it in a phase of another loss"
             )
         taken = take(config, phase, dialogues, next_dialogue[name])
         next_dialogue[name] += taken.count

@@ -8,8 +8,8 @@ the leading 2 is (cross-entropy, log Z).
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch.distributed.nn.functional import all_reduce
 
-from megatron_jobs import losses
+from megatron_jobs import losses, ranks
 from megatron_jobs.config import RunConfig
 from megatron_jobs.config.phase import Phase
 from megatron_jobs.data.feeder import MicroBatch, weighs
@@ -29,6 +30,7 @@ from megatron_jobs.engine.gpt import forward, message_shape, without_fp8
 from megatron_jobs.engine.routing import Routed, Routing
 from megatron_jobs.engine.state import TrainingState
 from megatron_jobs.losses.loss import Labels, Loss
+from megatron_jobs.losses.preference import LogProbabilities, PreferenceLoss
 from mujina.user_input import UserError
 
 
@@ -38,6 +40,7 @@ class Measured:
 
     measures: dict[str, float]  # of the loss, means over the weight of the batch, the run's curve first
     by_source: dict[str, float]  # the first measure, over each source that is in the batch and has a weight
+    others_by_source: dict[str, dict[str, float]]  # the other measures of a loss over pairs, likewise
     tokens_by_source: dict[str, int]
     weight_by_source: dict[str, float] | None  # its share of the weight of the batch; None where all tokens count alike
     routed: Routed | None  # None for a dense model
@@ -52,6 +55,7 @@ class Measured:
         fields = {"loss": self.loss, "loss_by_source": self.by_source, "tokens_by_source": self.tokens_by_source, **dict(others)}
         if self.weight_by_source:
             fields["weight_by_source"] = self.weight_by_source
+        fields |= {f"{name}_by_source": values for name, values in self.others_by_source.items()}
         return fields | (self.routed.as_record() if self.routed else {})
 
 
@@ -60,6 +64,7 @@ class Passes:
         """`sources` are the names that the numbers in the micro-batches stand for."""
         self.config, self.state, self.sources = config, state, list(sources)
         self.routing = Routing(config, config.moe, state) if config.moe else None
+        self.references: dict[str, np.ndarray] = {}  # of pairs, by source: log-probabilities of the two answers [pairs, 2]
         self._forward_backward = get_forward_backward_func()
 
     def gradients(self, phase: Phase, batches: Sequence[MicroBatch]) -> Measured:
@@ -82,6 +87,21 @@ class Passes:
         """Forward only: nothing that training goes on from is touched. Samples of the number behind the last source do not count."""
         with torch.no_grad():
             return self._pass(phase, batches, num_micro_batches, divisor=None)
+
+    def log_probabilities(self, phase: Phase, batches: Sequence[MicroBatch]) -> list[tuple[str, int, float, float]]:
+        """(source, pair, log-probability of the chosen answer, of the rejected one) of all pairs in all ranks' micro-batches."""
+        loss, batches = LogProbabilities(), list(batches)
+        with torch.no_grad():
+            self._pass(phase, batches, len(batches), None, loss)
+        own = list[tuple[str, int, float, float]]()
+        # Those that share the sequences all have the same.
+        if parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0:
+            for batch, found_BD in zip(batches, loss.found_BD, strict=False):  # none but on the last pipeline stage
+                assert batch.pairs is not None
+                for source, pairs, found_D in zip(batch.sources.tolist(), batch.pairs.tolist(), found_BD.tolist(), strict=True):
+                    if source < len(self.sources):
+                        own += [(self.sources[source], pair, *found_D[2 * p : 2 * p + 2]) for p, pair in enumerate(pairs) if pair >= 0]
+        return [row for rows in ranks.gathered(own) for row in rows]
 
     def fp8_shadow(self, phase: Phase, batches: Sequence[MicroBatch]) -> dict[str, float]:
         """The loss of the first of these micro-batches in fp8 and with fp8 turned off, and their relative difference."""
@@ -108,13 +128,15 @@ class Passes:
             )
         return float(total)
 
-    def _pass(self, phase: Phase, batches: Iterable[MicroBatch], num_micro_batches: int, divisor: float | None) -> Measured:
-        """`divisor` of the loss of a micro-batch; None: forward only."""
-        loss = losses.of(phase.loss)
+    def _pass(
+        self, phase: Phase, batches: Iterable[MicroBatch], num_micro_batches: int, divisor: float | None, loss: Loss | None = None
+    ) -> Measured:
+        """`divisor` of the loss of a micro-batch; None: forward only. `loss` is the phase's, unless another one is to be measured."""
+        loss = loss or losses.of(phase.loss)
         if self.routing:
             self.routing.begin(phase)
         sums = self._forward_backward(
-            forward_step_func=partial(_forward, loss, divisor or 1.0, len(self.sources) + 1),
+            forward_step_func=partial(_forward, loss, divisor or 1.0, len(self.sources) + 1, self._references),
             data_iterator=list(itertools.tee(batches, len(self.state.chunks))),  # every chunk of a rank reads every micro-batch
             model=self.state.chunks,
             num_microbatches=num_micro_batches,
@@ -131,10 +153,26 @@ class Passes:
         return Measured(
             measures={name: sum(values) / sum(weights) for name, values in zip(loss.measures, measures, strict=True)},
             by_source={name: value / weight for name, value, weight in by_source if weight},
+            others_by_source={
+                measure: {name: value / weight for name, value, weight in zip(names, values, weights, strict=True) if weight}
+                for measure, values in zip(loss.measures[1:], measures[1:], strict=True)
+                if isinstance(loss, PreferenceLoss)
+            },
             tokens_by_source={name: int(count) for name, count in zip(names, tokens, strict=True) if count},
             weight_by_source={n: w / sum(weights) for n, w, t in zip(names, weights, tokens, strict=True) if t} if weighs(phase) else None,
             routed=routed,
         )
+
+    def _references(self, batch: MicroBatch) -> np.ndarray | None:
+        """Of the answers of a micro-batch, float32 [B, D]: NaN where there is none, 0 where nobody knows one yet."""
+        if batch.pairs is None:
+            return None
+        found = np.full((*batch.pairs.shape, 2), np.nan, np.float32)
+        for values, source, pairs in zip(found, batch.sources, batch.pairs, strict=True):
+            there = pairs >= 0
+            known = self.references.get(self.sources[source]) if source < len(self.sources) else None
+            values[there] = 0.0 if known is None else known[pairs[there]]
+        return found.reshape(len(found), -1)
 
     def _over_all_ranks(self, own: torch.Tensor, num_micro_batches: int) -> tuple[torch.Tensor, Routed | None]:
         """One exchange for everything, in float64, on the CPU."""
@@ -155,7 +193,14 @@ def fp8_warning(shadow: dict[str, float]) -> str | None:
     )
 
 
-def _forward(loss: Loss, divisor: float, num_sources: int, batches: Iterator[MicroBatch], gpt: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+def _forward(
+    loss: Loss,
+    divisor: float,
+    num_sources: int,
+    references: Callable[[MicroBatch], np.ndarray | None],
+    batches: Iterator[MicroBatch],
+    gpt: torch.nn.Module,
+) -> tuple[torch.Tensor, Any]:
     """What megatron-core's schedules call for a micro-batch: the output, and what makes the loss of it and its sums [2 + M, N]."""
     batch = next(batches)
     tokens, sources, documents, weights = map(_on_device, (batch.tokens, batch.sources, batch.documents, batch.weights))
@@ -163,7 +208,17 @@ def _forward(loss: Loss, divisor: float, num_sources: int, batches: Iterator[Mic
 
     def of(outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         nats_BL, log_z_BL = outputs.view(2, len(sources), -1)
-        value, sums_KB = loss.sums(Labels(nats_BL, log_z_BL, None if weights is None else this_part(weights)), divisor)
+        labels = Labels(nats_BL, log_z_BL, None if weights is None else this_part(weights))
+        if (found := references(batch)) is not None:
+            parts = parallel_state.get_context_parallel_group()
+            labels = replace(
+                labels,
+                documents_BL=this_part(documents),
+                references_BD=_on_device(found),
+                sum_of_parts=partial(all_reduce, group=parts) if parts.size() > 1 else labels.sum_of_parts,
+                num_parts=parts.size(),
+            )
+        value, sums_KB = loss.sums(labels, divisor)
         sums_KB = torch.cat([sums_KB.new_full((1, len(sources)), nats_BL.shape[1]), sums_KB])  # tokens, weight, measures
         # not index_add_, whose order on a GPU is another one each time; not a product, which takes a NaN over to other sources
         is_of_source_NB = sources == torch.arange(num_sources, device=sources.device)[:, None]

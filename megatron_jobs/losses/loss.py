@@ -3,9 +3,10 @@
 A loss is a sum over the labels of a global batch divided by the weight of that batch, whoever computes which part of it: no micro-batch
 takes a mean of its own. So it is the same at every layout, micro-batch size and packing, with any weights.
 
-Shapes: B samples, L labels of a sample (of this rank's part of the sequence), M measures.
+Shapes: B samples, L labels of a sample (of this rank's part of the sequence), D documents that are answers, P = D / 2 pairs, M measures.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -21,6 +22,10 @@ class Labels:
     nats_BL: torch.Tensor  # cross-entropy
     log_z_BL: torch.Tensor  # of the softmax over the vocabulary
     weights_BL: torch.Tensor | None  # None: 1 each
+    documents_BL: torch.Tensor | None = None
+    references_BD: torch.Tensor | None = None  # of pairs: what the reference gives each answer, log-probabilities; NaN where there is none
+    sum_of_parts: Callable[[torch.Tensor], torch.Tensor] = lambda values: values  # over the ranks that share the sequences
+    num_parts: int = 1  # these ranks: what each of them adds to the loss is a share
 
 
 class Loss(Protocol):

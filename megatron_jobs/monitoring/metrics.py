@@ -5,10 +5,14 @@ RUN/metrics.jsonl has one line for each step, also after restarts and rollbacks.
     time                        seconds since 1970
     step, phase                 number of the step from 1, name of its phase
     tokens                      consumed by the run when the step is done
-    loss                        mean cross-entropy before the update, nats a token, over the weights of the tokens where they have any
+    loss                        mean cross-entropy before the update, nats a token, over the weights of the tokens where they have any; in a
+                                phase of preferences the mean over the pairs
     loss_by_source, tokens_by_source    the same over the tokens of each source that is in the batch, and their number
     weight_by_source            share of each source in the weight of the batch, where tokens differ in their weight; sums to 1
     z_loss, load_balancing_loss, router_z_loss    auxiliary losses before their coefficients; the last two for a mixture
+    chosen_reward, rejected_reward, reward_margin, reward_accuracy    of pairs (losses/preference.py): β × what the log-probability has
+                                gained over the reference, the difference, and the share of pairs where it is above 0; each also by source
+                                (…_by_source), and so chosen_log_probability and rejected_log_probability, sums over an answer's tokens
     expert_load                 share of the routed tokens [layer][expert], sums to 1 over a layer; here and below, a layer is one that is
                                 a mixture, and what a capacity drops is counted where the router wanted it
     load_entropy, router_entropy    of that, and of the router's mean scores [layer]: 1 is even, 0 all in one expert
@@ -29,7 +33,7 @@ RUN/metrics.jsonl has one line for each step, also after restarts and rollbacks.
 
 TensorBoard and W&B get every number in it by the same names (`loss_by_source/web`), and `loss_by_phase/PHASE`; matrices and layers are
 left out. RUN/events.jsonl tells what happened beside the steps, and is never cut: {time, step, what, …}; with what: experts, that an
-expert died or a layer collapsed, or that it is over (moe/statistics.py).
+expert died or a layer collapsed, or that it is over (moe/statistics.py); preferences, that chosen answers are unlearned.
 """
 
 import json
@@ -43,6 +47,7 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_jobs.config import RunConfig
+from megatron_jobs.monitoring import preferences
 from megatron_jobs.monitoring.console import Console, Work
 from megatron_jobs.monitoring.vitals import Vitals
 from megatron_jobs.monitoring.wandb_run import WandbRun
@@ -68,6 +73,7 @@ class Log:
         self._work = Work(config)
         self._peak = flops.peak(device, config.train.precision) if torch.cuda.is_available() else None
         self._notes: dict[str, Any] = {}
+        self._preferences = preferences.Watch()
         self._console = Console(self._work)
         self._wandb = WandbRun(config, self._console.say) if config.wandb else None
         is_restart = (config.run / "metrics.jsonl").exists()
@@ -111,6 +117,8 @@ class Log:
             self.event(step, what, reason=warning)
         for news in self._alarms.look(record["expert_load"]) if self._alarms else ():
             self.event(step, "experts", reason=news)
+        if unlearned := self._preferences.look(record):
+            self.event(step, "preferences", reason=unlearned)
 
     def saved(self, step: int, seconds: float, whole_seconds: float) -> None:
         """A checkpoint of `step` is whole: training stood still for `seconds` of the `whole_seconds` that it took."""
