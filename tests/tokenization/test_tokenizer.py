@@ -94,7 +94,7 @@ def test_transformers_loads_the_folder_and_agrees(tokenizer: Tokenizer, folder: 
             assert loaded.decode(ids) == text
         assert loaded.apply_chat_template(MESSAGES, tokenize=False) == tokenizer.decode(tokenizer.render(MESSAGES).ids)
         written = loaded.apply_chat_template(MESSAGES, return_dict=True, return_assistant_tokens_mask=True)
-        ids, is_answer = tokenizer.render(MESSAGES)
+        ids, is_answer, _ = tokenizer.render(MESSAGES)
         assert written["input_ids"] == ids.tolist() and written["assistant_masks"] == is_answer.tolist()
         prompt = loaded.apply_chat_template(MESSAGES[:2], add_generation_prompt=True, return_dict=False)
         assert prompt == tokenizer.render(MESSAGES[:2], add_generation_prompt=True).ids.tolist()

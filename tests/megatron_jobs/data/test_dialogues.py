@@ -161,7 +161,7 @@ def test_a_packed_sample(tmp_path):
         ([sft("p", a=1) | {"tokens": 64}], r"phases.p.tokens \(64\) is not what the packs of its dialogues take"),
         ([sft("p", a=0.5), phase("q", 64, sources={"a": 1.0})], "one phase takes whole dialogues of it and another one stretches"),
         ([phase("q", 64, sources={"a": 1.0}), sft("p", a=0.5)], "one phase takes whole dialogues of it and another one stretches"),
-        ([sft("p", web=1)], "phases.p.sources.web: is of kind web, and loss.kind answers wants dialogues"),
+        ([sft("p", web=1)], "phases.p.sources.web: is of kind web, and loss.kind answers wants kind chat"),
         ([sft("p", a=1, loss={"mean": 1})], "unknown key phases.0.loss.answers.mean: did you mean mean_over"),
     ],
 )

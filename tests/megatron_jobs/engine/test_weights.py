@@ -162,7 +162,8 @@ def test_answers_are_learnt_alone(prepared, tmp_path):
 
 
 def loss_of_the_answers(config: RunConfig) -> dict[str, float]:
-    """Of the first batch, over the tokens that follow `<|assistant|>` until `<|end|>`, that token included; and over all tokens."""
+    """Of the first batch, over the tokens that follow `<|assistant|>` until `<|end|>`, that token and the end of the document included;
+    and over all tokens."""
     import torch
 
     from tests.megatron_jobs.test_train import plain_model
@@ -175,7 +176,7 @@ def loss_of_the_answers(config: RunConfig) -> dict[str, float]:
     stream = np.asarray(open_binary(config.data.folder / "chat").tokens)
     inside, is_answer = False, []
     for token in stream.tolist():
-        is_answer.append(inside)
+        is_answer.append(inside or token == tokenizer.eod_id)
         inside = token == assistant or (inside and token != tokenizer.end_of_turn_id)
     marks = torch.tensor([is_answer[offset + 1 : offset + tokens.shape[1]] for _, offset in where])
     with torch.no_grad():
