@@ -258,9 +258,10 @@ class HfTokenizer:
 
     def _dialogue(self) -> list[Part]:
         """How the template writes a question and an answer that is SAID; empty where it takes other dialogues only."""
-        with suppress(UserError):
-            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SAID}]
-            return self._chat.parts(turns, with_answers=False) if self._chat else []
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SAID}]
+        for first in ([], [{"role": "system", "content": "!"}]):  # some want a system's turn
+            with suppress(UserError):
+                return self._chat.parts([*first, *turns], with_answers=False) if self._chat else []
         return []
 
     def _begins_dialogues(self) -> bool:
