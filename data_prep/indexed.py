@@ -305,7 +305,9 @@ class TokenBinary:
 
 
 def path_of(prefix: Path, kind: str) -> Path:
-    """<prefix>.<kind>; not `with_suffix`, because a name may hold a dot."""
+    """<prefix>.<kind>; not `with_suffix`, because a name may hold a dot. Raises UserError where the prefix names no file."""
+    if not prefix.name:
+        raise UserError(f"{prefix}: is a folder and no binary's name: write it as FOLDER/SOURCE")
     return prefix.with_name(f"{prefix.name}.{kind}")
 
 
@@ -351,7 +353,13 @@ def read_manifest(prefix: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{path}: no such manifest, so {prefix} is not a whole binary: run python -m data_prep.prepare (again)") from None
+        bare, inside = prefix.with_suffix(""), sorted(prefix.glob("[!.]*.idx"))
+        remedy = "check the name, or prepare the source (again) with `mujina prepare`"
+        if bare != prefix and path_of(bare, "json").exists():
+            remedy = f"write {bare}, without the ending"
+        elif inside:
+            remedy = f"name one of the binaries in that folder, such as {inside[0].with_suffix('')}"
+        raise UserError(f"{path}: no such manifest, so {prefix} is not a whole binary: {remedy}") from None
     except pydantic.ValidationError as error:
         raise UserError(f"{path}: is not a manifest ({error.errors()[0]['msg']}): prepare the source again") from None
     if manifest.dtype not in DTYPE_CODES:

@@ -206,7 +206,7 @@ def hold(path: Path, what: str) -> Iterator[None]:
                 file.truncate(0)
 
 
-def _lock(file: IO[str]) -> bool:
+def _lock(file: IO[str] | int) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -292,24 +292,45 @@ def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
 
     All that is in it is then on the disk, however it was written.
     `mark` is a file that every complete folder of this kind holds; a folder without it is somebody else's and is left alone (UserError).
+    One process at a time writes it, as far as `hold` holds.
     """
-    folder = Path(os.path.abspath(folder))  # what is written beside it has its name, which `.` and `..` do not tell
+    folder = Path(os.path.realpath(folder))  # what is written beside it has its name, which `.`, `..` and links do not tell
     if folder.exists() and not (folder / mark).exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: exists, is not empty and holds no {mark}: name another folder, or remove this one")
     partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _sync_all(partial)  # takes its time, in which the older one is still there
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, old)
-    _show(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with _alone(partial, f"{folder}: another process writes it (into {partial})"):
+        try:
+            yield partial
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) and error.filename is None:  # it came with a write
+                error.filename = str(folder)
+            raise
+        _sync_all(partial)  # takes its time, in which the older one is still there
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.rename(folder, old)
+        _show(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _alone(partial: Path, told: str) -> Iterator[None]:
+    """Makes the empty folder anew, in the place of what a killed process has left, unless one that lives fills it (UserError)."""
+    with contextlib.ExitStack() as held:
+        if partial.is_dir():
+            _lock_folder(partial, held, told)
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        _lock_folder(partial, held, told)
+        yield
+
+
+def _lock_folder(folder: Path, held: contextlib.ExitStack, told: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)  # the lock is on the folder, whatever it is renamed to
+    held.callback(os.close, descriptor)
+    if not _lock(descriptor):
+        raise UserError(f"{told}: wait for it to end, or stop it")
 
 
 def open_rows(path: str | Path) -> io.BufferedReader:

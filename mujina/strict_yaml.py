@@ -27,6 +27,16 @@ _PLAIN = {
     ),
     "merge": (r"<<", ["<"]),
 }
+# What to do about what the parser says.
+_REMEDIES = {
+    "'\\t'": "write spaces in the place of the tab",
+    "cannot start any token": "put the text in quotes",
+    "mapping values are not allowed here": "put a text that holds a colon in quotes, and write one key a line",
+    "unexpected end of stream": "close the quote or the bracket",
+    "another document": "keep one of them in a file",
+    "undefined alias": "put a text that begins with * in quotes, or write the anchor above it",
+    "for merging": "name a mapping behind <<",
+}
 
 
 def load(text: str) -> Any:
@@ -51,11 +61,15 @@ def dump(values: Any, **options: Any) -> str:
 
 def told(error: yaml.YAMLError) -> str:
     """What is wrong, and in which line, in one line."""
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"the character {error.character:#06x} is none of a text: save the file as plain UTF-8, or take that out"
     mark = error.problem_mark or error.context_mark if isinstance(error, yaml.MarkedYAMLError) else None
     if mark is None:
         return " ".join(str(error).split())
     assert isinstance(error, yaml.MarkedYAMLError)
-    return f"line {mark.line + 1}: {', '.join(filter(None, (error.context, error.problem)))}"
+    problem = error.problem or ""
+    remedy = next((f": {remedy}" for part, remedy in _REMEDIES.items() if part in problem), "")
+    return f"line {mark.line + 1}: {', '.join(filter(None, (error.context, problem)))}{remedy}"
 
 
 class _Loader(yaml.SafeLoader):

@@ -25,6 +25,8 @@ from mujina import strict_yaml
 from mujina.exits import MISTAKE
 
 SHOWN = 100  # characters of a value in an error
+PIECE = 1 << 20  # bytes of a text that are read at a time
+LFS = b"version https://git-lfs.github.com/spec/"
 MOST = 64 << 20  # bytes of a configuration, or of a description in JSON; /dev/zero has more
 SPACE = "make space on the disk (or raise the quota) and start again: what is whole stays"
 # What the system says no to, and what the user can do.
@@ -49,6 +51,7 @@ RULES = {
     "int_from_float": "must be a whole number: write one",
     "float_type": "must be a number: write one, without quotes",
     "string_type": "must be a text: put it in quotes",
+    "path_type": "must be a path: write one",
     "finite_number": "must be a finite number: write one",
     **dict.fromkeys(("list_type", "tuple_type"), "must be a list: write one"),
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be a section: write its keys below it"),
@@ -128,15 +131,31 @@ def parse(values: Any, model: type[T], where: str) -> T:
 def read_text(path: str | Path, remedy: str = "check the path", most: int = -1) -> str:
     """The text of a file. Raises UserError, ending with `remedy`, when it cannot be read or has more than `most` bytes (-1: any number)."""
     try:
+        data = bytearray()
         with open(path, "rb") as file:
-            data = file.read(most if most < 0 else most + 1)
-        if 0 <= most < len(data):
-            raise UserError(f"{path}: is longer than {most >> 20} MiB: {remedy}")
+            while piece := file.read(PIECE):
+                data += piece
+                if 0 <= most < len(data):
+                    raise UserError(f"{path}: is longer than {most >> 20} MiB: {remedy}")
+                if (zero := piece.find(0)) >= 0:  # as in UTF-16, in a binary file, and in a device that never ends
+                    where = len(data) - len(piece) + zero
+                    raise UnicodeDecodeError("utf-8", data, where, where + 1, "no text has it")
         return data.decode().replace("\r\n", "\n")
     except OSError as error:
         raise UserError(f"{path}: {_reason(error)}: {remedy}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte {error.object[error.start]:#04x} at {error.start}): {remedy}") from None
+        told = f"{path}: is not UTF-8 text (byte {error.object[error.start]:#04x} at {error.start})"
+        raise UserError(f"{told}: save it as UTF-8 if it is a text, else {remedy}") from None
+
+
+def stand_in(path: str | Path) -> str | None:
+    """What stands in the place of a file where a copy has left only a link or a pointer to it, and the remedy; None where it is a file."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"{path}: is a link to {os.readlink(path)}, which is not there: copy the folder so that links are followed (cp -rL)"
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(len(LFS)) == LFS:
+            return f"{path}: is a pointer of git-lfs in the place of the file: run `git lfs pull` in its repository"
+    return None
 
 
 def parse_object(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
@@ -152,6 +171,8 @@ def parse_object(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
 
 def read_object(path: str | Path, remedy: str = "check the path") -> dict[str, Any]:
     """The JSON object in a file. Raises UserError, ending with `remedy`."""
+    if problem := stand_in(path):
+        raise UserError(problem)
     return parse_object(read_text(path, remedy, MOST), str(path), remedy)
 
 
@@ -175,7 +196,7 @@ def command_line(*mains: Callable[..., None]) -> None:
         for main in mains:
             app.command()(main)
         app(prog_name=sys.argv[0] if sys.argv[0].startswith("mujina ") else None)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, UnicodeEncodeError) as error:
         told = explain(error)
         if told is None:
             raise
@@ -187,6 +208,8 @@ def explain(error: BaseException) -> str | None:
     """What to tell the user about an error that they can mend; None for any other."""
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":  # as Python reads such names
+        return f"{os.fsencode(error.object)!r}: is a name that is not UTF-8: give it another"
     if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
         where = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         return f"{where}{where and ': '}{_reason(error)}: {REMEDIES.get(error.errno, 'look at the disk or the network, and start again')}"
@@ -195,8 +218,9 @@ def explain(error: BaseException) -> str | None:
 
 def nearest(name: str, known: list[str]) -> str:
     """The remedy clause for a name that is not among the `known` ones."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(known)) or 'none'}"
+    by_lower = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return f"did you mean {by_lower[close[0]]}?" if close else f"there are: {', '.join(sorted(known)) or 'none'}"
 
 
 def _load(path: Path, from_file: tuple[str, ...] = (), below: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -213,6 +237,8 @@ def _load(path: Path, from_file: tuple[str, ...] = (), below: tuple[str, ...] = 
     parents = [parents] if isinstance(parents, str) else parents
     if not (isinstance(parents, list) and all(isinstance(parent, str) for parent in parents)):
         raise UserError(f"{path}: extends ({_shown(parents)}) must be the path of a file, or a list of them: write one")
+    for parent in parents:
+        _require(str(path), "extends", path.parent, parent)
     layers = [_load(path.parent / parent, from_file, (*below, place)) for parent in parents]
     return functools.reduce(_merge, [*layers, values])
 
@@ -226,13 +252,21 @@ def _from_yaml(text: str, where: str) -> Any:
 
 def _included(where: str, folder: Path, key: str, name: str) -> Any:
     """What the file `name` holds for `key`."""
+    _require(where, key, folder, name)
     path = folder / name
-    if not path.exists() and Path(name).exists():
-        raise UserError(f"{where}: {key} ({name}): what a file includes is relative to that file: write {os.path.relpath(name, folder)}")
     values = _load(path)
     if set(values) != {key}:
         raise UserError(f"{path}: must hold {key} and nothing else, for {where} includes it as that; it holds {', '.join(values)}")
     return values[key]
+
+
+def _require(where: str, key: str, folder: Path, name: str) -> None:
+    """Raises UserError where the file `name` that `where` names is not there."""
+    if not (name and (folder / name).exists()):
+        remedy = "check the path"
+        if name and Path(name).exists():
+            remedy = f"what a file includes is relative to that file: write {os.path.relpath(name, folder)}"
+        raise UserError(f"{where}: {key} ({name}): no such file: {remedy}")
 
 
 def _merge(base: Any, top: Any) -> Any:
@@ -243,8 +277,13 @@ def _merge(base: Any, top: Any) -> Any:
 
 def _explain(problem: Any, model: type[pydantic.BaseModel]) -> str:
     field = ".".join(str(part) for part in problem["loc"] if not PYDANTIC.search(str(part)))
+    if not field.isprintable():
+        field = _shown(field)
     if problem["type"] == "extra_forbidden":
         known = list(_section_at(model, problem["loc"][:-1]).model_fields)
+        section, dot, inside = str(problem["loc"][-1]).partition(".")
+        if dot and section in known:  # as overrides are written
+            return f"unknown key {field}: write {section}: and {inside}: below it"
         return f"unknown key {field}: {nearest(str(problem['loc'][-1]), known)}"
     if problem["type"] == "missing":
         return f"{field} is missing: add it"

@@ -19,7 +19,7 @@ import gigatoken
 import numpy as np
 import tokenizers
 
-from mujina.user_input import UserError, nearest, read_object
+from mujina.user_input import UserError, nearest, read_object, stand_in
 from tokenization.chat import ChatTemplate, Part, plain
 from tokenization.tokenizer import BEGINNINGS, CHAT_PIECES, CHAT_TEMPLATE, END_OF_TURN, SPACE_PIECE, BeginDocuments, Rendered, beginning
 
@@ -62,7 +62,8 @@ class HfTokenizer:
             self._reference = tokenizers.Tokenizer.from_buffer(self._model)
             kind = json.loads(self._model)["model"].get("type", "BPE")
         except (ValueError, KeyError) as error:
-            raise UserError(f"{folder / 'tokenizer.json'}: is not a Hugging Face tokenizer ({error}): copy it again") from None
+            problem = f"{folder / 'tokenizer.json'}: is not a Hugging Face tokenizer ({error}): copy it again"
+            raise UserError(stand_in(folder / "tokenizer.json") or problem) from None
         if kind not in KINDS:
             raise UserError(
                 f"{folder / 'tokenizer.json'}: is of the kind {kind}, only {' and '.join(KINDS)} are read: take another tokenizer"
@@ -86,7 +87,7 @@ class HfTokenizer:
         self._is_byte_level = before is not None and before.pre_tokenize_str("あ")[0][0] == "ãģĤ"
         vocabulary = self._reference.get_vocab(with_added_tokens=True)
         if eos not in vocabulary:
-            name = f"end_of_document ({eos})" if end_of_document else f"eos_token {eos!r} of tokenizer_config.json"
+            name = f"end_of_document ({eos})" if end_of_document else f"eos_token {eos!r}"
             special = [piece.content for piece in self._reference.get_added_tokens_decoder().values() if piece.special]
             raise UserError(f"{folder}: {name} is no piece of tokenizer.json: {nearest(eos, special)}")
         self.vocab_size = max(vocabulary.values()) + 1
@@ -221,7 +222,7 @@ class HfTokenizer:
             backend = tokenizers.Tokenizer.from_buffer(self._model)
             bos = self._special["bos_token"]
             backend.post_processor = beginning(bos, self._id(bos)) if self.begins_texts else None
-            backend.save(str(folder / "tokenizer.json"))
+            (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
         if not self.begins_texts:
             for name in ("tokenizer_config.json", "special_tokens_map.json"):
                 if (folder / name).exists():
@@ -258,9 +259,10 @@ class HfTokenizer:
 
     def _dialogue(self) -> list[Part]:
         """How the template writes a question and an answer that is SAID; empty where it takes other dialogues only."""
-        with suppress(UserError):
-            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SAID}]
-            return self._chat.parts(turns, with_answers=False) if self._chat else []
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SAID}]
+        for first in ([], [{"role": "system", "content": "!"}]):  # some want a system's turn
+            with suppress(UserError):
+                return self._chat.parts([*first, *turns], with_answers=False) if self._chat else []
         return []
 
     def _begins_dialogues(self) -> bool:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mujina.user_input import UserError, reading
+from mujina.user_input import UserError, reading, stand_in
 from tokenization.hf import HfTokenizer
 from tokenization.sentence_piece import ForeignModel, SentencePieceTokenizer
 from tokenization.tokenizer import BeginDocuments, Tokenizer
@@ -25,4 +25,12 @@ def load(folder: str | Path, end_of_document: str | None = None, begin_documents
                     raise
         if has_json:
             return HfTokenizer(Path(folder), end_of_document, begin_documents)
-    raise UserError(f"{model_file}: no such file: train a tokenizer into {folder} with python -m tokenization.train")
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if problem := stand_in(Path(folder) / name):
+            raise UserError(problem)
+    slow = [name for name in ("vocab.json", "vocab.txt", "merges.txt", "tokenizer_config.json") if (Path(folder) / name).exists()]
+    if slow:
+        remedy = f"open it with transformers' AutoTokenizer, which reads {slow[0]}, and save it with save_pretrained, which writes one"
+    else:
+        remedy = "check the path, copy a model's own tokenizer there, or train one with `mujina tokenizer`"
+    raise UserError(f"{folder}: holds no tokenizer (tokenizer.json, or tokenizer.model of ours): {remedy}")

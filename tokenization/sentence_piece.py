@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from mujina.user_input import UserError
+from mujina.user_input import UserError, stand_in
 from tokenization.chat import ChatTemplate, Part, plain
 from tokenization.tokenizer import BEGINNINGS, CHAT_PIECES, CHAT_TEMPLATE, END_OF_TURN, SPACE_PIECE, BeginDocuments, Rendered, beginning
 
@@ -36,8 +36,10 @@ class SentencePieceTokenizer:
         try:
             self._engine = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except RuntimeError:
-            raise UserError(f"{model_file}: is not a sentencepiece model: train one with python -m tokenization.train") from None
+            raise ForeignModel(stand_in(model_file) or f"{model_file}: is not a sentencepiece model: copy it again, or train one") from None
         self.vocab_size: int = self._engine.vocab_size()
+        if not self.vocab_size:
+            raise ForeignModel(f"{model_file}: is not a sentencepiece model: copy it again, or train one")
         self.end_of_turn_id = self._id(END_OF_TURN)
         self.eod_id = self._id(eos := self._engine.id_to_piece(self._engine.eos_id()))
         if end_of_document not in (None, eos):
@@ -140,7 +142,7 @@ class SentencePieceTokenizer:
         if self.begins_texts:  # else nothing does, and who is told of a bos_token would begin with it
             special["bos_token"] = self._bos
             backend.post_processor = beginning(self._bos, self._chat_ids[self._bos])
-        backend.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
         config = special | {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "additional_special_tokens": list(CHAT_PIECES),

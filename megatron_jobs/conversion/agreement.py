@@ -155,9 +155,18 @@ def _transformers_part(whole: Any, numbers: list[int], tensors: dict[str, Any], 
         dense = [n for n in numbers if n in whole.mlp_only_layers or (n + 1) % whole.decoder_sparse_step]
         config.mlp_only_layers, config.decoder_sparse_step = [0] * len(dense), 1
     transformers.utils.logging.disable_progress_bar()  # one a layer would be too many
-    part, info = getattr(transformers, FAMILIES[config.model_type].architecture).from_pretrained(
-        None, config=config, state_dict={name: tensor[:] for name, tensor in tensors.items()}, dtype=torch.float32, output_loading_info=True
-    )
+    told = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # it warns of all that is not in this part; what is wrong is in `info`
+    try:
+        part, info = getattr(transformers, FAMILIES[config.model_type].architecture).from_pretrained(
+            None,
+            config=config,
+            state_dict={name: tensor[:] for name, tensor in tensors.items()},
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    finally:
+        transformers.utils.logging.set_verbosity(told)
     if numbers:
         info["missing_keys"] = [name for name in info["missing_keys"] if ".layers." in name]
         part.model.norm = torch.nn.Identity()
@@ -169,7 +178,7 @@ def _transformers_part(whole: Any, numbers: list[int], tensors: dict[str, Any], 
 
 def compare(before: torch.Tensor, after: torch.Tensor, labels: torch.Tensor, bound: float | None) -> Agreement:
     difference = (before - after).abs()
-    scale = before.abs().max()
+    scale = before.abs().max().clamp_min(torch.finfo(torch.float32).tiny)  # a new model's output layer may be zero
     losses = [float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())) for logits in (before, after)]
     return Agreement(float(difference.max() / scale), float(difference.mean() / scale), losses[0], losses[1], bound)
 

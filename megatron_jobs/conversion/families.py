@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_jobs.config import RunConfig
 from megatron_jobs.config.model import ModelConfig, MoEConfig
-from mujina.user_input import UserError, parse, read_object
+from mujina.user_input import SHOWN, T, UserError, parse, read_object
 
 # Names of `placement.py` and of the Hugging Face families; * is a number, the same on both sides in the same order.
 LLAMA = {
@@ -98,16 +98,18 @@ FAMILIES = {
         PLAIN_MOE | {"scores": ("topk_softmax", "softmax_topk")},
     ),
 }
-# What the models here cannot do otherwise: the only value that each of these fields of config.json may have.
-ONLY: dict[str, Any] = {
-    "auto_map": None,  # code of its own
-    "quantization_config": None,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0.0,
-    "router_jitter_noise": 0.0,
-    "partial_rotary_factor": 1.0,
+# What the models here cannot do otherwise: the only value that each of these fields of config.json may have, and the remedy.
+ANOTHER = "take another model"
+AS_WELL = "write that in its place, for it is of training alone, and the model stays the same"
+ONLY: dict[str, tuple[Any, str]] = {
+    "auto_map": (None, ANOTHER),  # code of its own
+    "quantization_config": (None, "take the model as it was before it was quantized"),
+    "hidden_act": ("silu", ANOTHER),
+    "attention_bias": (False, ANOTHER),
+    "mlp_bias": (False, ANOTHER),
+    "attention_dropout": (0.0, AS_WELL),
+    "router_jitter_noise": (0.0, AS_WELL),
+    "partial_rotary_factor": (1.0, ANOTHER),
 }
 
 
@@ -218,12 +220,18 @@ def read_config(path: Path) -> tuple[str, ModelConfig, MoEConfig | None, int | N
     try:
         values = AutoConfig.for_model(**values).to_dict()
     except StrictDataclassError as error:
-        raise UserError(f"{path}: is no configuration that transformers reads ({error}): mend it") from None
+        told = " ".join(str(error).split())[: 2 * SHOWN]
+        raise UserError(f"{path}: is no configuration that transformers reads ({told}): mend it") from None
     rope = values["rope_parameters"]
     values["partial_rotary_factor"] = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
-    for name, only in ONLY.items():
+    if values["hidden_act"] == "swish":  # by its older name
+        values["hidden_act"] = "silu"
+    for name, (only, remedy) in ONLY.items():
         if (values.get(name) or only) != only:
-            raise UserError(f"{path}: {name} ({values[name]}) is not supported, only {only}: take another model")
+            raise UserError(f"{path}: {name} ({values[name]}) is not supported, only {only}: {remedy}")
+    padding = values.get("pad_token_id")
+    if padding is not None and not -values["vocab_size"] <= padding < values["vocab_size"]:
+        raise UserError(f"{path}: pad_token_id ({padding}) is no row of vocab_size ({values['vocab_size']}): write null, or one that is")
     if rope["rope_type"] not in ("default", "llama3"):
         raise UserError(f"{path}: rope_scaling of the type {rope['rope_type']} is not supported, only llama3 or none: take another model")
     ours = {name: values[theirs] for name, theirs in MODEL_FIELDS.items()} | family.switches
@@ -231,13 +239,25 @@ def read_config(path: Path) -> tuple[str, ModelConfig, MoEConfig | None, int | N
     if rope["rope_type"] == "llama3":
         rope.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
         ours["rope_scaling"] = {name: rope[theirs] for name, theirs in ROPE_SCALING_FIELDS.items()}
-    model, moe = parse(ours, ModelConfig, str(path)), None
+    model, moe = _parse(ours, ModelConfig, MODEL_FIELDS, path), None
     if family.moe_fields:
         ours = {name: values[theirs] for name, theirs in family.moe_fields.items()}
         if kind == "qwen3_moe":
             ours |= {"scores": "topk_softmax" if values["norm_topk_prob"] else "softmax_topk", "every": _every(values, path)}
-        moe = parse(ours, MoEConfig, str(path))
+        if ours["top_k"] == 1 and ours.get("scores", "topk_softmax") == "topk_softmax":
+            raise UserError(f"{path}: num_experts_per_tok (1): a softmax over one expert is always 1, and no router learns: {ANOTHER}")
+        moe = _parse(ours, MoEConfig, family.moe_fields, path)
     return kind, model, moe, values.get("sliding_window")
+
+
+def _parse(values: dict[str, Any], section: type[T], fields: dict[str, str], path: Path) -> T:
+    """The section of these values; what is wrong with them is told under the names of config.json."""
+    try:
+        return parse(values, section, str(path))
+    except UserError as error:
+        told = str(error).removeprefix(f"{path}: ")
+        spelled = re.sub(r"\b[a-z_]+\b", lambda word: fields.get(word[0], word[0]), told)
+        raise UserError(f"{path}: {spelled}") from None
 
 
 def _every(values: dict[str, Any], path: Path) -> int:

@@ -1,5 +1,6 @@
 """A Hugging Face folder of one of the `families.py` as a source of weights, for `mujina import` and for `train.init_from`."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ import torch
 
 from megatron_jobs.checkpoints.weights import shapes
 from megatron_jobs.conversion.families import FAMILIES, hugging_face_name, read_config
-from megatron_jobs.conversion.tensors import Stored, Tensors, same
+from megatron_jobs.conversion.tensors import MERGE, Stored, Tensors, same
 from mujina.matrices import Box
 from mujina.user_input import UserError, read_object, reading
 
 DTYPES = ("F32", "F16", "BF16")
+ADAPTER = re.compile(r"\.(lora_\w+|base_layer|modules_to_save)\.")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -36,6 +38,8 @@ class HuggingFaceFolder:
         self.tensors = Tensors(folder, FAMILIES[self.model_type])
         if self.model.tie_embeddings and HEAD in self.tensors:
             self._leave_out_head()
+        if adapters := [name for name in self.tensors if ADAPTER.search(name)]:
+            raise UserError(f"{folder}: holds {adapters[0]}, of a PEFT adapter: {MERGE}")
         rules = FAMILIES[self.model_type].names
         self._names: dict[str, str] = {}
         for name, (rows, columns) in shapes(self.model, self.moe):
@@ -49,23 +53,31 @@ class HuggingFaceFolder:
             )
 
     def _leave_out_head(self) -> None:
-        if EMBEDDING in self.tensors and not same(self.tensors[HEAD], self.tensors[EMBEDDING]):
+        if EMBEDDING not in self.tensors:
+            self.tensors[EMBEDDING] = self.tensors[HEAD]
+        if not same(self.tensors[HEAD], self.tensors[EMBEDDING]):
             raise UserError(
                 f"{self.folder}: {HEAD} differs from {EMBEDDING}, and config.json says that they are one (tie_word_embeddings): write "
                 f"false there where the model has a head of its own, else take {HEAD} out"
             )
         del self.tensors[HEAD]
-        self.tensors.remarks.append(f"{self.folder}: {HEAD} is the embedding once more, and is left out")
+        self.tensors.remarks.append(f"{self.folder}: {HEAD} is the embedding by another name, and is left out")
 
     def _check_tensor(self, name: str, shape: list[int]) -> None:
         if name not in self.tensors:
             remedy = "is config.json the one of these weights, and is every file there?"
             if name == HEAD:
                 remedy = "where the embedding is the head, write tie_word_embeddings: true into config.json"
+                architectures = read_object(self.folder / "config.json").get("architectures") or []
+                if FAMILIES[self.model_type].architecture not in architectures:
+                    remedy += f"; where {' and '.join(map(str, architectures)) or 'the model'} has none, take the causal language model"
             raise UserError(f"{self.folder}: has no tensor {name}, which the model of its config.json needs: {remedy}")
         found = self.tensors[name]
         if found.shape != shape:
-            raise UserError(f"{self.folder}: {name} has the shape {found.shape}, and by config.json it is {shape}: mend config.json")
+            remedy = "is config.json the one of these weights?"
+            if found.shape == shape[::-1]:
+                remedy = "it is transposed: save it as torch.nn.Linear has it"
+            raise UserError(f"{self.folder}: {name} has the shape {found.shape}, and by config.json it is {shape}: {remedy}")
         if found.dtype not in DTYPES:
             raise UserError(
                 f"{self.folder}: {name} is of type {found.dtype}, only {', '.join(DTYPES)} are read: save the model in one of them"
@@ -105,8 +117,11 @@ class HuggingFaceFolder:
         types = {name: self.dtype(name) for name in self._names}
         usual = Counter(types.values()).most_common(1)[0][0]
         files = {name: self.folder / f"{name}.json" for name in ("config", "generation_config")}
+        found = {name: read_object(path) for name, path in files.items() if path.exists()}
+        if self.sliding_window:  # a Mistral's has a value where config.json says nothing of it
+            found["config"] = {"sliding_window": self.sliding_window} | found["config"]
         return {
-            **{name: read_object(path) for name, path in files.items() if path.exists()},
+            **found,
             "type": usual,
             "other_types": {name: dtype for name, dtype in types.items() if dtype != usual},
         }

@@ -24,7 +24,7 @@ from megatron_jobs.conversion import gguf
 from megatron_jobs.data.ledger import Ledger, Origin
 from mujina import strict_yaml
 from mujina.files import whole_folder
-from mujina.user_input import UserError, command_line, read_object
+from mujina.user_input import UserError, command_line, read_object, stand_in
 from tokenization.embeddings import extend_embeddings, respell
 from tokenization.load import load as load_tokenizer
 from tokenization.tokenizer import Tokenizer
@@ -48,10 +48,14 @@ def main(
 ) -> None:
     """Writes a preset, the tokenizer, and weights where they change, for runs that start from a Hugging Face model."""
     from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
+    from megatron_jobs.conversion.tensors import MERGE
 
     model, output = model.absolute(), output.absolute()  # a run may be started from any folder
     if not (model.is_file() or (model / "config.json").is_file()):
-        raise UserError(f"{model}: is neither a GGUF file nor a folder with a config.json: check the path")
+        if (model / "adapter_config.json").exists():
+            raise UserError(f"{model}: is a PEFT adapter and no model: {MERGE}")
+        problem = stand_in(model / "config.json") or f"{model}: is neither a GGUF file nor a folder with a config.json: check the path"
+        raise UserError(problem)
     with whole_folder(output, PRESET) as partial:
         folder = model
         if model.is_file():
@@ -67,7 +71,10 @@ def main(
             used.save_hf(partial)
         source = HuggingFaceFolder(folder)
         if used.vocab_size > source.model.vocab_size:
-            raise UserError(f"{model}: its tokenizer has {used.vocab_size} pieces, more than its vocab_size ({source.model.vocab_size})")
+            raise UserError(
+                f"{model}: its tokenizer has {used.vocab_size} pieces, more than its vocab_size ({source.model.vocab_size}): give the "
+                f"model rows for them (resize_token_embeddings({used.vocab_size}) of transformers), or copy the tokenizer that is its own"
+            )
         for remark in [*source.tensors.remarks, *filter(None, [used.remark])]:
             print(remark)
         if no_check:

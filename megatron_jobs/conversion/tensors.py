@@ -19,8 +19,10 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_jobs.conversion.families import Family
 from mujina.tensor_files import TYPES
-from mujina.user_input import UserError, read_object
+from mujina.user_input import UserError, read_object, stand_in
 
+ANEW = "save the model with save_pretrained of transformers"
+MERGE = "merge it into its model first (merge_and_unload of peft), and save that with save_pretrained"
 FILES = ("model.safetensors", "pytorch_model.bin")  # as transformers looks for them
 COMPUTED = ".rotary_emb.inv_freq"  # a buffer that old folders have saved; it follows from rope_theta
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_model")
@@ -111,14 +113,23 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         if (folder / name).exists():
             return [folder / name], None
         if path.exists():
-            index = read_object(path).get("weight_map")
-            if not isinstance(index, dict) or not all(isinstance(file, str) and Path(file).name == file for file in index.values()):
-                raise UserError(f"{path}: has no weight_map of tensors to files beside it: copy it again")
+            index = read_object(path, ANEW).get("weight_map")
+            if not (isinstance(index, dict) and index) or not all(
+                isinstance(file, str) and Path(file).name == file for file in index.values()
+            ):
+                raise UserError(f"{path}: has no weight_map of tensors to files beside it: {ANEW}")
             files = [folder / file for file in sorted(set(index.values()))]
             if missing := [file for file in files if not file.exists()]:
-                raise UserError(f"{missing[0]}: is missing, and {path.name} names it: copy it too")
+                raise UserError(stand_in(missing[0]) or f"{missing[0]}: is missing, and {path.name} names it: copy it too")
             return files, index
-    raise UserError(f"{folder / FILES[0]}: is missing, and {FILES[1]} too: save the model with save_pretrained of transformers")
+        for one in (folder / name, path):
+            if problem := stand_in(one):
+                raise UserError(problem)
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder}: is a PEFT adapter and no model: {MERGE}")
+    others = sorted(path.name for pattern in ("*.safetensors", "*.bin", "*.pth") for path in folder.glob(pattern))
+    remedy = f"of {', '.join(others[:3])} it says what they are: copy {FILES[0]}.index.json too, or {ANEW}" if others else ANEW
+    raise UserError(f"{folder / FILES[0]}: is missing, and {FILES[1]} too: {remedy}")
 
 
 def _of_files(files: list[Path]) -> Iterator[Stored]:
@@ -131,7 +142,7 @@ def _slices(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         tensors = safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: is not a whole safetensors file ({error}): copy it again") from None
+        raise UserError(stand_in(file) or f"{file}: is not a whole safetensors file ({error}): copy it again") from None
     return ((name, tensors.get_slice(name)) for name in tensors.keys())
 
 
@@ -157,7 +168,9 @@ def _unpickled(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     except Exception as error:  # of any kind: what is no pickle is read as one, instruction by instruction
-        raise UserError(f"{file}: is damaged, or holds more than tensors ({str(error).partition('\n')[0]}): {remedy}") from None
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        told = f"holds more than tensors ({code[1]})" if code else f"is damaged, or holds more than tensors ({type(error).__name__})"
+        raise UserError(stand_in(file) or f"{file}: {told}: {remedy}") from None
     if not isinstance(tensors, dict):
         raise UserError(f"{file}: holds a {type(tensors).__name__} and no tensors by their names: {remedy}")
     if others := [name for name, tensor in tensors.items() if not (isinstance(name, str) and isinstance(tensor, torch.Tensor))]:
@@ -174,7 +187,7 @@ def _is_zip(file: Path) -> bool:
 def _check_index(folder: Path, index: dict[str, str], found: list[Stored]) -> None:
     """Raises UserError where the index and its files disagree."""
     there = {(stored.name, stored.file.name) for stored in found}
-    remedy = "copy both again from where they belong together, or save the model anew with save_pretrained of transformers"
+    remedy = f"copy both again from where they belong together, or {ANEW}"
     for name, file in index.items():
         if (name, file) not in there and not name.endswith(COMPUTED):
             raise UserError(f"{folder}: the index says that {name} is in {file}, and it is not there: {remedy}")

@@ -21,7 +21,7 @@ from megatron_jobs.conversion import convert
 from megatron_jobs.conversion.families import hindrance, tell_hindrance
 from megatron_jobs.data.ledger import Ledger, Origin
 from megatron_jobs.planning import flops
-from mujina.files import write_whole
+from mujina.files import hold, write_whole
 from mujina.matrices import Box
 from mujina.user_input import UserError, command_line
 
@@ -152,11 +152,12 @@ def _compare(mixture: Mixture) -> "Agreement":
 def _write_checkpoint(mixture: Mixture, agreement: "Agreement | None", output: Path) -> Path:
     from megatron_jobs.checkpoints.checkpoint import write_weights
 
-    if agreement:
-        write_whole(output / "agreement.json", json.dumps(agreement.as_dict(), indent=1).encode())
-    else:
-        (output / "agreement.json").unlink(missing_ok=True)  # of what was there before
-    return write_weights(output, mixture.config, mixture, mixture.shapes, mixture.ledger, "upcycling")
+    with hold(output / ".lock", f"{output}"):
+        if agreement:
+            write_whole(output / "agreement.json", json.dumps(agreement.as_dict(), indent=1).encode())
+        else:
+            (output / "agreement.json").unlink(missing_ok=True)  # of what was there before
+        return write_weights(output, mixture.config, mixture, mixture.shapes, mixture.ledger, "upcycling")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ _cpu_is_prepared = False
 def of_run(parallel: ParallelConfig, seed: int) -> Iterator[None]:
     """The process groups of a run, over all processes that were started together; taken down at the end."""
     if world_size() > 1:
-        with _groups(parallel, seed, "env://", rank(), world_size()):
+        with _groups(parallel, seed, init_method="env://", rank=rank(), world_size=world_size()):
             yield
     else:
         with alone(parallel, seed):
@@ -30,15 +30,15 @@ def of_run(parallel: ParallelConfig, seed: int) -> Iterator[None]:
 @contextlib.contextmanager
 def alone(parallel: ParallelConfig | None = None, seed: int = 1) -> Iterator[None]:
     """Process groups of one, also for a command that wants the whole model in this process."""
-    with tempfile.TemporaryDirectory() as folder, _groups(parallel or ParallelConfig(), seed, f"file://{folder}/store", 0, 1):
+    with _groups(parallel or ParallelConfig(), seed, store=dist.HashStore(), rank=0, world_size=1):  # type: ignore[attr-defined]
         yield
 
 
 @contextlib.contextmanager
-def _groups(parallel: ParallelConfig, seed: int, meeting_point: str, rank: int, world_size: int) -> Iterator[None]:
+def _groups(parallel: ParallelConfig, seed: int, **meeting: Any) -> Iterator[None]:
     prepare_device()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, init_method=meeting_point, rank=rank, world_size=world_size)
+    dist.init_process_group(backend, **meeting)
     initialize(parallel)
     if torch.cuda.is_available():
         tensor_parallel.model_parallel_cuda_manual_seed(seed)

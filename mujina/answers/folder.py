@@ -3,6 +3,7 @@
 Legend of shapes: B answers decoded together, L tokens of the longest prompt among them, N new tokens, V entries of the vocabulary.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,15 +131,12 @@ def _stop_ids(folder: Path, tokenizer: Any, ends: list[int]) -> list[int]:
 
 def _end_of_turn(tokenizer: Any) -> int | None:
     """The added token that the chat template writes behind what an assistant has said; None where it writes none."""
-    from jinja2 import TemplateError
-
     if tokenizer.chat_template is None:
         return None
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SAID}]
-    try:
-        written = tokenizer.apply_chat_template(turns, tokenize=False)
-    except (TemplateError, TypeError, ValueError):  # it takes other dialogues only
-        return None
+    turns, written = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SAID}], ""
+    for first in ([], [{"role": "system", "content": "!"}]):  # some want a system's turn
+        with contextlib.suppress(Exception):  # of whatever kind, the template's: it takes other dialogues only
+            written = written or tokenizer.apply_chat_template([*first, *turns], tokenize=False)
     behind = tokenizer(written.partition(_SAID)[2], add_special_tokens=False)["input_ids"]
     return next((token for token in behind if token in tokenizer.added_tokens_decoder), None)
 

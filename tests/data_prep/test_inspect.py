@@ -1,6 +1,7 @@
 """What `mujina inspect` says of a binary is what is in it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from data_prep.indexed import BinaryWriter, Channel, Labels, open_binary
 from data_prep.inspect import facts, frequent_pieces, show_document
 from data_prep.prepare import PrepareConfig, prepare
+from mujina.user_input import UserError
 from tokenization.load import load
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +84,14 @@ def test_the_command(prefix: Path, tokenizer_folder: Path) -> None:
 def test_mistakes_are_explained(prefix: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     past = inspect(prefix, "--from", "3")
     assert past.returncode == 2 and "--from 3: " in past.stderr and "documents 0 to 2" in past.stderr
-    assert "no such manifest" in inspect(tmp_path / "none").stderr
+    for name, remedy in (
+        (tmp_path / "none", "check the name, or prepare the source"),
+        (f"{prefix}.bin", f"write {prefix}, without the ending"),
+        (prefix.parent, f"such as {prefix}"),
+        ("", "is a folder and no binary's name: write it as FOLDER/SOURCE"),
+    ):
+        with pytest.raises(UserError, match=re.escape(remedy)):
+            open_binary(name)
     other = tmp_path / "other"
     for kind in ("bin", "idx", "json"):
         other.with_name(f"other.{kind}").write_bytes(prefix.with_name(f"web.{kind}").read_bytes())

@@ -165,6 +165,32 @@ def test_an_older_folder_is_there_until_the_new_one_is_on_the_disk(tmp_path: Pat
     assert {path.name for path in tmp_path.iterdir()} == {"made"}
 
 
+def test_one_process_at_a_time_writes_a_folder(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "made", "mark") as partial:
+        (partial / "mark").touch()
+        with pytest.raises(UserError, match="made: another process writes it .*: wait for it to end, or stop it"):
+            folder_of_files(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["made", "mark"]
+    (tmp_path / ".made.partial").mkdir()
+    (tmp_path / ".made.partial/half").touch()  # of a process that was killed
+    folder_of_files(tmp_path)
+    assert not (tmp_path / "made/half").exists() and [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_full_disk_is_told_with_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as error, whole_folder(tmp_path / "made", "mark"):
+        Path("/dev/full").write_text("x")
+    assert error.value.filename == str(tmp_path / "made") and not list(tmp_path.iterdir())
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "made").symlink_to("scratch/made")
+    for _ in range(2):
+        folder_of_files(tmp_path)
+        assert (tmp_path / "made").is_symlink() and [path.name for path in (tmp_path / "scratch").iterdir()] == ["made"]
+
+
 def test_rollbacks_come_back(tmp_path: Path) -> None:
     write_rollbacks(tmp_path, [{"first": 1, "last": 2, "reason": "a spike"}])
     assert read_rollbacks(tmp_path) == [{"first": 1, "last": 2, "reason": "a spike"}]

@@ -80,8 +80,14 @@ BOMB = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9) if n else 1}]\n" fo
         (BOMB, "line 7: aliases make more than 1,000,000 values of it"),
         ("[" * 3_000, "nested too deeply"),
         ("a: [", "line 1: "),
-        ("a: 1\n\tb: 2", "line 2: "),
-        ("--- a\n--- b", "line 2: "),
+        ("a: 1\n\tb: 2", "line 2: .*: write spaces in the place of the tab"),
+        ("--- a\n--- b", "line 2: .*: keep one of them in a file"),
+        ("a: @b", "line 1: .*: put the text in quotes"),
+        ("a: b: c", "line 1: .*: put a text that holds a colon in quotes"),
+        ("a: *b", "line 1: .*: put a text that begins with \\* in quotes"),
+        ("a: 'b", "line 1: .*: close the quote"),
+        ("a: {<<: 3}", "line 1: .*: name a mapping behind <<"),
+        ("a: \x07", "the character 0x0007 is none of a text: save the file as plain UTF-8"),
     ],
 )
 def test_what_is_refused_is_told_in_one_line(text: str, told: str) -> None:

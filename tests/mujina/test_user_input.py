@@ -61,7 +61,11 @@ def test_values_are_what_people_mean(tmp_path: Path) -> None:
         ("name: x\ncount: 1\nname: y", "line 3: key name stands twice, before in line 1"),
         ("extends: a.yaml", "a.yaml: extends itself"),
         ("extends: {b: 1}", "a.yaml: extends ({'b': 1}) must be the path of a file, or a list of them"),
-        ("extends: none.yaml", "none.yaml: no such file or directory: check the path"),
+        ("extends: none.yaml", "a.yaml: extends (none.yaml): no such file: check the path"),
+        ("extends: ''", "a.yaml: extends (): no such file"),
+        ("weights.a: 1", "unknown key weights.a: write weights: and a: below it"),
+        ('"a\\nb": 1', r"unknown key 'a\nb': there are: "),
+        ("LIMIT: 1", "unknown key LIMIT: did you mean limit?"),
         ("- a", "a.yaml: holds no keys"),
         ("limit: " + str(list(range(1000))), "limit ([0, 1, 2, 3, "),
     ],
@@ -80,7 +84,7 @@ def test_what_does_not_fit_is_told_with_field_value_and_rule(tmp_path: Path, tex
         ("count=010", "override 'count=010': cannot be read as YAML: line 1: 010 begins with 0"),
         ("rate=.nan", "override 'rate=.nan': cannot be read as YAML"),
         ("cuont=1", "unknown key cuont: did you mean count?"),
-        ("parts=none.yaml", "none.yaml: no such file"),
+        ("parts=none.yaml", "parts=none.yaml: parts (none.yaml): no such file: check the path"),
         ("=1", "unknown key "),
         ("count" + ".a" * 5000 + "=1", "count: must be a whole number"),
     ],
@@ -98,8 +102,17 @@ def test_a_number_is_finite_however_it_came() -> None:
 def test_files_of_others_are_told_with_their_path(tmp_path: Path) -> None:
     for data, told in ((b"\xff", "is not UTF-8 text"), (b"[1]", "is not a JSON object ([1])"), (b"{", "is not JSON")):
         (tmp_path / "x.json").write_bytes(data)
-        with pytest.raises(UserError, match=re.escape(f"{tmp_path}/x.json: {told}") + ".*: build it again"):
+        with pytest.raises(UserError, match=re.escape(f"{tmp_path}/x.json: {told}") + ".*build it again"):
             read_object(tmp_path / "x.json", "build it again")
+    for data in ('{"a": 1}'.encode("utf-16"), '{"a": 1}'.encode("utf-16-le"), b"PK\x03\x04\0"):
+        (tmp_path / "x.json").write_bytes(data)
+        with pytest.raises(UserError, match="is not UTF-8 text .*: save it as UTF-8 if it is a text, else build it again"):
+            read_object(tmp_path / "x.json", "build it again")
+    (tmp_path / "x.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    (tmp_path / "link.json").symlink_to("../blobs/0")
+    for name, told in (("x", "is a pointer of git-lfs .*: run `git lfs pull`"), ("link", "is a link to ../blobs/0, .*: copy the folder")):
+        with pytest.raises(UserError, match=f"{name}.json: {told}"):
+            read_object(tmp_path / f"{name}.json")
     (tmp_path / "x.json").write_text('{"a":' * 100_000)
     with pytest.raises(UserError, match="x.json: is not JSON .*: build it again"):
         read_object(tmp_path / "x.json", "build it again")
@@ -120,9 +133,18 @@ def test_what_the_system_refuses_is_one_line_with_a_remedy(tmp_path: Path) -> No
         assert told and re.fullmatch(r"a/file: no: [^\n]+", told)
     assert explain(ConnectionResetError(errno.ECONNRESET, "No")) is None
     assert explain(ValueError("ours")) is None
+    with pytest.raises(UnicodeEncodeError) as name:
+        "a/\udcff".encode()
+    assert explain(name.value) == r"b'a/\xff': is a name that is not UTF-8: give it another"
 
 
-@pytest.mark.parametrize("read", [lambda path: read_yaml(path, Section), read_object])
-def test_a_file_without_an_end_is_no_configuration(read):
-    with pytest.raises(UserError, match="/dev/zero: is longer than 64 MiB: check the path"):
+@pytest.mark.parametrize("read", [lambda path: read_yaml(path, Section), read_object, read_text])
+def test_a_file_without_an_end_is_no_text(read):
+    with pytest.raises(UserError, match="/dev/zero: is not UTF-8 text"):
         read("/dev/zero")
+
+
+def test_a_configuration_has_an_end(tmp_path: Path) -> None:
+    (tmp_path / "long.yaml").write_bytes(b" " * ((64 << 20) + 1))
+    with pytest.raises(UserError, match="long.yaml: is longer than 64 MiB: check the path"):
+        read_yaml(tmp_path / "long.yaml", Section)

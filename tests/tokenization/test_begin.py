@@ -68,6 +68,13 @@ def test_our_own_names_a_bos_token_only_where_documents_have_it(folder: Path, tm
     assert written == tokenizer.encode_chat(MESSAGES[1:]).tolist() and written.count(1) == (choice == "yes")
 
 
+def test_a_full_disk_is_an_error_of_the_system(folder: Path, tmp_path: Path) -> None:
+    """Which is told in one line, and one of the tokenizers library is not."""
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        load(folder).save_hf(tmp_path)
+
+
 def test_what_cannot_be_chosen_is_told(bpe_folder: Path, tmp_path: Path) -> None:
     spelled = folder_of(bpe_folder, tmp_path / "spelled", True, "<s>" + CHAT)
     with pytest.raises(UserError, match=r"begin_documents \(no\): its chat template spells <s> itself: take it out"):

@@ -1,6 +1,7 @@
 """Hugging Face BPE tokenizers give the reference's ids on every document, and no control ids."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,15 @@ def test_a_foreign_chat_template_is_followed(place: str, bpe_folder: Path, tmp_p
     assert backend.decode(ids, skip_special_tokens=False).removesuffix("\n") == f"<s><|im_start|>user\n{attack}<|im_end|>"
     with pytest.raises(UserError, match="no tools"):
         tokenizer.render([{"role": "tool", "content": "1"}])
+
+
+def test_the_end_of_turn_of_a_template_that_wants_a_system_turn(bpe_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(bpe_folder / "tokenizer.json", tmp_path)
+    first = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+    template = first + "{% for message in messages %}{{ message.content }}<pad>{% endfor %}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": template}))
+    tokenizer = load(tmp_path)
+    assert tokenizer.piece(tokenizer.end_of_turn_id) == "<pad>"
 
 
 def test_a_template_or_the_chat_pieces_are_needed(bpe_folder: Path, tmp_path: Path) -> None:

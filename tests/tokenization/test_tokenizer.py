@@ -103,7 +103,7 @@ def test_transformers_loads_the_folder_and_agrees(tokenizer: Tokenizer, folder: 
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file.*tokenization.train"):
+    with pytest.raises(UserError, match="holds no tokenizer .* train one with `mujina tokenizer`"):
         load(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(UserError, match="not a sentencepiece model"):

@@ -238,7 +238,12 @@ def fused(tensors: Tensors) -> Tensors:
 
 
 LAYOUTS: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
-    "tied with its head": ("tied", with_head, "lm_head.weight is the embedding once more"),
+    "tied with its head": ("tied", with_head, "lm_head.weight is the embedding by another name"),
+    "tied as its head alone": (
+        "tied",
+        lambda tensors: {name.replace("model.embed_tokens", "lm_head"): tensor for name, tensor in tensors.items()},
+        "lm_head.weight is the embedding by another name",
+    ),
     "compiled": ("llama", lambda tensors: {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}, "such as _orig_mod."),
     "compiled layers": (
         "llama",

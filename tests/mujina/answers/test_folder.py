@@ -49,6 +49,21 @@ def test_stops_at_the_end_of_turn_of_any_family(tmp_path: Path, place: str) -> N
     assert greedily(folder).text == "one" and greedily(folder).stopped
 
 
+def test_a_template_that_fails_is_told_and_one_that_wants_a_system_turn_has_its_end(tmp_path: Path) -> None:
+    folder = save_chain(tmp_path, {"<|assistant|>": "one", "one": "<|system|>", "<|system|>": "three"})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text((folder / name).read_text().replace("<|end|>", "<|over|>"))
+    path = folder / "chat_template.jinja"
+    first = "{% if messages[0].role != 'system' %}{{ raise_exception('first') }}{% endif %}"
+    path.write_text(first + path.read_text().replace("<|end|>", "<|system|>"))
+    conversation = Conversation((Message(role="system", content="two"), *question("five").messages))
+    [[answer]] = open_answerer(str(folder)).answer([conversation], GREEDY)
+    assert (answer.text, answer.finish_reason) == ("one", "stop")
+    path.write_text("{{ 1 / 0 }}")
+    with pytest.raises(UserError, match=r"its chat template fails \(ZeroDivisionError: division by zero\): mend chat_template.jinja"):
+        greedily(folder)
+
+
 def test_a_prompt_beyond_the_context_is_told(tmp_path: Path) -> None:
     """The context is 64 tokens; the template adds three to the prompt."""
     answerer = open_answerer(str(save_chain(tmp_path, {"<|assistant|>": "one", "one": "two", "two": "one"})))
