@@ -24,7 +24,8 @@ from data_prep.report import write_report
 from data_prep.steps.read import find_inputs
 from data_prep.tokenize import tokenize, use
 from data_prep.workers import Workers, unexpected
-from mujina.files import hold, write_whole
+from mujina.files import write_whole
+from mujina.locks import hold
 from mujina.user_input import UserError
 from tokenization.load import load
 from tokenization.tokenizer import Tokenizer

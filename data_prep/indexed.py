@@ -24,7 +24,8 @@ import numpy as np
 import pydantic
 
 from data_prep.row import Kind, Origin
-from mujina.files import sha256_of, sync, write_whole
+from mujina.disks import flush, patiently, rename, sync
+from mujina.files import sha256_of, write_whole
 from mujina.user_input import Section, UserError
 from tokenization.tokenizer import BeginDocuments
 
@@ -171,8 +172,8 @@ class BinaryWriter:
         for name in former:
             path_of(self._prefix, f"{name}.bin").unlink(missing_ok=True)
         for kind in ("bin", "idx", *(f"{name}.bin" for name in self._channels)):
-            os.replace(self._partial(kind), path_of(self._prefix, kind))
-        self._partial("lengths").unlink()
+            rename(self._partial(kind), path_of(self._prefix, kind))
+        self._partial("lengths").unlink(missing_ok=True)
         sync(self._prefix.parent)
         write_whole(path_of(self._prefix, "json"), (manifest.model_dump_json(indent=2, exclude_defaults=True) + "\n").encode())
         return manifest
@@ -261,9 +262,21 @@ class TokenBinary:
 
     def _read(self, kind: str, dtype: np.dtype, offset: int, length: int) -> np.ndarray:
         values = np.empty(length, dtype)
-        if os.preadv(_opened(self, kind).descriptor, [values], offset * dtype.itemsize) != values.nbytes:
-            raise UserError(f"{path_of(self.prefix, kind)}: has become shorter since it was opened: copy it again, and go on")
+        self._fill(memoryview(values.view(np.uint8)), kind, offset * dtype.itemsize)
         return values
+
+    def _fill(self, buffer: memoryview, kind: str, position: int) -> None:
+        """Reads until the buffer is full: over a network a read may give less than what is there."""
+        path = path_of(self.prefix, kind)
+        while buffer:
+            try:
+                count = os.preadv(_opened(self, kind).descriptor, [buffer], position)
+            except OSError as error:
+                error.filename = str(path)
+                raise
+            if count == 0:
+                raise UserError(f"{path}: has become shorter since it was opened: copy it again, and go on")
+            buffer, position = buffer[count:], position + count
 
     def documents(self, offset: int, length: int) -> np.ndarray:
         """Which document each of the tokens offset … offset + length - 1 belongs to: int32 [length], 0 for that of the first one.
@@ -282,13 +295,15 @@ class TokenBinary:
         return start, start + int.from_bytes(length, "little")
 
     def _start(self, document: int) -> int:
-        entry = os.pread(_opened(self, "idx").descriptor, 8, self._starts_at + 8 * document)
+        entry = bytearray(8)
+        self._fill(memoryview(entry), "idx", self._starts_at + 8 * document)
         return int.from_bytes(entry, "little") // self._dtype.itemsize
 
     def _starts(self, first: int, last: int) -> np.ndarray:
         """The offsets, in tokens, of the first tokens of documents `first` … `last` - 1."""
-        entries = os.pread(_opened(self, "idx").descriptor, 8 * (last - first), self._starts_at + 8 * first)
-        return np.frombuffer(entries, "<i8") // self._dtype.itemsize
+        entries = np.empty(last - first, "<i8")
+        self._fill(memoryview(entries.view(np.uint8)), "idx", self._starts_at + 8 * first)
+        return entries // self._dtype.itemsize
 
     def document(self, index: int) -> np.ndarray:
         """The ids of one document, without a copy."""
@@ -351,7 +366,7 @@ def read_manifest(prefix: Path) -> Manifest:
     """<prefix>.json; raises UserError when it is no manifest, or not there."""
     path = path_of(prefix, "json")
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        manifest = Manifest.model_validate_json(patiently(path.read_bytes))
     except FileNotFoundError:
         bare, inside = prefix.with_suffix(""), sorted(prefix.glob("[!.]*.idx"))
         remedy = "check the name, or prepare the source (again) with `mujina prepare`"
@@ -405,7 +420,6 @@ class _HashedFile:
 
     def close(self) -> str:
         """Returns the sha256 in hex, once the bytes are on the disk: a rename must not overtake them."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        flush(self._stream)
         self._stream.close()
         return self._sha256.hexdigest()

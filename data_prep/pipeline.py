@@ -32,7 +32,8 @@ from data_prep.report import SourceReport, StepCounts
 from data_prep.row import LONGEST_OF_OURS, is_nothing, joined
 from data_prep.steps.read import files_of, find_inputs, read
 from data_prep.steps.step import CorpusStep, Judge, Step
-from mujina.files import Stamp, changed, read_rows, rename_folder, sha256_of, stamp, sync, write_stamps, write_whole
+from mujina.disks import discard, rename, sync
+from mujina.files import Stamp, changed, read_rows, rename_folder, sha256_of, stamp, write_stamps, write_whole
 from mujina.user_input import UserError
 
 GIGABYTE = 1 << 30
@@ -96,13 +97,13 @@ def take_back(stages: list[Stage], folder: Path) -> list[str]:
             for marker in sorted(_completions(folder, stage).glob("*")):
                 record = rows.record / f"{marker.name}.json"
                 if record.exists() and (names := changed(record, where)):
-                    marker.unlink()
+                    marker.unlink(missing_ok=True)
                     lost += [str(where / name) for name in names]
     if len(list(_completions(folder, last).glob("*"))) < last.tasks and (is_finished or not work.exists()):
         for stage in stages[:-1]:
             shutil.rmtree(_completions(folder, stage), ignore_errors=True)
         if is_finished:
-            documents.rename(folder / ".documents")
+            rename(documents, folder / ".documents")
     return lost
 
 
@@ -114,7 +115,7 @@ def finish(folder: Path) -> list[str]:
     """Gives the documents of a source their name and removes what was kept between its stages, which have all ended; the files' paths."""
     if (folder / ".documents").exists():
         rename_folder(folder / ".documents", folder / "documents")
-    shutil.rmtree(folder / "work", ignore_errors=True)
+    discard(folder / "work")
     return _documents(folder)
 
 

@@ -6,7 +6,7 @@ CONFIG is a `data_prep.config.PrepareConfig`; `configs/` holds one for each kind
 done. With `executor: slurm` it submits array jobs, each stage after the one before, and ends; with `executor: ray` the steps run on the
 cluster that RAY_ADDRESS names, and tokenization here. The same command goes on where a run was stopped, and changes nothing that is done:
 what was read must still be there, what was written is looked at again, and made again where it is lost or damaged. Who prepares a source
-keeps all others away from it (`mujina.files.hold`).
+keeps all others away from it (`mujina.locks.hold`).
 """
 
 import os

@@ -36,6 +36,7 @@ FORMATS = {  # the module whose docstring says what is in the files
     "A tokenizer's folder": "tokenization/train.py",
     "Metrics and events of a run": "megatron_jobs/monitoring/metrics.py",
     "Checkpoints": "megatron_jobs/checkpoints/checkpoint.py",
+    "Shared file systems": "mujina/disks.py",
     "The ledger of a checkpoint": "megatron_jobs/data/ledger.py",
     "References of preferences": "megatron_jobs/references.py",
     "Pairs of answers": "data_prep/pairs.py",

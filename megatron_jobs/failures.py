@@ -2,7 +2,7 @@
 
     RUN/logs/attempt-3/rank-1.log     all that rank 1 wrote; only rank 0 and the first error are on the console as well
     RUN/logs/attempt-3/first_error    which rank failed first, and its traceback: whoever fails later because of it names this file
-    RUN/logs/attempt-3/alive-1        changed by rank 1 as long as it gets on
+    RUN/logs/attempt-3/alive-1        when rank 1 got on, by the clock of its node; written as long as it does
     RUN/logs/attempt-3/hung-1         where rank 1 stood when the run hung; the stacks of all its threads are in its log
 
 Needs no torch.
@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from mujina import disks
 from mujina.exits import MISTAKE
 from mujina.processes import bytes_moved
 from mujina.user_input import explain
@@ -50,32 +51,44 @@ def _number(attempt: Path) -> int:
 
 
 def new_attempt(run: Path) -> Path:
-    number = max((_number(path) for path in attempts(run)), default=0) + 1  # some may have been removed
-    folder = run / "logs" / f"attempt-{number}"
-    folder.mkdir(parents=True)
-    return folder
+    number = max((_number(path) for path in attempts(run)), default=0)  # some may have been removed
+    while True:
+        number += 1
+        folder = run / "logs" / f"attempt-{number}"
+        with contextlib.suppress(FileExistsError):  # that of another node, which is not in the list yet
+            folder.mkdir(parents=True)
+            return folder
 
 
 def claim(attempt: Path, who: str, text: str) -> bool:
-    """Writes the first error down, unless there is one already: then returns False."""
+    """Writes the first error down, unless there is one already: then returns False. A full disk may leave nothing of it."""
     try:
         with (attempt / "first_error").open("x") as file:
             file.write(f"{who} on {socket.gethostname()}, {time.strftime('%F %T')}\n{text.rstrip()}\n")
-        return True
     except FileExistsError:
         return False
+    except OSError as error:
+        print(f"{attempt / 'first_error'}: could not be written ({error})", file=sys.stderr, flush=True)
+    return True
+
+
+def first_error(attempt: Path) -> str:
+    """What the first rank to fail has written down; empty where there is nothing."""
+    with contextlib.suppress(OSError):
+        return (disks.read(attempt / "first_error") or b"").decode(errors="replace").strip()
+    return ""
 
 
 def first_rank(attempt: Path) -> int | None:
     """The rank whose error was the first, where one has written it down."""
-    path = attempt / "first_error"
-    found = re.match(r"rank (\d+) on", path.read_text(errors="replace")) if path.exists() else None
+    found = re.match(r"rank (\d+) on", first_error(attempt))
     return int(found[1]) if found else None
 
 
 @contextlib.contextmanager
 def supervised(attempt: Path, rank: int, world_size: int, hang_seconds: float) -> Iterator["Watchdog"]:
     """Sends this rank's output to its log, watches it, and ends the process at once when the block raises an error."""
+    attempt.mkdir(parents=True, exist_ok=True)  # rank 0 has made it, and another node may not see it yet
     console = _redirect(attempt / f"rank-{rank}.log", rank)
     watchdog = Watchdog(attempt, rank, world_size, hang_seconds, console)
     try:
@@ -127,6 +140,7 @@ class Watchdog:
         """This rank has got on."""
         self._marked = time.monotonic()
         self._wait_from(self._marked)
+        self._signs: dict[Path, str] | None = None  # of the others' life, when this rank stood still for half of `hang_seconds`
 
     def _wait_from(self, moment: float) -> None:
         self._last_life = moment
@@ -138,39 +152,55 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        moved = bytes_moved()
+        self._moved = bytes_moved()
         while not self._closed.wait(1):
-            if (now := bytes_moved()) > moved + MOVED:
-                moved = now
-                self.mark()
-            if self._marked > self._last_told + self.hang_seconds / 10:
-                self._tell_of_life()
-            if (self.attempt / "first_error").exists():
-                self._closed.wait(GRACE)  # this rank may be waiting for one that is gone, and never know
-                if not self._closed.is_set():
-                    _say(f"rank {self.rank} ends: {_first_line(self.attempt)}", self.rank, self.console)
-                    _end(1)
-            elif any(self.attempt.glob("hung-*")) or time.monotonic() - self._last_life > self.hang_seconds and not self._others_live():
-                self._hung()
+            with contextlib.suppress(OSError):  # a file system that is not well is no hang, and does not end the watch
+                self._look()
+
+    def _look(self) -> None:
+        if (now := bytes_moved()) > self._moved + MOVED:
+            self._moved = now
+            self.mark()
+        if self._marked > self._last_told + self.hang_seconds / 10:
+            self._tell_of_life()
+        idle = time.monotonic() - self._last_life
+        if self._signs is None and idle > self.hang_seconds / 2:
+            self._signs = self._signs_of_life()
+        if (self.attempt / "first_error").exists():
+            self._closed.wait(GRACE)  # this rank may be waiting for one that is gone, and never know
+            if not self._closed.is_set():
+                _say(f"rank {self.rank} ends: {_first_line(self.attempt)}", self.rank, self.console)
+                _end(1)
+        elif any(self.attempt.glob("hung-*")) or idle > self.hang_seconds and not self._others_live():
+            self._hung()
 
     def _tell_of_life(self) -> None:
         self._last_told = self._marked
-        moment = time.time() - (time.monotonic() - self._marked)
-        with contextlib.suppress(OSError):  # a full disk is no hang
-            self._alive.touch()
-            os.utime(self._alive, (moment, moment))
+        self._alive.parent.mkdir(parents=True, exist_ok=True)
+        self._alive.write_text(f"{time.time():.3f}\n")
+
+    def _signs_of_life(self) -> dict[Path, str]:
+        signs = {}
+        for path in self.attempt.glob("alive-*"):
+            with contextlib.suppress(OSError):
+                signs[path] = path.read_text(errors="replace")
+        return signs
 
     def _others_live(self) -> bool:
-        """Whether a rank has got on within `hang_seconds`; this one then waits for it."""
-        idle = max(0.0, time.time() - max((path.stat().st_mtime for path in self.attempt.glob("alive-*")), default=0.0))
-        if idle < self.hang_seconds:
-            self._wait_from(time.monotonic() - idle)
-        return idle < self.hang_seconds
+        """Whether a rank has got on in the second half of `hang_seconds`; this one then waits for it. It is seen by what its file holds:
+        neither the clocks of the nodes need agree, nor need the file system keep times."""
+        signs = self._signs_of_life()
+        lives = signs != self._signs
+        if lives:
+            self._wait_from(time.monotonic() - self.hang_seconds / 2)
+            self._signs = signs
+        return lives
 
     def _hung(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         faulthandler.dump_traceback(self._log, all_threads=True)
-        (self.attempt / f"hung-{self.rank}").write_text(_place())
+        with contextlib.suppress(OSError):
+            (self.attempt / f"hung-{self.rank}").write_text(_place())
         if self.rank == 0:
             deadline = time.monotonic() + GRACE / 2
             while len(list(self.attempt.glob("hung-*"))) < self.world_size and time.monotonic() < deadline:
@@ -247,9 +277,9 @@ def _report(error: Exception, attempt: Path, rank: int, console: int) -> None:
     if claim(attempt, f"rank {rank}", text):
         _say(text if told else f"rank {rank} failed: {type(error).__name__}: {error} ({attempt / 'first_error'})", rank, console)
         if told is None:
-            with (attempt / f"rank-{rank}.log").open("a") as file:
+            with contextlib.suppress(OSError), (attempt / f"rank-{rank}.log").open("a") as file:
                 file.write(text)
-    elif not told or told not in (attempt / "first_error").read_text():
+    elif not told or told not in first_error(attempt):
         _say(f"rank {rank} ends: {_first_line(attempt)}", rank, console)
 
 
@@ -260,7 +290,7 @@ def _wait_for_first_error(attempt: Path) -> None:
 
 
 def _first_line(attempt: Path) -> str:
-    return f"the first error was of {(attempt / 'first_error').read_text().partition(',')[0]}: see {attempt / 'first_error'}"
+    return f"the first error was of {first_error(attempt).partition(',')[0]}: see {attempt / 'first_error'}"
 
 
 def _say(text: str, rank: int, console: int) -> None:

@@ -26,6 +26,7 @@ from megatron_jobs.check import check
 from megatron_jobs.config import RunConfig
 from megatron_jobs.data import phases
 from megatron_jobs.stability import Guard
+from mujina.checkpoint_folders import steps
 from mujina.exits import MISTAKE, STOPPED
 from mujina.processes import end_with_parent
 from mujina.user_input import UserError, command_line
@@ -44,14 +45,14 @@ def main(
     if _is_done(settings, num_steps):
         print(f"{settings.run}: all {num_steps} steps are done")
         return
-    before = len(failures.attempts(settings.run))
+    before = failures.attempts(settings.run)
     with held_port() as port:
         ranks = _start([sys.executable, "-m", "megatron_jobs.train", str(config), *(overrides or [])], processes, port)
         stopping = _forward_signals(ranks)
         failed = _first_to_fail(ranks)
     if failed is None:
         return
-    attempt = next(iter(failures.attempts(settings.run)[before:]), None)
+    attempt = next((path for path in failures.attempts(settings.run) if path not in before), None)
     first = failures.first_rank(attempt) if attempt else None
     if first is not None and ranks[first].poll():  # others may have ended because of it in the same moment
         failed = first
@@ -70,7 +71,7 @@ def main(
 def _is_done(config: RunConfig, num_steps: int) -> bool:
     """Whether the newest whole checkpoint is that of this run's last step. Raises UserError when no step of the run was trained."""
     folder = config.run / "checkpoints"
-    if not any(int(path.name.removeprefix("step-")) >= num_steps for path in folder.glob("step-" + 8 * "[0-9]")):
+    if max(steps(folder), default=0) < num_steps:
         return False  # the trainer looks at it
 
     from megatron_jobs.checkpoints.checkpoint import newest_whole
@@ -150,8 +151,9 @@ def _first_error(rank: int, status: int, attempt: Path | None) -> str:
         return f"rank {rank} {_how(status)}, before its log began"
     log = attempt / f"rank-{rank}.log"
     lines = log.read_text(errors="replace").splitlines()[-TAIL:] if log.exists() else []
-    failures.claim(attempt, f"rank {rank}", "\n".join([_how(status), *lines]))
-    first, *rest = (attempt / "first_error").read_text().splitlines()
+    told = "\n".join([_how(status), *lines])
+    failures.claim(attempt, f"rank {rank}", told)
+    first, *rest = (failures.first_error(attempt) or f"rank {rank}\n{told}").splitlines()
     line = "-" * 100
     return "\n".join([line, f"first error: {first}", *rest[-TAIL:], "", f"all ranks' logs: {attempt}", line])
 
@@ -159,6 +161,8 @@ def _first_error(rank: int, status: int, attempt: Path | None) -> str:
 def _how(status: int) -> str:
     if status == -signal.SIGKILL:
         return "was killed by SIGKILL (the kernel does that when memory runs out: see dmesg); the end of its log:"
+    if status == -signal.SIGBUS:
+        return "was killed by SIGBUS (a file that it had mapped was cut, replaced or cannot be read any more); the end of its log:"
     return f"was killed by {signal.Signals(-status).name}; the end of its log:" if status < 0 else f"ended with status {status}; its log:"
 
 

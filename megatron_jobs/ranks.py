@@ -13,7 +13,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from mujina import files
+from mujina import locks
 
 
 def rank() -> int:
@@ -57,9 +57,9 @@ def memory_gib() -> float:
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a run folder (`mujina.files.hold`). Raises UserError (on rank 0) when another run is in it."""
+    """Keeps other runs out of a run folder (`mujina.locks.hold`). Raises UserError (on rank 0) when another run is in it."""
     if rank() != 0:
         yield
         return
-    with files.hold(folder / ".lock", f"run ({folder})"):
+    with locks.hold(folder / ".lock", f"run ({folder})"):
         yield

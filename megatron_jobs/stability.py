@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_jobs.config import StabilityConfig
+from mujina.disks import read
 from mujina.files import write_whole
-from mujina.user_input import read_text, reading
+from mujina.user_input import UserError, reading
 
 MAD_TO_SIGMA = 1.4826  # the median absolute deviation of a normal distribution times this is its standard deviation
 FLOOR = 0.01  # of the median: the least deviation that is reckoned with, so that a flat curve does not make everything a spike
@@ -137,13 +138,15 @@ class Guard:
 
 
 def read_rollbacks(run: Path) -> list[dict[str, Any]]:
-    """Raises UserError when the file is none of ours."""
-    path, remedy = run / "rollbacks.json", "bring it back, or remove it to forget what was rolled back"
-    if not path.exists():
+    """Where the file is gone, or none of ours (which is told), those hold that the checkpoint knows."""
+    path = run / "rollbacks.json"
+    try:
+        with reading(path, "a list of rollbacks", "those hold that the newest checkpoint knows"):
+            backs = json.loads(read(path) or b"[]")
+            return [{"first": int(back["first"]), "last": int(back["last"]), "reason": back["reason"]} for back in backs]
+    except UserError as error:
+        print(error, flush=True)
         return []
-    text = read_text(path, remedy)
-    with reading(path, "a list of rollbacks", remedy):
-        return [{"first": int(back["first"]), "last": int(back["last"]), "reason": back["reason"]} for back in json.loads(text)]
 
 
 def write_rollbacks(run: Path, rollbacks: list[dict[str, Any]]) -> None:

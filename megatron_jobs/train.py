@@ -19,7 +19,7 @@ import typer
 
 from megatron_jobs import config as configuration
 from megatron_jobs import failures, ranks, references, stability
-from megatron_jobs.checkpoints.checkpoint import Checkpoint, step_folder
+from megatron_jobs.checkpoints.checkpoint import Checkpoint
 from megatron_jobs.checkpoints.saver import Saver
 from megatron_jobs.checkpoints.weights import InitialWeights
 from megatron_jobs.config import RunConfig
@@ -38,6 +38,7 @@ from megatron_jobs.monitoring.metrics import Log
 from megatron_jobs.monitoring.vitals import Watch
 from megatron_jobs.planning import layouts
 from megatron_jobs.stability import Guard, Verdict
+from mujina.checkpoint_folders import resolved, step_folder
 from mujina.exits import STOPPED
 from mujina.matrices import TensorSource
 from mujina.user_input import UserError, command_line
@@ -69,13 +70,15 @@ class Trainer:
         self.feeder = feeder.Feeder(config, self.order, binaries, *groups.data_parallel())
         self.phase_ends = set(itertools.accumulate(phase.num_steps for phase in config.phases))
         self.saver = Saver(config, self.phase_ends)
-        self.guard = Guard(config.stability, ranks.from_rank_0(stability.read_rollbacks(config.run)))
+        self.guard = Guard(config.stability, ranks.from_rank_0(stability.read_rollbacks(config.run) if ranks.rank() == 0 else None))
         start = self._newest()
         self.state = TrainingState(config)
         self.passes = Passes(config, self.state, self.order.names)
         self.step = self._go_on_from(start)
         self.refers = ""  # the phase whose references are there
         layers = "Transformer Engine" if has_transformer_engine() else "local"
+        if ranks.rank() == 0 and (self.guard.rollbacks or (config.run / "rollbacks.json").exists()):
+            stability.write_rollbacks(config.run, self.guard.rollbacks)  # the file may have been gone, or torn
         passed_over = [(back["first"], back["last"]) for back in self.guard.rollbacks]
         self.log = Log(config, self.step, groups.device_name(), layers, passed_over) if ranks.rank() == 0 else None
         if self.log and not self.step:
@@ -243,7 +246,7 @@ class Trainer:
         self.step = self._go_on_from(checkpoint)
         self.mark()
         if self.log:
-            self.log.rewind(self.step)
+            self.log.rewind(self.step, len(self.guard.rollbacks))
             back = self.guard.rollbacks[-1]
             self.log.event(self.step, "back", reason=f"the data of steps {back['first']} to {back['last']} are passed over")
 
@@ -264,7 +267,7 @@ class Trainer:
         self._last_word("failed")
         phase, _ = phases.at(self.config.phases, self.step)
         sources = Counter(source for source, _ in self._batch())
-        latest = self.config.run / "checkpoints/latest"
+        latest = resolved(self.config.run / "checkpoints/latest")
         raise UserError(
             "\n".join(
                 [

@@ -35,8 +35,10 @@ import pydantic
 import typer
 
 from mujina import sbatch
+from mujina.disks import flush
 from mujina.exits import MISTAKE, STOPPED
-from mujina.files import hold, sha256_of, write_whole
+from mujina.files import sha256_of, write_whole
+from mujina.locks import hold
 from mujina.processes import end_with_parent
 from mujina.stations import Plan, Station, files_named, read_chain
 from mujina.user_input import UserError, command_line, reading
@@ -91,8 +93,7 @@ class Journal:
         self.rows.append(row)
         values = {key: value for key, value in asdict(row).items() if key != "is_queued"}
         self._file.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        flush(self._file)
 
     def last(self, station: str) -> tuple[int, Row] | None:
         """A station's newest row, and its position."""

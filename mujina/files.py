@@ -1,4 +1,4 @@
-"""Text files in, whole files out: strict JSONL rows, checksums, locks, and files and folders that appear only when they are complete.
+"""Text files in, whole files out: strict JSONL rows, checksums, records, and files and folders that appear only when they are complete.
 
 What has its name is on the disk: the bytes before the rename that shows them, the rename before anything that relies on it. So neither a
 kill nor a power cut leaves a half, or a manifest without what it describes.
@@ -8,15 +8,11 @@ Every room may import this file; it imports no room.
 
 import codecs
 import contextlib
-import errno
-import fcntl
 import hashlib
 import io
 import json
 import os
 import shutil
-import socket
-import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,10 +22,13 @@ from typing import IO, Any, NamedTuple
 import pydantic_core
 import zstandard
 
+from mujina import disks
+from mujina.disks import TRANSIENT, discard, flush, rename, sync
+from mujina.locks import lock
 from mujina.user_input import UserError
 
 LONGEST = 64 << 20  # bytes of a line of somebody else's file; what is longer is no row
-PATIENCE = 5  # seconds for the processes that a killed holder of a lock leaves behind, which end with it
+COARSE = 2 * 10**9  # nanoseconds: the step of the times that some file systems keep
 # How compressed files are unpacked, and how many bytes at a time: zstd makes up to 32,000 times as much of them, gzip 1,000 times.
 FORMATS: dict[str, tuple[Callable[[], Any], int]] = {
     ".gz": (lambda: zlib.decompressobj(wbits=31), 1 << 13),
@@ -55,7 +54,8 @@ def read_rows(path: str | Path, longest: int = LONGEST) -> Iterator[tuple[int, d
 def read_lines(
     path: str | Path, longest: int = LONGEST, opened: Callable[[str | Path], io.BufferedReader] = lambda path: open(path, "rb")
 ) -> Iterator[tuple[int, bytes]]:
-    """Yields (number from 1, line) of a file. Raises UserError when it cannot be read, or a line has more than `longest` bytes."""
+    """Yields (number from 1, line) of a file. Raises UserError when it cannot be read, or a line has more than `longest` bytes; OSError
+    when its disk is not well."""
     number = 0
     try:
         with opened(path) as stream:
@@ -66,6 +66,8 @@ def read_lines(
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: check the path") from None
     except OSError as error:
+        if error.errno in TRANSIENT:
+            raise
         after = f"{path} after line {number}" if number else path
         raise UserError(f"{after}: cannot be read further ({error}): copy or build the file again") from None
 
@@ -127,12 +129,18 @@ def _why_not_json(line: bytes, error: ValueError) -> str:
 
 
 def sha256_of(path: str | Path) -> str:
-    """The sha256 of a file's bytes in hex. Raises UserError when the file cannot be read."""
+    """The sha256 of a file's bytes in hex. Raises UserError when the file cannot be read, OSError when its disk is not well."""
     try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return disks.patiently(lambda: _sha256_of(path))
     except OSError as error:
+        if error.errno in TRANSIENT:
+            raise
         raise UserError(f"{path}: cannot be read ({error.strerror}): check the path") from None
+
+
+def _sha256_of(path: str | Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class Stamp(NamedTuple):
@@ -149,7 +157,7 @@ def stamp(path: str | Path) -> Stamp:
     status = os.stat(path)
     try:
         digest = sha256_of(path)
-    except UserError:
+    except (UserError, OSError):
         digest = None
     return Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, digest)
 
@@ -165,56 +173,78 @@ def changed(record: Path, folder: Path = Path()) -> list[str]:
     A file that was touched, or copied, and holds the same has not changed: it is read for that once, and its new stamp put down.
     """
     before = {name: Stamp(*values) for name, values in json.loads(record.read_bytes()).items()}
+    stamped, is_old = record.stat().st_mtime_ns, True
     now = dict[str, Stamp | None]()
     for name, old in before.items():
         try:
             status = os.stat(folder / name)
-            looks_same = (status.st_size, status.st_mtime_ns, status.st_ctime_ns) == old[:3]
+            times = status.st_mtime_ns, status.st_ctime_ns
+            # Times in whole seconds do not tell a write in the same moment as the stamp.
+            is_young = not any(time % 10**9 for time in times) and max(times) > stamped - COARSE
+            is_old &= not is_young
+            looks_same = (status.st_size, *times) == old[:3] and not is_young
             now[name] = old if looks_same else stamp(folder / name)
         except OSError:
             now[name] = None
     different = [name for name, new in now.items() if new is None or new.sha256 != before[name].sha256]
-    if now != before and not different:
+    if (now != before or not is_old) and not different:
         write_whole(record, json.dumps(now).encode())
     return different
 
 
-@contextmanager
-def hold(path: Path, what: str) -> Iterator[None]:
-    """Keeps others out while the block runs, by a lock on the file `path`, in which stands who holds it.
+def append(path: Path, data: bytes) -> None:
+    """Adds whole lines to a record; they are on the disk when this returns. Behind half a line, of a disk that was full, they begin anew.
 
-    The kernel lets go when the process ends, however it ends. Over a network it holds as far as the file system's flock does: on one
-    node only where Lustre is mounted with localflock or NFS with local_lock, and not at all where there is no flock.
-    Raises UserError, naming `what` and the holder, when it is held.
+    Where that fails with OSError, the file is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        end = time.monotonic() + PATIENCE
-        while not _lock(file):
-            if time.monotonic() > end:
-                file.seek(0)
-                raise UserError(f"{what}: {file.read() or 'another process'} is at work here: wait for it to end, or stop it")
-            time.sleep(0.05)
-        job = os.environ.get("SLURM_JOB_ID")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}{f' (job {job})' if job else ''}")
-        file.flush()
+    with path.open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        begin = b"\n" if size and file.read(1) != b"\n" else b""
         try:
-            yield
-        finally:
+            file.write(begin + data)
+            flush(file)
+        except OSError:
             with contextlib.suppress(OSError):
-                file.truncate(0)
-
-
-def _lock(file: IO[str] | int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                os.ftruncate(file.fileno(), size)
             raise
-    return True
+
+
+class Record:
+    """A file of lines that others read later. What cannot be written is told once, kept, and written with what comes: it stops nothing."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self.path, self._say, self._waiting = path, say, b""
+
+    def lines(self) -> list[str]:
+        """Those that have an end."""
+        return ((disks.read(self.path) or b"") + self._waiting).decode(errors="replace").split("\n")[:-1]
+
+    def tidy(self, kept: Callable[[list[tuple[str, dict[str, Any]]]], list[str]]) -> list[str]:
+        """Leaves those of the lines that `kept` returns, which is given those that are JSON objects; returns them."""
+        wanted = list[str]()
+        try:
+            wanted = kept([(line, row) for line in self.lines() if isinstance(row := parse_row(line.encode()), dict)])
+            data = "".join(line + "\n" for line in wanted).encode()
+            if data != disks.read(self.path):
+                write_whole(self.path, data)
+            self._waiting = b""
+        except OSError as error:
+            self._say(f"{self.path}: could not be tidied ({error}): it stays as it is")
+        return wanted
+
+    def add(self, *lines: str) -> None:
+        """Adds lines; without any, those that could not be written yet are."""
+        is_new, self._waiting = not self._waiting, self._waiting + "".join(line + "\n" for line in lines).encode()
+        if not self._waiting:
+            return
+        try:
+            append(self.path, self._waiting)
+            self._waiting = b""
+        except OSError as error:
+            if is_new:
+                self._say(f"{self.path}: could not be written ({error}): its lines are kept until it can be")
 
 
 def write_parts(path: Path, parts: Iterable[Any]) -> None:
@@ -222,8 +252,7 @@ def write_parts(path: Path, parts: Iterable[Any]) -> None:
     try:
         with open(path, "wb", buffering=1 << 20) as file:
             file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
     except OSError as error:
         path.unlink(missing_ok=True)  # on a full disk the half of a file is in the way
         error.filename = str(path)
@@ -231,7 +260,11 @@ def write_parts(path: Path, parts: Iterable[Any]) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader finds all of it, or the older one, or none; it is on the disk when this returns."""
+    """Writes a file so that a reader finds all of it, or the older one, or none; it is on the disk when this returns.
+
+    A symbolic link stays, and what it leads to is written.
+    """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     write_parts(temporary, [data])
@@ -241,13 +274,13 @@ def write_whole(path: Path, data: bytes) -> None:
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """`write_whole` of what the block writes into the file that it is given; nothing is left when the block ends with an error."""
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -260,15 +293,6 @@ def rename_folder(partial: Path, folder: Path) -> None:
     _show(partial, folder)
 
 
-def sync(path: Path) -> None:
-    """Waits until the bytes of a file, or the names in a folder (what was made, renamed and removed there), are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sync_all(folder: Path) -> None:
     for path, _, names in os.walk(folder):
         for file in (Path(path) / name for name in names):
@@ -278,7 +302,7 @@ def _sync_all(folder: Path) -> None:
 
 
 def _show(temporary: Path, path: Path) -> None:
-    os.replace(temporary, path)
+    rename(temporary, path)
     sync(path.parent)
 
 
@@ -294,7 +318,7 @@ def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
     `mark` is a file that every complete folder of this kind holds; a folder without it is somebody else's and is left alone (UserError).
     One process at a time writes it, as far as `hold` holds.
     """
-    folder = Path(os.path.realpath(folder))  # what is written beside it has its name, which `.`, `..` and links do not tell
+    folder = Path(os.path.realpath(folder))  # what is written beside it has its name and its disk, which `.`, `..` and links do not tell
     if folder.exists() and not (folder / mark).exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: exists, is not empty and holds no {mark}: name another folder, or remove this one")
     partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
@@ -307,11 +331,11 @@ def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
                 error.filename = str(folder)
             raise
         _sync_all(partial)  # takes its time, in which the older one is still there
-        shutil.rmtree(old, ignore_errors=True)
+        discard(old)  # of a process that was killed here
         if folder.exists():
-            os.rename(folder, old)
+            rename(folder, old)
         _show(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        discard(old)
 
 
 @contextmanager
@@ -320,7 +344,7 @@ def _alone(partial: Path, told: str) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         if partial.is_dir():
             _lock_folder(partial, held, told)
-            shutil.rmtree(partial)
+            discard(partial)
         partial.mkdir(parents=True)
         _lock_folder(partial, held, told)
         yield
@@ -329,7 +353,7 @@ def _alone(partial: Path, told: str) -> Iterator[None]:
 def _lock_folder(folder: Path, held: contextlib.ExitStack, told: str) -> None:
     descriptor = os.open(folder, os.O_RDONLY)  # the lock is on the folder, whatever it is renamed to
     held.callback(os.close, descriptor)
-    if not _lock(descriptor):
+    if not lock(descriptor):
         raise UserError(f"{told}: wait for it to end, or stop it")
 
 

@@ -22,6 +22,7 @@ import typer
 import yaml
 
 from mujina import strict_yaml
+from mujina.disks import TRANSIENT, patiently
 from mujina.exits import MISTAKE
 
 SHOWN = 100  # characters of a value in an error
@@ -129,8 +130,10 @@ def parse(values: Any, model: type[T], where: str) -> T:
 
 
 def read_text(path: str | Path, remedy: str = "check the path", most: int = -1) -> str:
-    """The text of a file. Raises UserError, ending with `remedy`, when it cannot be read or has more than `most` bytes (-1: any number)."""
-    try:
+    """The text of a file. Raises UserError, ending with `remedy`, when it cannot be read or has more than `most` bytes (-1: any number);
+    OSError when its disk is not well."""
+
+    def read() -> bytes:
         data = bytearray()
         with open(path, "rb") as file:
             while piece := file.read(PIECE):
@@ -140,8 +143,14 @@ def read_text(path: str | Path, remedy: str = "check the path", most: int = -1) 
                 if (zero := piece.find(0)) >= 0:  # as in UTF-16, in a binary file, and in a device that never ends
                     where = len(data) - len(piece) + zero
                     raise UnicodeDecodeError("utf-8", data, where, where + 1, "no text has it")
+        return bytes(data)
+
+    try:
+        data = patiently(read)
         return data.decode().replace("\r\n", "\n")
     except OSError as error:
+        if error.errno in TRANSIENT:
+            raise
         raise UserError(f"{path}: {_reason(error)}: {remedy}") from None
     except UnicodeDecodeError as error:
         told = f"{path}: is not UTF-8 text (byte {error.object[error.start]:#04x} at {error.start})"
@@ -187,7 +196,8 @@ def reading(path: str | Path, what: str, remedy: str) -> Iterator[None]:
 
 
 def command_line(*mains: Callable[..., None]) -> None:
-    """Runs `main` as a command line (typer reads its annotations); what the user can mend ends it with one line and status MISTAKE.
+    """Runs `main` as a command line (typer reads its annotations); what the user can mend ends it with one line and status MISTAKE, a
+    file system that is not well with one line and status 1: it may be well when the same is tried again.
 
     Of several, the first argument chooses one by its name.
     """
@@ -201,7 +211,7 @@ def command_line(*mains: Callable[..., None]) -> None:
         if told is None:
             raise
         print(f"error: {told}", file=sys.stderr)
-        sys.exit(MISTAKE)
+        sys.exit(1 if isinstance(error, OSError) and error.errno in TRANSIENT else MISTAKE)
 
 
 def explain(error: BaseException) -> str | None:

@@ -22,7 +22,9 @@ from typing import Any
 
 import pydantic
 
-from mujina.files import write_whole
+from mujina import disks
+from mujina.checkpoint_folders import resolved, step_folder, steps
+from mujina.files import append, write_whole
 
 NOT_OURS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what reading a record that is none raises
 EXCLUDED_SECONDS = 24 * 3600  # after which a node may be tried again
@@ -43,7 +45,8 @@ class Attempt:
     reason: str = ""  # what people read: the first error in one line
     step_after: int | None = None
     tokens_after: int | None = None
-    extra: dict[str, Any] = field(default_factory=dict)  # preflight_seconds; reached: the last step; diagnosis: why it is not requeued
+    # preflight_seconds; reached: the last step; diagnosis: why it is not requeued; logs: the names of its folders in RUN/logs
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 # done       all steps are trained
@@ -64,7 +67,7 @@ def attempts(run: Path) -> list[Attempt]:
     for line in _lines(run / "slurm/attempts.jsonl"):
         with contextlib.suppress(*NOT_OURS):
             values = json.loads(line)
-            key = (values["job"], values["restart"])
+            key = (str(int(values["job"])), values["restart"])
             found[key] = _ATTEMPT.validate_python(asdict(found[key]) | values if key in found else values)
     return list(found.values())
 
@@ -97,26 +100,25 @@ def jobs(run: Path) -> list[str]:
 def standing(run: Path) -> tuple[int, int]:
     """(step, tokens) of the newest checkpoint whose description can be read; (0, 0) where there is none."""
     folder = run / "checkpoints"
-    for checkpoint in [folder / "latest", *sorted(folder.glob("step-*"), reverse=True)]:
-        with contextlib.suppress(OSError, *NOT_OURS):
-            about = json.loads((checkpoint / "checkpoint.json").read_bytes())
-            return int(about["step"]), int(about["tokens"])
+    with contextlib.suppress(OSError):
+        for checkpoint in [resolved(folder / "latest"), *(step_folder(folder, step) for step in reversed(steps(folder)))]:
+            with contextlib.suppress(*NOT_OURS):
+                about = json.loads(disks.read(checkpoint / "checkpoint.json") or b"")
+                return int(about["step"]), int(about["tokens"])
     return 0, 0
 
 
 def last_step(run: Path) -> dict[str, Any] | None:
-    """Of the last whole line of metrics.jsonl: step, phase, loss and tokens_per_second; None before there is one."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return None
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 1_000_000))  # a line has some kilobytes, more with norms of many layers
+    """Of the last whole line of metrics.jsonl: time, step, phase, loss and tokens_per_second; None before there is one."""
+    lines = list[bytes]()
+    with contextlib.suppress(OSError), (run / "metrics.jsonl").open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1_000_000))  # a line has some kilobytes, more with norms of many layers
         lines = file.read().split(b"\n")[:-1]
     kinds = {"step": int, "phase": str, "loss": float, "tokens_per_second": float}
     for line in reversed(lines):
         with contextlib.suppress(*NOT_OURS):
             step = json.loads(line)
-            return {name: kind(step[name]) for name, kind in kinds.items()}
+            return {name: kind(step[name]) for name, kind in kinds.items()} | {"time": float(step.get("time", 0))}
     return None
 
 
@@ -138,27 +140,21 @@ def record_nodes(run: Path, verdict: dict[str, Any], bad: dict[str, str]) -> Non
 
 def _ever_excluded(run: Path) -> dict[str, dict[str, Any]]:
     with contextlib.suppress(OSError, *NOT_OURS):
-        nodes = json.loads((run / "slurm/nodes.json").read_bytes()).get("excluded", {})
+        nodes = json.loads(disks.read(run / "slurm/nodes.json") or b"").get("excluded", {})
         return {node: {"reason": str(about["reason"]), "since": float(about["since"])} for node, about in nodes.items()}
     return {}
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    try:
+        return (disks.read(path) or b"").decode(errors="replace").splitlines()
+    except OSError as error:
+        print(f"{path}: cannot be read ({error}): the run goes on without this record", flush=True)
+        return []
 
 
 def _append(path: Path, line: str) -> None:
-    def append(path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 1))
-            begin = b"\n" if size and file.read(1) != b"\n" else b""  # behind half a line
-            file.write(begin + line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    _told(path, append)
+    _told(path, lambda path: append(path, line.encode() + b"\n"))
 
 
 def _told(path: Path, write: Callable[[Path], None]) -> None:

@@ -9,7 +9,6 @@ files and adds what only a comparison of nodes shows. What may hang on a broken 
 import json
 import operator
 import os
-import shutil
 import signal
 import socket
 import statistics
@@ -26,6 +25,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mujina import disks
+from mujina.disks import free_bytes
 from mujina.files import write_whole
 from mujina.user_input import command_line
 
@@ -118,7 +119,7 @@ def problems(facts: dict[str, Any], num_gpus: int) -> list[str]:
         ("free GiB on the file system of the run", facts["run_disk_gib"], RUN_DISK),
         ("free GiB in /tmp", facts["tmp_disk_gib"], TMP_DISK),
     ):
-        if free < least:
+        if free is not None and free < least:
             found.append(_sentence(node, what, free, f"at least {least}", "remove files there"))
     if num_gpus and not facts["failures"]:
         answering = sum("model" in gpu for gpu in facts["gpus"])
@@ -157,7 +158,7 @@ def judge(folder: Path, nodes: list[str], needed: int) -> Verdict:
     bad: dict[str, list[str]] = {node: [] for node in nodes}
     for node in nodes:
         try:
-            answers[node] = json.loads((folder / f"{node}.json").read_bytes())
+            answers[node] = json.loads(disks.read(folder / f"{node}.json") or b"")
             bad[node] += answers[node]["problems"]
         except (OSError, ValueError):
             bad[node].append(_sentence(node, "file of its preflight", "none", "there", "see the job's log, and drain the node if it hangs"))
@@ -282,8 +283,9 @@ def _sentence(who: str, what: str, value: Any, rule: str, remedy: str) -> str:
     return f"{who}: {what} ({value}) must be {rule}: {remedy}"
 
 
-def _free(path: str | Path) -> float:
-    return round(shutil.disk_usage(path).free / 2**30, 1)
+def _free(path: str | Path) -> float | None:
+    free = free_bytes(path)
+    return None if free is None else round(free / 2**30, 1)
 
 
 if __name__ == "__main__":

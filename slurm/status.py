@@ -41,7 +41,7 @@ def main(
     for line in _jobs(history.jobs(folder)):
         console.print(line, markup=False)
     if last:
-        ago = time.time() - (folder / "metrics.jsonl").stat().st_mtime
+        ago = max(0.0, time.time() - last["time"])  # clocks differ
         console.print(
             f"step {last['step']:,} in phase {last['phase']}, {ago:,.0f} s ago: loss {last['loss']:.4f}, "
             f"{last['tokens_per_second']:,.0f} tokens/s; newest checkpoint: step {step:,}, {tokens:,} tokens"
@@ -65,8 +65,8 @@ def folder_of(run_or_config: Path) -> Path:
 
 def _first_error(folder: Path, attempt: history.Attempt) -> str:
     """What the first rank to fail has written in this attempt; the attempt's reason where none has."""
-    written = [path for logs in failures.attempts(folder) if (path := logs / "first_error").exists()]
-    return written[-1].read_text(errors="replace").strip() if written and written[-1].stat().st_mtime >= attempt.began else attempt.reason
+    logs = (folder / "logs" / str(name) for name in attempt.extra.get("logs", ()))
+    return next(filter(None, map(failures.first_error, logs)), attempt.reason)
 
 
 def _jobs(jobs: list[str]) -> list[str]:

@@ -6,7 +6,6 @@ the run begins with, the disk, and what sbatch says (--test-only).
 
 import re
 import shlex
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +19,8 @@ from megatron_jobs.conversion.families import tell_hindrance
 from megatron_jobs.data import phases
 from megatron_jobs.planning import plan, planner
 from mujina import sbatch
+from mujina.checkpoint_folders import steps
+from mujina.disks import free_bytes
 from mujina.user_input import UserError, command_line, read_text, reading
 from slurm import history
 
@@ -95,14 +96,17 @@ def _days(prediction: planner.Prediction) -> str:
 def _check_disk(config: RunConfig) -> None:
     """Raises UserError when the file system of the run has no room for its checkpoints."""
     folder = next(path for path in (config.run, *config.run.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     parameters, _ = plan.num_parameters(config)
     kept = max(config.train.keep_checkpoints, config.stability.checkpoints_needed(config.train.checkpoint_interval))
     kept += len(config.phases) + 1  # the ends of phases stay, and one is being written
     if config.train.keep_every:
         kept += phases.num_steps(config.phases) // config.train.keep_every
-    there = len(list((config.run / "checkpoints").glob("step-*")))
+    there = len(steps(config.run / "checkpoints"))
     needed = BYTES_PER_PARAMETER * parameters * max(1, kept - there)
+    if free is None:
+        print(f"disk                    {kept} checkpoints of {BYTES_PER_PARAMETER * parameters / 1e9:,.1f} GB; {folder} tells no room")
+        return
     if free < needed:
         raise UserError(
             f"run ({config.run}): {kept} checkpoints of {BYTES_PER_PARAMETER * parameters / 1e9:,.1f} GB (train.keep_checkpoints, "

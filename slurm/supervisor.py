@@ -104,10 +104,12 @@ class Supervisor:
             return self._again("preflight", "too few healthy nodes")
         attempt.extra["preflight_seconds"] = round(time.time() - attempt.began, 1)
         _say(f"attempt {len(before) + 1}, job {self.job}: {len(attempt.nodes)} nodes × {self.tasks_per_node}, from step {attempt.step:,}")
-        logs = len(failures.attempts(self.folder))
+        logs_before = failures.attempts(self.folder)
         status = STOPPED if self.is_told_to_stop else self._train(attempt.nodes, number=len(before))
         attempt.extra["reached"] = (history.last_step(self.folder) or {}).get("step")
-        first_error = _first_error(self.folder, logs)
+        logs = [path for path in failures.attempts(self.folder) if path not in logs_before]
+        attempt.extra["logs"] = [path.name for path in logs]
+        first_error = next(filter(None, map(failures.first_error, logs)), "")
         if signal.SIGTERM in self.came:  # whatever the status: that of an srun which gave its tasks up at last is 0
             self._stopped()
             return STOPPED
@@ -302,14 +304,6 @@ def _since_tokens_were_gained(attempts: list[Attempt]) -> list[Attempt]:
         fruitless.append(attempt)
         tokens = attempt.tokens
     return fruitless
-
-
-def _first_error(folder: Path, logs_before: int) -> str:
-    """What the first rank to fail has written down in the logs of this attempt; empty without any."""
-    for attempt in failures.attempts(folder)[logs_before:]:
-        if (attempt / "first_error").exists():
-            return (attempt / "first_error").read_text().strip()
-    return ""
 
 
 def _essence(first_error: str) -> str:

@@ -19,6 +19,7 @@ import gigatoken
 import numpy as np
 import tokenizers
 
+from mujina.disks import patiently
 from mujina.user_input import UserError, nearest, read_object, stand_in
 from tokenization.chat import ChatTemplate, Part, plain
 from tokenization.tokenizer import BEGINNINGS, CHAT_PIECES, CHAT_TEMPLATE, END_OF_TURN, SPACE_PIECE, BeginDocuments, Rendered, beginning
@@ -57,7 +58,7 @@ class HfTokenizer:
 
         `end_of_document` is that piece; None: the folder's `eos_token`. `begin_documents` says whether its `bos_token` begins them.
         """
-        self._folder, self._model = folder, (folder / "tokenizer.json").read_bytes()
+        self._folder, self._model = folder, patiently((folder / "tokenizer.json").read_bytes)
         try:
             self._reference = tokenizers.Tokenizer.from_buffer(self._model)
             kind = json.loads(self._model)["model"].get("type", "BPE")

@@ -15,6 +15,8 @@ import pydantic
 
 from evaluation.report.charts import Band, Line, Mark, Points, smooth
 from mujina import gaps
+from mujina.checkpoint_folders import resolved, step_folder
+from mujina.checkpoint_folders import steps as steps_in
 from mujina.user_input import Section, UserError, parse, parse_object, read_object, read_text, read_yaml, reading
 
 _SMOOTHED_SHARE = 1 / 40  # of a run's steps: the window of the smoothed lines, and "the end" of a run
@@ -90,7 +92,7 @@ class Event(Section):
 
     model_config = pydantic.ConfigDict(extra="allow")
 
-    time: float
+    time: float = pydantic.Field(ge=0, lt=1e11)  # seconds since 1970
     step: int
     what: str
 
@@ -165,6 +167,7 @@ class Run:
     saves: list[Event]
     ledger: Ledger
     lost: str = ""  # steps whose lines are gone, in words
+    left_out: tuple[str, ...] = ()  # what could not be read, in words
 
     @property
     def window(self) -> int:
@@ -244,39 +247,71 @@ def smooth_by_phase(points: Points, steps: list[Step], window: int, log: bool = 
 
 
 def read_run(folder: Path, name: str, colour: str) -> Run:
-    """Reads a run folder; raises UserError naming the file that is missing or does not fit, and the command that writes it."""
+    """Reads a run folder; raises UserError naming the file that is missing or does not fit, and the command that writes it.
+
+    A page can do without lines that are none, and without a ledger: what is left out for that is told on it.
+    """
     remedy = f"`mujina train` writes it: train the run, or check that {folder} is a run folder"
     config_path = folder / "config.yaml"
     config_text = read_text(config_path, remedy)
-    config = read_yaml(config_path, Config)
-
-    ledger_path = folder / "checkpoints" / "latest" / "ledger.json"
-    ledger_remedy = "`mujina train` writes it with the first checkpoint: wait for that, or lower train.checkpoint_interval"
-    ledger = parse(read_object(ledger_path, ledger_remedy), Ledger, str(ledger_path))
-    steps = _read_lines(folder / "metrics.jsonl", Step, remedy)
+    try:
+        config = read_yaml(config_path, Config)
+    except UserError as error:
+        raise UserError(f"{error}; `mujina train` writes the file anew when the run goes on") from None
+    left_out = list[str]()
+    by_number = {step.step: step for step in _read_lines(folder / "metrics.jsonl", Step, remedy, left_out)}
+    steps = [by_number[number] for number in sorted(by_number)]
     if not steps:
-        raise UserError(f"{folder / 'metrics.jsonl'}: holds no finished step: wait for the first one, or start the run with `mujina train`")
+        told = "".join(f" ({one})" for one in left_out)
+        raise UserError(
+            f"{folder / 'metrics.jsonl'}: holds no finished step{told}: wait for the first one, or start the run with `mujina train`"
+        )
     events_path = folder / "events.jsonl"
-    events = _read_lines(events_path, Event, remedy) if events_path.exists() else []
+    events = _read_lines(events_path, Event, remedy, left_out) if events_path.exists() else []
     # "update" is the verdict on a spike that is only logged: the step's update is made.
     events = [event.model_copy(update={"what": "spike"}) if event.what == "update" else event for event in events]
     saves = [event for event in events if event.what == "checkpoint"]
     others = [event for event in events if event.what != "checkpoint"]
-    return Run(name, colour, config, config_text, steps, others, saves, ledger, _lost(folder, steps))
+    ledger, lost = _ledger(folder / "checkpoints", left_out), _lost(folder, steps, left_out)
+    return Run(name, colour, config, config_text, steps, others, saves, ledger, lost, tuple(left_out))
 
 
-def _lost(folder: Path, steps: list[Step]) -> str:
-    path, remedy, passed_over = folder / "rollbacks.json", "bring it back, or remove it", list[tuple[int, int]]()
+def _ledger(folder: Path, left_out: list[str]) -> Ledger:
+    """That of the newest checkpoint that has one; an empty one where none has."""
+    for checkpoint in dict.fromkeys([resolved(folder / "latest"), *(step_folder(folder, step) for step in reversed(steps_in(folder)))]):
+        path = checkpoint / "ledger.json"
+        try:
+            return parse(read_object(path), Ledger, str(path))
+        except UserError as error:
+            if checkpoint.exists():
+                left_out.append(str(error))
+    return Ledger(tokens=0, phases=[])
+
+
+def _lost(folder: Path, steps: list[Step], left_out: list[str]) -> str:
+    path, passed_over = folder / "rollbacks.json", list[tuple[int, int]]()
     if path.exists():
-        text = read_text(path, remedy)
-        with reading(path, "a list of rollbacks", remedy):
-            passed_over = [(int(back["first"]), int(back["last"])) for back in json.loads(text)]
+        try:
+            with reading(path, "a list of rollbacks", "steps that were passed over count as lost"):
+                passed_over = [(int(back["first"]), int(back["last"])) for back in json.loads(read_text(path))]
+        except UserError as error:
+            left_out.append(str(error))
     return gaps.lost((step.step for step in steps), steps[-1].step, passed_over)
 
 
-def _read_lines[T: Section](path: Path, model: type[T], remedy: str) -> list[T]:
-    # The run may be in the middle of writing its last line, which then has no end yet.
-    whole_lines = read_text(path, remedy).split("\n")[:-1]
-    remedy = "take the line out, or go on with `mujina train`, which tidies the file"
-    wheres = [f"{path}: line {number}" for number in range(1, len(whole_lines) + 1)]
-    return [parse(parse_object(line, where, remedy), model, where) for line, where in zip(whole_lines, wheres, strict=True)]
+def _read_lines[T: Section](path: Path, model: type[T], remedy: str, left_out: list[str]) -> list[T]:
+    """The lines of a file; those that are none are counted in `left_out`, with what is wrong with the first of them."""
+    try:
+        # The run may be in the middle of writing its last line, which then has no end yet.
+        whole_lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}: {remedy}") from None
+    found, wrong = list[T](), list[str]()
+    for number, line in enumerate(whole_lines, start=1):
+        try:
+            found.append(parse(parse_object(line, f"line {number}", "it is left out"), model, f"line {number}"))
+        except UserError as error:
+            wrong.append(str(error).splitlines()[0])
+    if wrong:
+        left_out.append(f"{path.name}: {len(wrong):,} of {len(whole_lines):,} lines: {wrong[0]}")
+    return found

@@ -4,7 +4,7 @@
                                                      a SHA-256 of all this
                               ledger.json            what has been consumed of each source, by phase
                               rank-00000.safetensors boxes of the named matrices of `placement.py`, for each of STATES
-    checkpoints/latest                               a link to the newest whole one
+    checkpoints/latest                               leads to the newest whole one (mujina/checkpoint_folders.py)
 
 Wherever a checkpoint is to be named, RUN@PHASE stands for the one at the end of a phase of the run.
 
@@ -14,13 +14,13 @@ A checkpoint is written under a temporary name and renamed when all its files ar
 No process group is needed here: `saver.py` is what the ranks of a run do together.
 """
 
+import contextlib
+import errno
 import functools
 import hashlib
 import itertools
 import json
 import os
-import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +32,9 @@ import torch
 from megatron_jobs import config as configuration
 from megatron_jobs.config import RunConfig
 from megatron_jobs.data.ledger import Ledger
-from mujina.files import sha256_of, sync, write_parts, write_whole
+from mujina.checkpoint_folders import forget_latest, is_copied, point_latest_at, resolved, step_folder, steps
+from mujina.disks import discard, patiently, rename, sweep, sync
+from mujina.files import sha256_of, write_parts, write_whole
 from mujina.matrices import Box, TensorSource
 from mujina.tensor_files import Planned, header, progress, read_header, write_safetensors
 from mujina.user_input import UserError, nearest, read_object, read_text, reading
@@ -48,8 +50,9 @@ class Checkpoint:
     """A whole checkpoint folder, as a source of named matrices (`matrices.TensorSource`). Needs no process group."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises UserError when the folder is not a whole checkpoint; `verify` looks at the contents of the files too."""
-        self.folder = folder = _at_end_of_phase(folder)
+        """Raises UserError when the folder is not a whole checkpoint, OSError when its disk is not well; `verify` looks at the contents
+        of the files too."""
+        self.folder = folder = resolved(_at_end_of_phase(folder))
         about = _description(folder)
         with reading(folder / "checkpoint.json", "the description of a checkpoint", DAMAGED):
             self.step: int = about["step"]
@@ -61,7 +64,7 @@ class Checkpoint:
                 name: {"bytes": of["bytes"], "sha256": of["sha256"]} for name, of in about["files"].items()
             }
         for name, facts in self.files.items():
-            size = (folder / name).stat().st_size if (folder / name).exists() else None
+            size = _size(folder / name)
             if size != facts["bytes"]:
                 raise UserError(
                     f"{folder / name}: {'is missing' if size is None else f'has {size:,} bytes'}, and the checkpoint was saved "
@@ -147,13 +150,21 @@ class Checkpoint:
                 raise UserError(f"{self.folder / name}: its checksum is not that of the save: {DAMAGED}")
 
 
+def _size(path: Path) -> int | None:
+    try:
+        return patiently(path.stat).st_size
+    except FileNotFoundError:
+        return None
+
+
 def _at_end_of_phase(named: Path) -> Path:
     """The folder of RUN@PHASE; another name as it is. Raises UserError when the run has no such phase."""
     run, at, phase = named.name.rpartition("@")
     if not (run and at) or named.exists():
         return named
     checkpoints = named.with_name(run) / "checkpoints"
-    phases = configuration.from_dict(_description(checkpoints / "latest")["config"], str(checkpoints / "latest/checkpoint.json")).phases
+    latest = resolved(checkpoints / "latest")
+    phases = configuration.from_dict(_description(latest)["config"], str(latest / "checkpoint.json")).phases
     names = [one.name for one in phases]
     if phase not in names:
         raise UserError(f"{named}: the run has no phase {phase}: {nearest(phase, names)}")
@@ -161,10 +172,11 @@ def _at_end_of_phase(named: Path) -> Path:
 
 
 def _description(folder: Path) -> dict[str, Any]:
-    remedy = "name a folder such as RUN/checkpoints/latest"
-    if not (folder / "checkpoint.json").is_file():
+    if not patiently((folder / "checkpoint.json").is_file):
+        there = [path.name for step in steps(folder.parent) if ((path := step_folder(folder.parent, step)) / "checkpoint.json").is_file()]
+        remedy = f"name another one of {folder.parent}: {', '.join(there)}" if there else "name a folder such as RUN/checkpoints/latest"
         raise UserError(f"{folder}: not a whole checkpoint (it has no checkpoint.json): {remedy}")
-    about = read_object(folder / "checkpoint.json", remedy)
+    about = read_object(folder / "checkpoint.json", DAMAGED)
     its_format = about.get("format")
     if its_format != FORMAT:
         raise UserError(f"{folder}: is of format {its_format}, this version reads {FORMAT}: use the version that saved it")
@@ -190,15 +202,17 @@ def newest_whole(
     all ranks of a run, with `ranks.gathered`, it gives each of them a share of the files to verify, and the same answer.
     Raises UserError, and removes nothing, when there are checkpoints and none of them is whole and kept.
     """
-    found, refused = _first_whole(folder, lambda step: -step, keeps, rank, gathered)
+    if rank == 0 and is_copied(folder / "latest"):
+        _name_by_step(folder / "latest")
+    newest, refused = _first_whole(folder, lambda step: -step, keeps, rank, gathered)
     if rank == 0:
         for step in refused:
             _remove(step_folder(folder, step))
-        if found and not (folder / "latest").exists():
-            _point_latest_at(found.folder)
-        elif not found:
-            (folder / "latest").unlink(missing_ok=True)
-    return found
+        if newest:
+            point_latest_at(newest.folder)
+        else:
+            forget_latest(folder)
+    return newest
 
 
 def newest_described(folder: Path, keeps: Callable[[Checkpoint], bool]) -> Checkpoint | None:
@@ -206,14 +220,14 @@ def newest_described(folder: Path, keeps: Callable[[Checkpoint], bool]) -> Check
 
     Raises UserError when there are checkpoints and this can be said of none of them.
     """
-    steps, refused = sorted(map(_step, _steps(folder)), reverse=True), list[int]()
-    for step in steps:
+    there, refused = steps(folder), list[int]()
+    for step in reversed(there):
         checkpoint, _ = _opened(step_folder(folder, step))
         if checkpoint and keeps(checkpoint):
             return checkpoint
         refused += [step] if checkpoint else []
-    if steps:
-        raise _none_is_whole(folder, steps, refused)
+    if there:
+        raise _none_is_whole(folder, there, refused)
     return None
 
 
@@ -230,21 +244,31 @@ def whole_before(
 
 def remove_after(folder: Path, step: int) -> None:
     """Removes the checkpoints of more than `step` steps, which were rolled back, and lets `latest` point at that of `step`; 0: at none."""
-    for newer in filter(lambda one: _step(one) > step, sorted(_steps(folder), reverse=True)):
-        _remove(newer)
+    for newer in filter(lambda one: one > step, reversed(steps(folder))):
+        _remove(step_folder(folder, newer))
     if step:
-        _point_latest_at(step_folder(folder, step))
+        point_latest_at(step_folder(folder, step))
     else:
-        (folder / "latest").unlink(missing_ok=True)
+        forget_latest(folder)
+
+
+def _name_by_step(copied: Path) -> None:
+    """A whole checkpoint that a copy has left under another name gets its own, unless that is taken."""
+    with contextlib.suppress(UserError):
+        own = step_folder(copied.parent, Checkpoint(copied).step)
+        if not own.exists():
+            rename(copied, own)
 
 
 def _first_whole(
     folder: Path, order: Callable[[int], Any], keeps: Callable[[Checkpoint], bool], rank: int, gathered: Callable[[Any], list[Any]]
 ) -> tuple[Checkpoint | None, list[int]]:
-    """The first one, in the `order` of steps, that is whole and kept, None where there are none; and what `keeps` refused before it."""
-    of_ranks = gathered(set(map(_step, _steps(folder))))
-    steps, refused = sorted(set[int]().union(*of_ranks), key=order), list[int]()
-    for step in steps:
+    """The first one, in the `order` of steps, that is whole and kept, None where there are none; and what `keeps` refused before it.
+
+    Raises OSError where the disk of some is not well, and of the others none is whole and kept."""
+    of_ranks = gathered(set(steps(folder)))
+    there, refused, is_well = sorted(set[int]().union(*of_ranks), key=order), list[int](), True
+    for step in there:
         is_kept = True
         checkpoint, problem = _opened(step_folder(folder, step))
         if any(gathered(problem is None)):
@@ -256,34 +280,37 @@ def _first_whole(
         try:
             if checkpoint and (is_kept := keeps(checkpoint)):
                 checkpoint.verify(rank, len(of_ranks))
-        except UserError as error:
-            problem = str(error)
+        except (UserError, OSError) as error:
+            problem = error
         problems, kept = zip(*gathered((problem, is_kept)), strict=True)
+        is_well &= not any(isinstance(one, OSError) for one in problems)
         if not all(kept):
             refused.append(step)
-        elif found := next(filter(None, problems), None):
+        elif first := next(filter(None, problems), None):
             if rank == 0:
-                print(f"passing over a damaged checkpoint: {found}", flush=True)
+                print(f"passing over a damaged checkpoint: {first}", flush=True)
         else:
             return checkpoint, refused
-    if steps:
-        raise _none_is_whole(folder, steps, refused)
+    if not is_well:
+        raise OSError(errno.EIO, "none of its checkpoints can be read, and the disk is not well", str(folder))
+    if there:
+        raise _none_is_whole(folder, there, refused)
     return None, []
 
 
-def _none_is_whole(folder: Path, steps: Sequence[int], refused: Sequence[int]) -> UserError:
+def _none_is_whole(folder: Path, there: Sequence[int], refused: Sequence[int]) -> UserError:
     return UserError(
-        f"{folder}: none of its {len(steps)} checkpoints is whole ({len(refused)} were rolled back): bring one back, or move the folder "
+        f"{folder}: none of its {len(there)} checkpoints is whole ({len(refused)} were rolled back): bring one back, or move the folder "
         "away to start anew"
     )
 
 
-def _opened(folder: Path) -> tuple[Checkpoint | None, str | None]:
+def _opened(folder: Path) -> tuple[Checkpoint | None, UserError | OSError | None]:
     """The checkpoint, or why it is none as this process sees it."""
     try:
         return Checkpoint(folder), None
-    except UserError as error:
-        return None, str(error)
+    except (UserError, OSError) as error:
+        return None, error
 
 
 class Writer:
@@ -297,38 +324,46 @@ class Writer:
 
     def clear(self) -> None:
         """Removes what interrupted saves have left; called by one rank, before any writes."""
-        for left in [*self.folder.glob(".step-*"), *self.folder.glob(".removed-*")]:
+        for left in self.folder.glob(".step-*"):
             _remove(left)
+        sweep(self.folder)
         self.temporary.mkdir(parents=True)
 
     def add_rank_file(self, rank: int, boxes: dict[str, torch.Tensor]) -> None:
         """Writes the boxes that this rank owns (keys from `box_key`; float32, on the CPU), and beside them size and checksum."""
+        self.temporary.mkdir(exist_ok=True)  # another node has made it, and this one may not see it yet
         path = self.temporary / f"rank-{rank:05d}.safetensors"
         write_whole(path.with_suffix(".json"), json.dumps(_write(path, _safetensors(boxes))).encode())
 
     def stream_rank_file(self, rank: int, boxes: Sequence[Planned], seen: Callable[[Any], Any]) -> None:
         """As `add_rank_file`, of boxes that are read one at a time; `seen` is called with every part that is written."""
         path = self.temporary / f"rank-{rank:05d}.safetensors"
-        digest = hashlib.sha256()
+        digest, num_bytes = hashlib.sha256(), 0
 
         def digested(part: Any) -> None:
+            nonlocal num_bytes
+            num_bytes += len(part)
             digest.update(part)
             seen(part)
 
         write_safetensors(path, boxes, seen=digested)
-        facts = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+        facts = {"bytes": num_bytes, "sha256": digest.hexdigest()}
         write_whole(path.with_suffix(".json"), json.dumps(facts).encode())
 
-    def num_rank_files(self) -> int:
-        """How many files are written to the end."""
-        return sum(1 for _ in self.temporary.glob("rank-*.json"))
+    def rank_files(self) -> dict[str, dict[str, Any]]:
+        """Size and checksum of the files that are written to the end, as far as this process sees them."""
+        found = {}
+        for path in sorted(self.temporary.glob("rank-*.json")):
+            with contextlib.suppress(OSError, ValueError):  # that of another node may be empty for a while
+                found[path.with_suffix(".safetensors").name] = json.loads(path.read_bytes())
+        return found
 
     def finish(self, config: RunConfig, updates: int, shapes: dict[str, tuple[int, int]], ledger: Ledger) -> Path:
         """Writes the description, gives the folder its name, and points `latest` at it. `updates` are the optimizer's so far."""
         files = {"ledger.json": _write(self.temporary / "ledger.json", [ledger.to_json().encode()])}
-        for path in sorted(self.temporary.glob("rank-*.json")):
-            files[path.with_suffix(".safetensors").name] = json.loads(path.read_text())
-            path.unlink()
+        files |= self.rank_files()
+        for path in self.temporary.glob("rank-*.json"):
+            path.unlink(missing_ok=True)
         about = {
             "format": FORMAT,
             "step": self.step,
@@ -342,8 +377,8 @@ class Writer:
         sync(self.temporary)
         if self.final.exists():  # a damaged one of the same step
             _remove(self.final)
-        os.rename(self.temporary, self.final)
-        _point_latest_at(self.final)
+        rename(self.temporary, self.final)
+        point_latest_at(self.final)
         sync(self.folder)
         return self.final
 
@@ -370,46 +405,22 @@ def write_weights(
     return writer.finish(config, 0, shapes, ledger)
 
 
-def _point_latest_at(final: Path) -> None:
-    link = final.parent / ".latest"
-    link.unlink(missing_ok=True)
-    link.symlink_to(final.name)
-    os.replace(link, final.parent / "latest")
-
-
 def prune(folder: Path, keep: int, is_kept: Callable[[int], bool], back_to: int) -> None:
     """Removes all but the newest `keep` checkpoints, those whose step `is_kept`, and those that a rollback can need.
 
     back_to    the step behind which the next rollback goes: the newest checkpoint of no more steps is kept, and all that are newer
     """
-    steps = sorted(map(_step, _steps(folder)))
-    needed = max((step for step in steps if step <= back_to), default=0)
-    for step in [step for step in steps if not is_kept(step)][:-keep]:
+    there = steps(folder)
+    needed = max((step for step in there if step <= back_to), default=0)
+    for step in [step for step in there if not is_kept(step)][:-keep]:
         if step < needed:
             _remove(step_folder(folder, step))
 
 
-def _steps(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name[5:])
-
-
-def step_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of so many steps stands, or will, in a run's `checkpoints`."""
-    return folder / f"step-{step:08d}"
-
-
 def _remove(folder: Path) -> None:
-    """Removes a checkpoint, or what is left of one. What cannot go now (on NFS, what somebody has open) is told and tried again at the
-    next save: what is old does not end a run."""
+    """`discard`; where not even that can be done, it is told and tried again at the next save: what is old does not end a run."""
     try:
-        if not folder.name.startswith(".removed-"):
-            # Renamed first: a folder that is half removed must not look like a checkpoint.
-            folder = folder.rename(folder.with_name(f".removed-{time.time_ns()}-{folder.name.removeprefix('.')}"))
-        shutil.rmtree(folder)
+        discard(folder)
     except OSError as error:
         print(f"{folder}: could not be removed ({error}): tried again at the next save", flush=True)
 
@@ -450,7 +461,7 @@ def _write(path: Path, parts: Sequence[Any]) -> dict[str, Any]:
     with ThreadPoolExecutor(1) as beside:
         checksum = beside.submit(_sha256, parts)
         write_parts(path, parts)
-    return {"bytes": path.stat().st_size, "sha256": checksum.result()}
+    return {"bytes": sum(len(part) for part in parts), "sha256": checksum.result()}
 
 
 def _sha256(parts: Sequence[Any]) -> str:

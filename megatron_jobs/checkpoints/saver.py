@@ -162,7 +162,7 @@ class _Save:
             self.written.set()
 
     def _finish(self) -> None:
-        while self.writer.num_rank_files() < self.num_ranks:
+        while len(self.writer.rank_files()) < self.num_ranks:
             if self.given_up.wait(POLL_SECONDS):
                 return
         config = self.saver.config

@@ -20,6 +20,7 @@ import typer
 
 from megatron_jobs.config.model import differences
 from megatron_jobs.data.ledger import Ledger, Origin
+from mujina.checkpoint_folders import step_folder, steps
 from mujina.files import whole_folder
 from mujina.user_input import UserError, command_line
 
@@ -86,10 +87,10 @@ def average(
     if last:
         if len(named) != 1:
             raise UserError(f"--last {last} takes one run and one output, not {len(paths)} folders: write --last {last} RUN OUTPUT")
-        steps = sorted((named[0] / "checkpoints").glob("step-*"))
-        if len(steps) < last:
-            raise UserError(f"{named[0]}: has {len(steps)} checkpoints and not {last}: raise train.keep_checkpoints, or ask for fewer")
-        named = steps[-last:]
+        there = [step_folder(named[0] / "checkpoints", step) for step in steps(named[0] / "checkpoints")]
+        if len(there) < last:
+            raise UserError(f"{named[0]}: has {len(there)} checkpoints and not {last}: raise train.keep_checkpoints, or ask for fewer")
+        named = there[-last:]
     if len({path.resolve() for path in named}) < len(named) or not named:
         raise UserError("average takes checkpoints, each one once (`latest` is one of the others), and an output: name those to average")
     sources = sorted(map(Checkpoint, named), key=lambda source: source.step)

@@ -21,7 +21,8 @@ from megatron_jobs.conversion import convert
 from megatron_jobs.conversion.families import hindrance, tell_hindrance
 from megatron_jobs.data.ledger import Ledger, Origin
 from megatron_jobs.planning import flops
-from mujina.files import hold, write_whole
+from mujina.files import write_whole
+from mujina.locks import hold
 from mujina.matrices import Box
 from mujina.user_input import UserError, command_line
 

@@ -34,12 +34,14 @@ RUN/metrics.jsonl has one line for each step, also after restarts and rollbacks.
 TensorBoard and W&B get every number in it by the same names (`loss_by_source/web`), and `loss_by_phase/PHASE`; matrices and layers are
 left out. RUN/events.jsonl tells what happened beside the steps, and is never cut: {time, step, what, …}; with what: experts, that an
 expert died or a layer collapsed, or that it is over (moe/statistics.py); preferences, that chosen answers are unlearned.
+
+All this is only a record: what cannot be written is told, and stops no run. Lines that are none are taken out at a start.
 """
 
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -54,7 +56,7 @@ from megatron_jobs.monitoring.wandb_run import WandbRun
 from megatron_jobs.planning import flops
 from moe import statistics
 from mujina import gaps, strict_yaml
-from mujina.files import write_whole
+from mujina.files import Record, write_whole
 
 
 class Log:
@@ -75,10 +77,11 @@ class Log:
         self._notes: dict[str, Any] = {}
         self._preferences = preferences.Watch()
         self._console = Console(self._work)
-        self._wandb = WandbRun(config, self._console.say) if config.wandb else None
         is_restart = (config.run / "metrics.jsonl").exists()
         self._prometheus: Any = None
+        self._metrics, self._events = (Record(config.run / f"{name}.jsonl", self._console.say) for name in ("metrics", "events"))
         kept = self._open(last_step)
+        self._wandb = WandbRun(config, len(passed_over), self._rows, self._console.say) if config.wandb else None
         if config.prometheus:
             from megatron_jobs.monitoring.prometheus import Endpoint  # its library is imported for those who want it
 
@@ -110,7 +113,7 @@ class Log:
             **self._notes,
         }
         self._notes = {}
-        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.add(json.dumps(record))
         self._send(record, step)
         self._console.step(record)
         for what, warning in vitals.warnings:
@@ -131,12 +134,13 @@ class Log:
         told = facts.get("reason") or ", ".join(f"{key} {value}" for key, value in facts.items())
         self._console.say(f"step {step:,}: {what}{told and ': '}{told}")
 
-    def rewind(self, step: int) -> None:
-        """Cuts metrics.jsonl and TensorBoard back to `step`, the last one that still holds; the steps behind it will come again."""
-        self._metrics.close()
-        self._tensorboard.close()
+    def rewind(self, step: int, num_rollbacks: int) -> None:
+        """Cuts all back to `step`, the last one that still holds; the steps behind it will come again. `num_rollbacks` with this one."""
+        self._on_tensorboard(lambda tensorboard: tensorboard.close())
         self._notes = {}
         self._open(step)
+        if self._wandb:
+            self._wandb.rewind(num_rollbacks)
 
     def last_word(self, state: Literal["done", "stopped", "failed"]) -> None:
         """How the run ends, for those who only see it from outside. The other ranks should wait for it."""
@@ -144,39 +148,49 @@ class Log:
             self._prometheus.close(state)
 
     def close(self) -> None:
-        self._metrics.close()
-        self._tensorboard.close()
+        self._metrics.add()
+        self._events.add()
+        self._on_tensorboard(lambda tensorboard: tensorboard.close())
         if self._wandb:
             self._wandb.close()
         self._console.say(f"{self.config.run}: all {self._work.num_steps} steps are done")
 
     def _open(self, last_step: int) -> list[int]:
         """Goes on behind `last_step`; returns the steps that have a line. What is no line, or a killed process left unfinished, goes."""
-        path, events = (self.config.run / name for name in ("metrics.jsonl", "events.jsonl"))
-        if events.exists():
-            write_whole(events, events.read_bytes()[: events.read_bytes().rfind(b"\n") + 1])
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        kept = {line: step for line in lines if (step := _step_of(line)) <= last_step}
-        write_whole(path, "".join(line + "\n" for line in kept).encode())
-        self._metrics = path.open("a", buffering=1)
-        self._alarms = _alarms(self.config, list(kept))
+        self._events.tidy(lambda events: [line for line, _ in events])
+        kept = self._metrics.tidy(lambda steps: list({row["step"]: line for line, row in steps if _step_of(row) <= last_step}.values()))
+        self._alarms = _alarms(self.config, kept)
+        self._tensorboard: SummaryWriter | None = None
+        self._on_tensorboard(lambda _: self._open_tensorboard(last_step), is_open=True)
+        return [json.loads(line)["step"] for line in kept]
+
+    def _open_tensorboard(self, last_step: int) -> None:
         self._tensorboard = SummaryWriter(str(self.config.run / "tensorboard"), purge_step=last_step + 1)
-        return [int(step) for step in kept.values()]
+
+    def _on_tensorboard(self, action: Callable[[Any], Any], is_open: bool = False) -> None:
+        if self._tensorboard or is_open:
+            try:
+                action(self._tensorboard)
+            except Exception as error:  # of its thread, which may be any
+                self._tensorboard = None
+                self._console.say(f"{self.config.run / 'tensorboard'}: fails ({error}): goes on without it; metrics.jsonl has everything")
+
+    def _rows(self) -> Iterator[dict[str, float]]:
+        """What W&B gets of each step in metrics.jsonl."""
+        return (_values(json.loads(line)) for line in self._metrics.lines())
 
     def _send(self, record: dict[str, Any], step: int) -> None:
-        values = dict(_scalars(record)) | {f"loss_by_phase/{record['phase']}": record["loss"]}
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        values = _values(record)
+        self._on_tensorboard(lambda tensorboard: [tensorboard.add_scalar(name, values[name], step) for name in values if name != "step"])
         if self._wandb:
-            self._wandb.log(values | {"step": step})
+            self._wandb.log(values)
         if self._prometheus:
             self._prometheus.step(record)
 
     def _record_event(self, step: int, what: str, **facts: Any) -> None:
         facts = {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in facts.items()}
         now = time.time()
-        with (self.config.run / "events.jsonl").open("a") as file:
-            file.write(json.dumps({"time": now, "step": step, "what": what, **facts}, ensure_ascii=False) + "\n")
+        self._events.add(json.dumps({"time": now, "step": step, "what": what, **facts}, ensure_ascii=False))
         if self._prometheus:
             self._prometheus.event(what, now)
 
@@ -201,9 +215,12 @@ def _scalars(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
             yield prefix + name, value
 
 
-def _step_of(line: str) -> float:
-    """Infinite where the line is none of ours."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, LookupError, RecursionError, OverflowError):
-        return math.inf
+def _values(record: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a step by their names, and its number as `step`."""
+    return dict(_scalars(record)) | {f"loss_by_phase/{record['phase']}": record["loss"], "step": record["step"]}
+
+
+def _step_of(row: dict[str, Any]) -> float:
+    """Infinite where the row is none of ours."""
+    step = row.get("step")
+    return step if isinstance(step, int) else math.inf

@@ -28,7 +28,7 @@ from data_prep.executors import notes
 from data_prep.indexed import open_binary
 from data_prep.prepare import PrepareConfig, prepare, shared_out
 from data_prep.row import Row
-from mujina import files
+from mujina import locks
 from mujina.user_input import UserError, parse
 from tokenization.load import load
 from tokenization.train import TrainConfig, train
@@ -232,7 +232,7 @@ def test_who_prepares_a_source_keeps_others_away_until_it_ends_or_is_killed(
         time.sleep(0.002)
     first.send_signal(signal.SIGSTOP)
     with monkeypatch.context() as impatient, pytest.raises(UserError, match=f"source web of {out}: process {first.pid} on .* is at work"):
-        impatient.setattr(files, "PATIENCE", 0)
+        impatient.setattr(locks, "PATIENCE", 0)
         prepare(config(tokenizer_folder, out, web={"documents": [documents]}))
     prepare(config(tokenizer_folder, out, other={"documents": [other]}))
     first.kill()

@@ -6,12 +6,13 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from megatron_jobs import failures
+from megatron_jobs import failures, launch
 from tests.conftest import tiny
 from tests.megatron_jobs.test_kill import wait_for
 
@@ -51,6 +52,35 @@ def test_a_log_folder_that_is_gone_does_not_stop_the_next_start(tmp_path):
     (tmp_path / "logs/attempt-of-mine").mkdir()
     third = failures.new_attempt(tmp_path)
     assert [path.name for path in failures.attempts(tmp_path)] == [second.name, third.name] == ["attempt-2", "attempt-3"]
+
+
+def test_what_a_start_writes_of_itself_does_not_stop_it(tmp_path, monkeypatch, capsys):
+    """A list of files that lags, and a disk that is full when the first error is told."""
+    failures.new_attempt(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(failures, "attempts", lambda run: [])
+        attempt = failures.new_attempt(tmp_path)
+    assert attempt.name == "attempt-2"
+    with monkeypatch.context() as patch:
+        patch.setattr(failures.socket, "gethostname", lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert failures.claim(attempt, "rank 1", "the error") and "could not be written" in capsys.readouterr().err
+    assert not failures.claim(attempt, "rank 0", "a later one") and failures.first_error(attempt) == ""
+    assert "rank 1 ended with status 7" in launch._first_error(1, 7, attempt).replace("\n", " ")
+
+
+def test_life_is_seen_by_change_and_not_by_clocks(tmp_path):
+    """Of another node, whose clock is a year ahead, or of a file system that keeps no times."""
+    watch = object.__new__(failures.Watchdog)
+    watch.attempt, watch.hang_seconds, watch._wait_from = tmp_path, 600.0, lambda moment: None
+    other = tmp_path / "alive-1"
+    for change in (0, 31_000_000):
+        other.write_text(str(change))
+        os.utime(other, (time.time() + change, time.time() + change))
+        watch._signs = watch._signs_of_life()
+        assert not watch._others_live()
+        other.write_text("got on")
+        os.utime(other, (0, 0))
+        assert watch._others_live() and not watch._others_live()
 
 
 def start(prepared: Path, folder: Path, fault: str | None, **sections) -> subprocess.Popen:

@@ -16,7 +16,7 @@ import yaml
 from megatron_jobs.checkpoints.checkpoint import Checkpoint
 from megatron_jobs.config import RunConfig
 from megatron_jobs.launch import held_port
-from mujina import files
+from mujina import locks
 from mujina.user_input import UserError
 from tests.conftest import tiny
 from tests.megatron_jobs.test_train import losses, train_here
@@ -65,7 +65,7 @@ def test_killed_at_any_moment(prepared, tmp_path, asynchronous):
 def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
     from megatron_jobs import ranks
 
-    monkeypatch.setattr(files, "PATIENCE", 0)
+    monkeypatch.setattr(locks, "PATIENCE", 0)
     with ranks.hold(tmp_path), pytest.raises(UserError, match=r"run .*process \d+ on .* is at work here"), ranks.hold(tmp_path):
         pass
     with ranks.hold(tmp_path):

@@ -10,7 +10,9 @@ from mujina.page import legend, swatch
 
 
 def section(inputs: Inputs) -> str:
-    runs = inputs.runs
+    runs = [run for run in inputs.runs if run.ledger.phases]
+    if not runs:
+        return ""
     names = list(dict.fromkeys(source for run in runs for phase in run.ledger.phases for source in phase.sources))
     colours = {source: colour for source, colour in source_colours(runs).items() if source in names}
     bars, tables = [], []

@@ -50,6 +50,7 @@ def _facts(run: Run) -> dict[str, str]:
         "Loss at the end": f"{statistics.mean(end):.3f}{over}" if end else "not finite",
         "Steps without a finite loss": f"{num_broken:,}" if num_broken else "–",
         "Lines lost from metrics.jsonl": f"steps {run.lost}" if run.lost else "–",
+        "Left out": "; ".join(run.left_out) or "–",
     }
 
 

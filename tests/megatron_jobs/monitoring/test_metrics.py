@@ -70,7 +70,7 @@ def test_a_run_and_its_restart_leave_every_step_once(prepared, tmp_path):
         assert dict(scalars(tmp_path, name)) == pytest.approx({record["step"]: record[key] for record in values})
 
 
-def logged(config: RunConfig, act: Any) -> Any:
+def logged(config: RunConfig, act: Any, last_step: int = 0, passed_over: Any = ()) -> Any:
     """`act(log, step)` with a Log of step 0; `step` records a step with a given loss."""
 
     from megatron_jobs.engine import groups
@@ -85,14 +85,14 @@ def logged(config: RunConfig, act: Any) -> Any:
         log.step(number, told | now_and_then, watch.vitals(0.125, 0.25))
 
     with groups.of_run(config.parallel, config.seed):
-        return act(Log(config, 0, "CPU", "local"), step)
+        return act(Log(config, last_step, "CPU", "local", passed_over), step)
 
 
 def rewound(log: Any, step: Any) -> None:
     for number in range(1, 6):
         step(log, number, float(number))
     log.event(5, "rollback", reason="the loss is 5", to=3)
-    log.rewind(3)
+    log.rewind(3, 1)
     for number in range(4, 7):
         step(log, number, 10.0 + number, validation={"web": 7.0})
     log.close()
@@ -321,11 +321,34 @@ def test_wandb_offline_keeps_the_records_under_one_id(prepared, tmp_path):
         assert [(row["step"], row["loss"], row["loss_by_source/code"]) for row in rows] == [(n, n, n + 1) for n in (1, 2, 3)]
 
 
-def offline(config: RunConfig) -> str:
+def test_wandb_has_every_step_once_after_a_rollback(prepared, tmp_path):
+    """In another W&B run, for nothing is taken back there; a restart goes on in it, and one after a kill before it began makes it."""
+    config = with_wandb(prepared, tmp_path)
+    assert run_ranks(1, offline, config, rewound) == [None]
+    base = next((tmp_path / "wandb").glob("offline-run-*-*[0-9a-f]")).name.split("-")[3]
+    assert (tmp_path / "wandb_id").read_text() == f"{base}-rollback1"
+    for name, steps in (
+        (base, [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5)]),
+        (f"{base}-rollback1", [(1, 1), (2, 2), (3, 3), (4, 14), (5, 15), (6, 16)]),
+    ):
+        (file,) = (tmp_path / "wandb").glob(f"offline-run-*-{name}/*.wandb")
+        assert [(row["step"], row["loss"]) for row in wandb_rows(file)] == steps
+        assert (b"rolled back" in file.read_bytes()) == (name == base)
+    (tmp_path / "wandb_id").write_text(base)
+    run_ranks(1, offline, config, nothing, 6, [(4, 5)])
+    *_, file = sorted((tmp_path / "wandb").glob(f"offline-run-*-{base}-rollback1/*.wandb"))
+    assert [row["step"] for row in wandb_rows(file)] == [1, 2, 3, 4, 5, 6]
+
+
+def nothing(log: Any, step: Any) -> None:
+    log.close()
+
+
+def offline(config: RunConfig, act: Any = None, last_step: int = 0, passed_over: Any = ()) -> Any:
     import os
 
     os.environ["WANDB_MODE"] = "offline"  # the fork server was started without it
-    return logged(config, sent)
+    return logged(config, act or sent, last_step, passed_over)
 
 
 def wandb_rows(path: Path) -> list[dict[str, Any]]:
