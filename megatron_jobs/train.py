@@ -21,11 +21,11 @@ from megatron_jobs import config as configuration
 from megatron_jobs import failures, ranks, references, stability
 from megatron_jobs.checkpoints.checkpoint import Checkpoint
 from megatron_jobs.checkpoints.saver import Saver
-from megatron_jobs.checkpoints.weights import InitialWeights
+from megatron_jobs.checkpoints.weights import InitialAdapter, InitialWeights
 from megatron_jobs.config import RunConfig
 from megatron_jobs.config.phase import Phase
 from megatron_jobs.conversion.families import tell_hindrance
-from megatron_jobs.conversion.start import check_finite, open_weights, origin_of
+from megatron_jobs.conversion.start import check_base, check_finite, open_base, open_weights, origin_of
 from megatron_jobs.conversion.upcycle import Mixture
 from megatron_jobs.data import feeder, phases
 from megatron_jobs.data.ledger import Ledger, Origin
@@ -73,6 +73,7 @@ class Trainer:
         self.guard = Guard(config.stability, ranks.from_rank_0(stability.read_rollbacks(config.run) if ranks.rank() == 0 else None))
         start = self._newest()
         self.state = TrainingState(config)
+        self.base = self._freeze(start) if config.adapter else None
         self.passes = Passes(config, self.state, self.order.names)
         self.step = self._go_on_from(start)
         self.refers = ""  # the phase whose references are there
@@ -190,6 +191,7 @@ class Trainer:
         step = self.step + 1
         remembered = {
             "origin": self.origin,
+            "base": self.base,
             "interventions": self.guard.to_ledger(),
             "expert_load": self.passes.routing.to_ledger() if self.passes.routing else None,
         }
@@ -231,6 +233,23 @@ class Trainer:
         self.origin = ranks.from_rank_0(origin_of() if ranks.rank() == 0 else None)
         check_finite(self.config, self.state.start_from(weights))
         return 0
+
+    def _freeze(self, start: Checkpoint | None) -> dict[str, Any]:
+        """Gives the state the base of its adapter, which must be that of `start`; returns what identifies it."""
+        base = open_base(self.config)
+        problem, identity = None, None
+        if ranks.rank() == 0:
+            try:
+                identity = base.identity
+                if start:
+                    check_base(start, base)
+            except UserError as error:
+                problem = str(error)
+        problem, identity = ranks.from_rank_0((problem, identity))
+        if problem:
+            raise UserError(problem)
+        check_finite(self.config, self.state.freeze(base))
+        return identity
 
     def _roll_back(self, verdict: Verdict, step_in_phase: int) -> None:
         """Back to before the steps that the guard passes over from now on."""
@@ -292,7 +311,7 @@ def _initial(config: RunConfig) -> tuple[TensorSource, Callable[[], Origin | Non
     if config.train.init_from is None:
         return InitialWeights(config.model, config.moe, config.seed), lambda: None
     opened = open_weights(config.train.init_from, config, "train.init_from", config.moe)
-    return opened, lambda: origin_of(opened)
+    return InitialAdapter(config) if config.adapter else opened, lambda: origin_of(opened)
 
 
 def main(

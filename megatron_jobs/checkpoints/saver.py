@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_jobs import ranks
 from megatron_jobs.checkpoints.checkpoint import Checkpoint, Writer, newest_whole, prune, remove_after, whole_before
-from megatron_jobs.checkpoints.weights import shapes
+from megatron_jobs.checkpoints.weights import trained_shapes
 from megatron_jobs.config import RunConfig
 from megatron_jobs.data.ledger import Ledger
 from mujina.user_input import UserError
@@ -166,7 +166,7 @@ class _Save:
             if self.given_up.wait(POLL_SECONDS):
                 return
         config = self.saver.config
-        self.writer.finish(config, self.updates, dict(shapes(config.model, config.moe)), self.ledger)
+        self.writer.finish(config, self.updates, trained_shapes(config), self.ledger)
         train, ends = config.train, self.saver.phase_ends
         prune(
             self.saver.folder,

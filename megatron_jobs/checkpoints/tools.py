@@ -96,6 +96,8 @@ def average(
     sources = sorted(map(Checkpoint, named), key=lambda source: source.step)
     newest = sources[-1]
     for source in sources:
+        if source.config.adapter:
+            raise UserError(f"{source.folder}: holds an adapter, and the mean of A and of B is not the mean of B A: `mujina convert` each")
         require_same_model(source, newest)
         source.verify()
 

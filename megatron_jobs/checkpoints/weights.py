@@ -1,4 +1,4 @@
-"""The whole model as named matrices: their shapes, and the values that a new model starts from.
+"""The whole model as named matrices: their shapes, and the values that a new model, or a new adapter, starts from.
 
 Needs no process group. `placement.py` lists the names; a vector is a matrix of one column.
 """
@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import torch
 
+from megatron_jobs.config import RunConfig
 from megatron_jobs.config.model import ModelConfig, MoEConfig
 from mujina.matrices import Box
 
@@ -46,10 +47,26 @@ def shapes(model: ModelConfig, moe: MoEConfig | None) -> Iterator[tuple[str, tup
         yield "output", (vocabulary, hidden)
 
 
+def trained_shapes(config: RunConfig) -> dict[str, tuple[int, int]]:
+    """Name and [rows, columns] of every matrix that a run trains and saves: of the model, or of its adapter."""
+    whole = dict(shapes(config.model, config.moe))
+    if config.adapter is None:
+        return whole
+    found: dict[str, tuple[int, int]] = {}
+    for matrix, (rows, columns) in whole.items():
+        if name := config.adapter.adapted(matrix):
+            found |= {f"{name}.lora_a": (config.adapter.rank, columns), f"{name}.lora_b": (rows, config.adapter.rank)}
+    return found
+
+
 def drawn(seed: int, name: str, shape: tuple[int, int], std: float) -> torch.Tensor:
     """A matrix of normal values that depends on the seed and the name only, not on who asks for which part of it."""
+    return torch.empty(shape).normal_(0.0, std, generator=_generator(seed, name))
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
     key = int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest(), "big")
-    return torch.empty(shape).normal_(0.0, std, generator=torch.Generator().manual_seed(key))
+    return torch.Generator().manual_seed(key)
 
 
 class InitialWeights:
@@ -78,3 +95,20 @@ class InitialWeights:
             assert self.moe is not None
             std = self.moe.router_init_std
         return drawn(self.seed, name, self.shapes[name], std)
+
+
+class InitialAdapter:
+    """A new adapter, the same at every layout: B is zero, so that the model is the base; A is uniform within ±1/√columns, as in peft."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.shapes, self.seed = trained_shapes(config), config.seed
+        self._whole = lru_cache(maxsize=4)(self._draw)
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        if name.endswith(".lora_b"):
+            return torch.zeros(box.rows, box.columns)
+        return self._whole(name)[box.within(Box(0, self.shapes[name][0], 0, self.shapes[name][1]))]
+
+    def _draw(self, name: str) -> torch.Tensor:
+        bound = self.shapes[name][1] ** -0.5
+        return torch.empty(self.shapes[name]).uniform_(-bound, bound, generator=_generator(self.seed, name))

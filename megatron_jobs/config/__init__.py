@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from megatron_jobs.config.adapter import AdapterConfig
 from megatron_jobs.config.model import ModelConfig, MoEConfig, Size
 from megatron_jobs.config.phase import Phase
 from mujina.user_input import Section, UserError, parse, read_yaml
@@ -102,7 +103,7 @@ class TrainConfig(Section):
     the stacks of all ranks in its logs.
     """
     init_from: Path | None = None
-    """A checkpoint or Hugging Face folder whose weights (and no optimizer state) start the run."""
+    """A checkpoint or Hugging Face folder whose weights (and no optimizer state) start the run; with `adapter`, the frozen base."""
 
 
 class StabilityConfig(Section):
@@ -177,6 +178,8 @@ class RunConfig(Section):
     """Shape of the model."""
     moe: MoEConfig | None = None
     """Experts in the place of FFNs; null: a dense model."""
+    adapter: AdapterConfig | None = None
+    """LoRA: low-rank matrices that are trained beside a frozen base, `train.init_from`; null: the model itself is trained."""
     parallel: ParallelConfig = ParallelConfig()
     """How the processes share the model."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -205,6 +208,14 @@ class RunConfig(Section):
                 "write null for one of them"
             )
         if self.moe and self.moe.upcycle_from and (reason := self.moe.why_not_upcycled(self.model)):
+            raise ValueError(reason)
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _adapter_fits(self) -> "RunConfig":
+        if self.adapter and self.train.init_from is None:
+            raise ValueError("adapter needs a base: write train.init_from, a checkpoint or Hugging Face folder, which stays as it is")
+        if self.adapter and (reason := self.adapter.why_not_of(self.model, self.moe)):
             raise ValueError(reason)
         return self
 

@@ -9,6 +9,8 @@ OUTPUT_FOLDER/conversion.json has `origin` (run, step, tokens and files of the c
 comparison found; null with --no-check) and `files` (bytes and SHA-256 of what was written and compared); README.md is the model's card.
 A folder is there already when all of that still holds.
 
+A checkpoint of a run with an adapter is merged with its base, which has to be where `train.init_from` says.
+
 A model that began as a Hugging Face folder keeps what training did not change: its family, its special tokens, its defaults of sampling.
 The context is the longest of that folder's, of the phases, and of those of the runs before; what ends a turn by the run's tokenizer is
 added to what ended one there.
@@ -49,8 +51,10 @@ def main(
 ) -> None:
     """Writes a checkpoint as a Hugging Face folder and compares the logits of both."""
     from megatron_jobs.checkpoints.checkpoint import Checkpoint
+    from megatron_jobs.conversion.merge import Merged
 
-    source = Exported(Checkpoint(checkpoint))
+    found = Checkpoint(checkpoint)
+    source = Exported(Merged(found) if found.config.adapter else found)
     if hindered := hindrance(source.model, source.moe):
         if not no_check:
             raise UserError(hindered)

@@ -1,5 +1,6 @@
 """A Hugging Face folder of one of the `families.py` as a source of weights, for `mujina import` and for `train.init_from`."""
 
+import functools
 import re
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from megatron_jobs.checkpoints.weights import shapes
 from megatron_jobs.conversion.families import FAMILIES, hugging_face_name, read_config
 from megatron_jobs.conversion.tensors import MERGE, Stored, Tensors, same
+from mujina.files import sha256_of
 from mujina.matrices import Box
 from mujina.user_input import UserError, read_object, reading
 
@@ -111,6 +113,13 @@ class HuggingFaceFolder:
     def dtype(self, name: str) -> str:
         """The type of a matrix's values, one of DTYPES."""
         return self._stored(name).dtype
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """Tells this folder from any other, by its checksums: reads all of it."""
+        files = [self.folder / "config.json", *self.tensors.files]
+        facts = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
+        return {"folder": str(self.folder), "files": facts}
 
     def facts(self) -> dict[str, Any]:
         """What a conversion back needs, for ledgers: config, generation_config, the usual type of the tensors and the other types."""

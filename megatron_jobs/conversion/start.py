@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from megatron_jobs.checkpoints.checkpoint import Checkpoint
 from megatron_jobs.config import RunConfig
 from megatron_jobs.config.model import MoEConfig, differences
 from megatron_jobs.conversion.families import MOE_FIELDS
 from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
-from megatron_jobs.data.ledger import Origin
-from mujina.files import sha256_of
+from megatron_jobs.data.ledger import Origin, told
 from mujina.user_input import UserError
 
 Opened = Checkpoint | HuggingFaceFolder
@@ -23,6 +21,11 @@ def open_weights(path: Path, config: RunConfig, field: str, moe: MoEConfig | Non
     with what to write. How the model was initialised and trained may differ.
     """
     found = HuggingFaceFolder(path) if (path / "config.json").exists() else Checkpoint(path)
+    if isinstance(found, Checkpoint) and found.config.adapter:
+        raise UserError(
+            f"{field} ({path}): holds an adapter alone, and a whole model is needed: name its base ({found.config.train.init_from}), or "
+            "the Hugging Face folder that `mujina convert` makes of both"
+        )
     has = found if isinstance(found, HuggingFaceFolder) else found.config
     if (moe is None) != (has.moe is None):
         is_one, wanted_one = ("a mixture" if of else "a dense model" for of in (has.moe, moe))
@@ -54,7 +57,24 @@ def origin_of(opened: Opened) -> Origin:
     """For the ledgers of the run that starts from it. Of a Hugging Face folder every file is read, for its checksum."""
     if isinstance(opened, Checkpoint):
         return opened.ledger.origin_for(opened.identity)
-    return Origin(kind="imported", of=(identity_of(opened),), hugging_face=opened.facts())
+    return Origin(kind="imported", of=(opened.identity,), hugging_face=opened.facts())
+
+
+def open_base(config: RunConfig) -> Opened:
+    """The frozen base of the configuration's adapter. Raises as `open_weights`."""
+    assert config.train.init_from is not None  # RunConfig sees to it
+    return open_weights(config.train.init_from, config, "train.init_from", config.moe)
+
+
+def check_base(checkpoint: Checkpoint, base: Opened) -> None:
+    """Raises UserError when the base is not the one that the adapter in a checkpoint was trained beside. Reads all of a folder's files."""
+    recorded = checkpoint.ledger.base
+    assert recorded is not None  # every run with an adapter writes it down
+    if base.identity["files"] != recorded["files"]:
+        raise UserError(
+            f"train.init_from ({base.folder}): is not the base of the adapter in {checkpoint.folder}, which was trained beside "
+            f"{told(recorded)} with other files: name that one, or start another run"
+        )
 
 
 def check_finite(config: RunConfig, broken: Mapping[str, int]) -> None:
@@ -71,17 +91,6 @@ def check_finite(config: RunConfig, broken: Mapping[str, int]) -> None:
         f"{field}: {sum(broken.values()):,} values of the weights to start from are NaN or Inf, in {named}"
         f"{f' and {len(broken) - 5} more' if len(broken) > 5 else ''}: take weights that are whole; `mujina checkpoint inspect` counts them"
     )
-
-
-def identity_of(opened: Opened) -> dict[str, Any]:
-    """Tells a model from any other, by its checksums."""
-    if isinstance(opened, Checkpoint):
-        return opened.identity
-    files = [opened.folder / "config.json", *opened.tensors.files]
-    return {
-        "folder": str(opened.folder),
-        "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files},
-    }
 
 
 def _as_yaml(moe: MoEConfig) -> str:

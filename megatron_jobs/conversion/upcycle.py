@@ -97,13 +97,12 @@ class Mixture:
     def ledger(self) -> Ledger:
         """Nothing is consumed yet. Of a Hugging Face folder every file is read, for its checksum."""
         from megatron_jobs.checkpoints.checkpoint import Checkpoint
-        from megatron_jobs.conversion.start import identity_of
 
         if isinstance(self.dense, Checkpoint):
             before: dict[str, Any] = {"ledger": self.dense.ledger}
         else:
             before = {"hugging_face": self.dense.facts()}
-        return Ledger(origin=Origin(kind="upcycled", of=(identity_of(self.dense),), **before))
+        return Ledger(origin=Origin(kind="upcycled", of=(self.dense.identity,), **before))
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ It is RUN/checkpoints/step-*/ledger.json:
                             a phase of dialogues the places of its packs), the blocks or dialogues that belong to the phase, and a checksum
     origin                  where the weights of step 0 came from: kind (imported, upcycled, averaged, trained), of (what identifies the
                             models), ledger (the first one's own, with its origin), hugging_face (configuration of a Hugging Face folder)
+    base                    of an adapter's run: the frozen weights, {run, step, tokens, files} or {folder, files} with the files' checksums
     interventions           skipped steps, rollbacks, and the windows of losses and norms (stability.Guard)
     expert_load             shares of the experts in the last step [layer][expert]
 """
@@ -50,7 +51,7 @@ class Origin(Section):
     def __str__(self) -> str:
         """As people are told: "upcycled from runs/dense, step 450, 614,400 tokens"."""
         verb = {"imported": "imported from", "upcycled": "upcycled from", "averaged": "the mean of", "trained": "from the weights of"}
-        return f"{verb[self.kind]} {'; '.join(map(_told, self.of))}"
+        return f"{verb[self.kind]} {'; '.join(map(told, self.of))}"
 
 
 class Ledger(Section):
@@ -58,6 +59,7 @@ class Ledger(Section):
     block_length: int | None = None  # None before anything is consumed
     phases: tuple[PhaseRecord, ...] = ()
     origin: Origin | None = None
+    base: dict[str, Any] | None = None
     interventions: dict[str, Any] | None = None
     expert_load: list[list[float]] | None = None
 
@@ -112,7 +114,8 @@ class Ledger(Section):
         return values
 
 
-def _told(identity: dict[str, Any]) -> str:
+def told(identity: dict[str, Any]) -> str:
+    """What identifies a model, as people are told."""
     if "folder" in identity:
         return str(identity["folder"])
     return f"{identity['run']}, step {identity['step']:,}, {identity['tokens']:,} tokens"

@@ -111,7 +111,7 @@ def _piece(rate: LearningRate, step: int, steps: int) -> float:
 def check_resumable(before: RunConfig, now: RunConfig, steps: int) -> None:
     """Raises UserError when `now` would change what the first `steps` steps of `before` did, or what the model computes; the future may
     change, and how the model is trained."""
-    fields = ("seed", "data.block_length", "data.validation_tokens")
+    fields = ("seed", "data.block_length", "data.validation_tokens", "adapter")
     changed = [(field, *(reduce(getattr, field.split("."), config) for config in (now, before))) for field in fields]
     for field, wanted, was in [*changed, *differences(now.model, now.moe, before.model, before.moe)]:
         if was != wanted:

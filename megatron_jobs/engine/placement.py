@@ -12,6 +12,8 @@ upcycling and conversion all speak of (name, box), so none of them knows about T
     layers.3.gate, .up                         [ffn, hidden]             layers.3.down         [hidden, ffn]
     layers.3.router                            [experts, hidden]         layers.3.experts.5.gate, .up, .down; layers.3.shared.gate …
     layers.3.router_bias                       [experts, 1]              of `moe.balancing: bias`: no gradient moves it
+    layers.3.query.lora_a                      [rank, columns]           of an adapter: `config/adapter.py`
+    layers.3.query.lora_b                      [rows, rank]
 """
 
 import re
@@ -82,8 +84,8 @@ _NAMES = [
     (r"mlp\.(shared_experts\.)?linear_fc1\.weight", "gate_up"),
     (r"mlp\.(shared_experts\.)?linear_fc2\.weight", "down"),
     (r"mlp\.router\.weight", "router"),
-    (r"mlp\.experts\.(gate_up|linear_fc1\.weight(?P<expert>\d+))", "gate_up"),
-    (r"mlp\.experts\.(down|linear_fc2\.weight(?P<expert>\d+))", "down"),
+    (r"mlp\.experts\.(gate_up\.weight|linear_fc1\.weight(?P<expert>\d+))", "gate_up"),
+    (r"mlp\.experts\.(down\.weight|linear_fc2\.weight(?P<expert>\d+))", "down"),
 ]
 
 
@@ -93,12 +95,13 @@ def _parameters_of(gpt: GPTModel, model: ModelConfig, moe: MoEConfig | None) -> 
         layer = re.match(r"decoder\.layers\.(\d+)\.", name)
         prefixes = [f"layers.{gpt.decoder.layers[int(layer[1])].layer_number - 1}."] if layer else [""]
         own_name = name[layer.end() :] if layer else name
+        if found := re.fullmatch(r"(.*)\.adapter\.(\w+)_(lora_[ab])", own_name):
+            yield _of_adapter(parameter, moe, prefixes[0], *found.groups())
+            continue
         role, expert = _role(own_name)
         if own_name.startswith("mlp.experts."):
-            assert moe is not None
-            experts_here = moe.num_experts // parallel_state.get_expert_model_parallel_world_size()
-            first = experts_here * parallel_state.get_expert_model_parallel_rank()
-            prefixes = [f"{prefixes[0]}experts.{first + n}." for n in (range(experts_here) if expert is None else [expert])]
+            here = _experts_here(moe)
+            prefixes = [f"{prefixes[0]}experts.{one}." for one in (here if expert is None else [here[expert]])]
             # all of an expert's matrices are cut; megatron-core marks them as cut by the other tensor parallelism
             is_cut, shard = True, parallel_state.get_expert_tensor_parallel_rank()
         else:
@@ -112,6 +115,28 @@ def _parameters_of(gpt: GPTModel, model: ModelConfig, moe: MoEConfig | None) -> 
             for part in _parts(prefix, "embedding" if tied_copy else role, rows, shard, model):
                 parts.append(part._replace(local_row=part.local_row + n * len(rows)))
         yield LocalParameter(parameter, tuple(parts), is_first_copy=(is_cut or tp_rank == 0) and not (tied_copy and not gpt.pre_process))
+
+
+def _of_adapter(parameter: torch.nn.Parameter, moe: MoEConfig | None, prefix: str, linear: str, matrix: str, suffix: str) -> LocalParameter:
+    """A or B of an adapter, whole on every rank: one matrix, or the matrices of the experts here, one below the other."""
+    prefixes, is_first_copy = [prefix], parallel_state.get_tensor_model_parallel_rank() == 0
+    if linear.startswith("mlp.shared_experts."):
+        prefixes = [f"{prefix}shared."]
+    elif linear.startswith("mlp.experts."):
+        prefixes = [f"{prefix}experts."]
+        if not getattr(parameter, "allreduce", True):  # else one for all experts
+            prefixes = [f"{prefix}experts.{expert}." for expert in _experts_here(moe)]
+            is_first_copy = parallel_state.get_expert_tensor_parallel_rank() == 0
+    rows, columns = len(parameter) // len(prefixes), parameter.shape[1]
+    parts = (Part(f"{one}{matrix}.{suffix}", n * rows, Box(0, rows, 0, columns)) for n, one in enumerate(prefixes))
+    return LocalParameter(parameter, tuple(parts), is_first_copy)
+
+
+def _experts_here(moe: MoEConfig | None) -> range:
+    assert moe is not None
+    count = moe.num_experts // parallel_state.get_expert_model_parallel_world_size()
+    first = count * parallel_state.get_expert_model_parallel_rank()
+    return range(first, first + count)
 
 
 def _router_biases_of(gpt: GPTModel) -> Iterator[LocalParameter]:

@@ -46,7 +46,7 @@ class Routing:
     def __init__(self, config: RunConfig, moe: MoEConfig, state: TrainingState) -> None:
         self.moe = self._of_run = moe
         self.layers = moe.layers(config.model)
-        self.parameters = state.parameters
+        self.parameters, self.is_frozen = state.parameters, config.adapter is not None
         self.routers = [module for chunk in state.chunks for module in chunk.modules() if isinstance(module, Router)]
         self.from_ledger(None)
 
@@ -70,7 +70,7 @@ class Routing:
     def update(self, routed: Routed) -> None:
         """What an update changes of the routers that no gradient does: the load that is remembered, and the bias."""
         self.from_ledger((routed.load_NE / routed.load_NE.sum(1, keepdim=True)).tolist())
-        for router in self.routers:
+        for router in [] if self.is_frozen else self.routers:
             router.move_bias(routed.load_NE[self._place(router)], self.moe.bias_update_rate)
 
     def tally(self, num_micro_batches: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The state of a training run: the model, the optimizer, and their way into and out of checkpoints.
 
-What is saved is, for every matrix of the model, the float32 weights and AdamW's two moments, and one number of updates.
+What is saved is, for every matrix of the model, the float32 weights and AdamW's two moments, and one number of updates; with an adapter,
+for every matrix of that alone, and the model is frozen.
 There is no dropout and the data order is a pure function, so there is no random state to keep.
 """
 
@@ -14,15 +15,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from megatron_jobs import ranks
 from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, box_key, boxes_of_range
-from megatron_jobs.checkpoints.weights import shapes
+from megatron_jobs.checkpoints.weights import trained_shapes
 from megatron_jobs.config import RunConfig
-from megatron_jobs.engine import core, placement
+from megatron_jobs.engine import core, lora, placement
 from megatron_jobs.engine.gpt import build, check_machine
 from megatron_jobs.engine.placement import LocalParameter
 from mujina.matrices import Box, TensorSource
@@ -53,6 +55,12 @@ class TrainingState:
             )
             for chunk in range(config.parallel.virtual_pipeline)
         ]
+        self._frozen: list[LocalParameter] = []  # the base of an adapter
+        self._of_each_expert: list[torch.nn.Parameter] = []
+        if config.adapter:
+            for gpt in gpts:
+                self._frozen += (base := placement.local_parameters(gpt, config.model, config.moe))
+                self._of_each_expert += lora.attach(gpt, config, base)
         self.parameters = [local for gpt in gpts for local in placement.local_parameters(gpt, config.model, config.moe)]
         overlap = dist.get_world_size() > 1
         ddp_config = DistributedDataParallelConfig(
@@ -64,14 +72,14 @@ class TrainingState:
         self._biases = [
             (local, {"master": local.parameter} | {state: torch.zeros_like(local.parameter) for state in STATES[1:]})
             for local in self.parameters
-            if not isinstance(local.parameter, torch.nn.Parameter)
+            if not (isinstance(local.parameter, torch.nn.Parameter) or config.adapter)
         ]
         self.optimizer = get_megatron_optimizer(_optimizer_config(config, dtype, overlap), self.chunks, use_gloo_process_groups=False)
         core.set_up_adamw(self.optimizer, config.optimizer.weight_decay)
         for owned in core.owned_ranges(self.optimizer):
             owned.state.update({key: torch.zeros_like(owned.main, requires_grad=False) for key in STATES[1:]})
         self._clip_grad = config.optimizer.clip_grad
-        self._groups = list(dict.fromkeys(_group(name) for name, _ in shapes(config.model, config.moe)))
+        self._groups = list(dict.fromkeys(map(_group, trained_shapes(config))))
         self._hook_into(gpts)
 
     def _hook_into(self, gpts: list[GPTModel]) -> None:
@@ -81,6 +89,17 @@ class TrainingState:
             gpt.config.finalize_model_grads_func = self._finalize
             gpt.config.grad_scale_func = self.optimizer.scale_loss
             gpt.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    def freeze(self, base: TensorSource) -> Counter[str]:
+        """Takes the weights of an adapter's base, which no update moves. Collective; returns what `start_from` does."""
+        placement.fill(self._frozen, base)
+        broken: Counter[str] = Counter()
+        for local in self._frozen:
+            for part in local.parts if local.is_first_copy else ():
+                values = part.of(local.parameter.detach().view(-1, local.columns))
+                if count := values.numel() - int(values.isfinite().sum()):
+                    broken[part.name] += count
+        return sum(ranks.gathered(broken), Counter())
 
     def start_from(self, weights: TensorSource) -> Counter[str]:
         """Takes the weights, and forgets all updates. Collective; returns how many values of which matrices are not finite."""
@@ -132,6 +151,9 @@ class TrainingState:
             torch.cuda.current_stream().synchronize()  # the exchange of gradients is in a stream of its own
         self.gradients_at = time.perf_counter()  # this rank's own are there; now it waits for others
         finalize_model_grads(*args, **options)
+        if self._of_each_expert and (group := parallel_state.get_expert_tensor_parallel_group()).size() > 1:
+            for parameter in self._of_each_expert:  # each rank has the part of its rows or columns
+                dist.all_reduce(parameter.main_grad, group=group)  # type: ignore[attr-defined]
 
     def gradient_norm(self) -> float:
         """Makes the gradients ready for an update; returns their norm over the whole model, before clipping."""
