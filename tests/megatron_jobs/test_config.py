@@ -118,7 +118,7 @@ def test_what_a_file_includes_is_relative_to_it(file, tmp_path, monkeypatch):
 
     (tmp_path / "sub" / "top.yaml").write_text("extends: ../run.yaml\nphases: sub/phases.yaml\n")
     monkeypatch.chdir(tmp_path)
-    rule = r"top.yaml: phases \(sub/phases.yaml\): what a file includes is relative to that file: write phases.yaml"
+    rule = r"top.yaml: phases \(sub/phases.yaml\): no such file: what a file includes is relative to that file: write phases.yaml"
     with pytest.raises(UserError, match=rule):
         configuration.load(tmp_path / "sub" / "top.yaml")
     with pytest.raises(UserError, match="none.yaml: no such file"):
