@@ -20,10 +20,12 @@ setup(
     install_requires=[
         "datasets",
         "gigatoken==0.10.0",  # each version may split anew: tokenization/hf.py is tested against this one
+        "httptools>=0.9",  # the client of servers: mujina/answers/connection.py
         "megatron-core>=0.19,<0.20",
         "numpy",
         "nvidia-ml-py",
         "prometheus-client",
+        "orjson",
         "protobuf",
         "psutil",
         "pydantic>=2",

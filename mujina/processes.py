@@ -1,9 +1,14 @@
 """What a process owes its children, and what the system knows of it."""
 
+import contextlib
 import ctypes
+import os
 import re
 import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
@@ -20,3 +25,31 @@ def bytes_moved() -> int:
     except OSError:
         return 0
     return sum(map(int, re.findall(r"^[rw]char: (\d+)", counts, re.MULTILINE)))
+
+
+@contextlib.contextmanager
+def told_to_stop() -> Iterator[threading.Event]:
+    """Is set by the first SIGINT or SIGTERM while the block runs, which then does nothing else; a second one does what it did before.
+
+    Python takes signals in the main thread only: in any other the event is never set.
+    """
+    came = threading.Event()
+    before: dict[int, Any] = {}
+
+    def stop(number: int, frame: Any) -> None:
+        came.set()
+        restore()
+        os.write(2, b"told to stop: waiting for what is under way; once more ends it at once\n")
+
+    def restore() -> None:
+        while before:
+            signal.signal(*before.popitem())
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup's child, or a handler that is not Python's
+                before[number] = signal.signal(number, stop)
+    try:
+        yield came
+    finally:
+        restore()

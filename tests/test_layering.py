@@ -59,7 +59,7 @@ NEED_NO_TORCH = [
         "megatron_jobs.conversion.families",
     ),
 ]
-HEAVY = {"torch", "megatron", "transformers"}
+HEAVY = {"torch", "megatron", "transformers", "httptools"}
 
 
 class Import(NamedTuple):

@@ -4,11 +4,19 @@ Legend of shapes: B answers decoded together, L tokens of the longest prompt amo
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import hashlib
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from mujina.answers.conversation import Answer, Conversation, Sampling, seed_of
+from mujina.answers.conversation import Answer, Answerer, Conversation, Failure, Request, Sampling, Session, seed_of
+from mujina.exits import STOPPED
+from mujina.processes import told_to_stop
 from mujina.user_input import UserError
 
 END_OF_TURN = "<|end|>"
@@ -17,7 +25,7 @@ BATCH_SIZE = 16  # answers of a folder decoded together
 _SAID = "acorns"  # by an assistant, to see what a template writes behind it
 
 
-class FolderAnswerer:
+class FolderAnswerer(Answerer):
     """Answers of a Hugging Face chat model, on the GPU where there is one; what the folder asks for in sampling is passed over.
 
     An answer ends at any token that the generation configuration names, at the tokenizer's end of sequence, and at the one that the chat
@@ -43,20 +51,38 @@ class FolderAnswerer:
         self._stop_ids = _stop_ids(folder, self._tokenizer, ends)
         self._context: int | None = getattr(self._model.config, "max_position_embeddings", None)
 
-    def answer(self, conversations: Sequence[Conversation], sampling: Sampling) -> Iterator[list[Answer]]:
-        """Yields the answers to each conversation, a batch after the other."""
-        wanted = [(conversation, number) for conversation in conversations for number in range(sampling.num_answers)]
-        answers: list[Answer] = []
-        for start in range(0, len(wanted), BATCH_SIZE):
-            answers += self._batch(wanted[start : start + BATCH_SIZE], sampling)
-            while len(answers) >= sampling.num_answers:
-                yield answers[: sampling.num_answers]
-                del answers[: sampling.num_answers]
+    @property
+    def model(self) -> str:
+        """The folder's name and a digest of the names, sizes and times of its files: written again, it is another model."""
+        files = sorted(path for path in self._folder.rglob("*") if path.is_file())
+        told = [(str(path.relative_to(self._folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return f"{self._folder.resolve().name} {hashlib.sha256(repr(told).encode()).hexdigest()[:16]}"
 
-    def _batch(self, wanted: list[tuple[Conversation, int]], sampling: Sampling) -> list[Answer]:
+    @contextlib.contextmanager
+    def open(self) -> Iterator["_Batches"]:
+        with told_to_stop() as stop:
+            yield _Batches(self, stop)
+        if stop.is_set():
+            raise SystemExit(STOPPED)
+
+    def answers_to(self, requests: list[Request]) -> list[Answer | Failure]:
+        """To requests of one sampling, decoded together; to one that does not fit it is a Failure."""
+        found: dict[int, Answer | Failure] = {}
+        fitting: list[tuple[int, Request, list[int]]] = []
+        for place, request in enumerate(requests):
+            try:
+                fitting.append((place, request, self._prompt(request.conversation)))
+            except UserError as error:
+                found[place] = Failure(str(error))
+        if fitting:
+            answers = self._batch([request for _, request, _ in fitting], [prompt for *_, prompt in fitting])
+            found.update(zip((place for place, *_ in fitting), answers, strict=True))
+        return [found[place] for place in range(len(requests))]
+
+    def _batch(self, requests: list[Request], prompts: list[list[int]]) -> list[Answer]:
         import torch
 
-        prompts = [self._prompt(conversation) for conversation, _ in wanted]
+        sampling, began = requests[0].sampling, time.monotonic()
         length, device, padding = max(map(len, prompts)), self._model.device, self._stop_ids[0]
         # The mask follows from positions: the padding token may be one that prompts hold too.
         ids_BL = torch.tensor([[padding] * (length - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -68,9 +94,11 @@ class FolderAnswerer:
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=self._stop_ids,
             pad_token_id=padding,
-            logits_processor=_draws([seed_of(*one, sampling) for one in wanted], sampling, device),
+            logits_processor=_draws([seed_of(request) for request in requests], sampling, device),
         )
-        return [self._answer(len(prompt), ids_N) for prompt, ids_N in zip(prompts, ids_BLN[:, length:].tolist(), strict=True)]
+        said = ids_BLN[:, length:].tolist()
+        seconds = round(time.monotonic() - began, 3)
+        return [replace(self._answer(len(prompt), ids_N), seconds=seconds) for prompt, ids_N in zip(prompts, said, strict=True)]
 
     def _prompt(self, conversation: Conversation) -> list[int]:
         """Its ids. Raises UserError where nothing can be said behind it within the model's context."""
@@ -100,6 +128,40 @@ class FolderAnswerer:
         said = ids_N[:room]
         reason = "context" if len(said) < len(ids_N) else "length"
         return Answer(self._tokenizer.decode(said).strip(), reason, num_prompt_tokens, len(said))
+
+
+class _Batches(Session):
+    """Answers to a batch of requests when the first of them is taken."""
+
+    def __init__(self, answerer: FolderAnswerer, stop: threading.Event) -> None:
+        self._answerer, self._stop = answerer, stop
+        self._wanted: deque[tuple[Any, Request]] = deque()
+        self._found: deque[tuple[Any, Answer | Failure]] = deque()
+
+    @property
+    def num_open(self) -> int:
+        return len(self._wanted) + len(self._found)
+
+    @property
+    def most(self) -> int:
+        return BATCH_SIZE
+
+    @property
+    def has_room(self) -> bool:
+        return self.num_open < BATCH_SIZE and not self._stop.is_set()
+
+    def put(self, name: Any, request: Request) -> None:
+        self._wanted.append((name, request))
+
+    def take(self) -> tuple[Any, Answer | Failure]:
+        if not self._found:
+            sampling = self._wanted[0][1].sampling
+            together = list(takewhile(lambda one: one[1].sampling == sampling, self._wanted))
+            answers = self._answerer.answers_to([request for _, request in together])
+            self._found.extend(zip((name for name, _ in together), answers, strict=True))
+            for _ in together:
+                self._wanted.popleft()
+        return self._found.popleft()
 
 
 def _load(folder: Path) -> tuple[Any, Any, list[int]]:
