@@ -1,4 +1,4 @@
-"""Text files in, whole files out: strict JSONL rows, checksums, records, and files and folders that appear only when they are complete.
+"""Text files in, whole files out: strict JSONL rows, checksums, and files and folders that appear only when they are complete.
 
 What has its name is on the disk: the bytes before the rename that shows them, the rename before anything that relies on it. So neither a
 kill nor a power cut leaves a half, or a manifest without what it describes.
@@ -7,7 +7,6 @@ Every room may import this file; it imports no room.
 """
 
 import codecs
-import contextlib
 import hashlib
 import io
 import json
@@ -190,61 +189,6 @@ def changed(record: Path, folder: Path = Path()) -> list[str]:
     if (now != before or not is_old) and not different:
         write_whole(record, json.dumps(now).encode())
     return different
-
-
-def append(path: Path, data: bytes) -> None:
-    """Adds whole lines to a record; they are on the disk when this returns. Behind half a line, of a disk that was full, they begin anew.
-
-    Where that fails with OSError, the file is as it was.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1))
-        begin = b"\n" if size and file.read(1) != b"\n" else b""
-        try:
-            file.write(begin + data)
-            flush(file)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.ftruncate(file.fileno(), size)
-            raise
-
-
-class Record:
-    """A file of lines that others read later. What cannot be written is told once, kept, and written with what comes: it stops nothing."""
-
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        self.path, self._say, self._waiting = path, say, b""
-
-    def lines(self) -> list[str]:
-        """Those that have an end."""
-        return ((disks.read(self.path) or b"") + self._waiting).decode(errors="replace").split("\n")[:-1]
-
-    def tidy(self, kept: Callable[[list[tuple[str, dict[str, Any]]]], list[str]]) -> list[str]:
-        """Leaves those of the lines that `kept` returns, which is given those that are JSON objects; returns them."""
-        wanted = list[str]()
-        try:
-            wanted = kept([(line, row) for line in self.lines() if isinstance(row := parse_row(line.encode()), dict)])
-            data = "".join(line + "\n" for line in wanted).encode()
-            if data != disks.read(self.path):
-                write_whole(self.path, data)
-            self._waiting = b""
-        except OSError as error:
-            self._say(f"{self.path}: could not be tidied ({error}): it stays as it is")
-        return wanted
-
-    def add(self, *lines: str) -> None:
-        """Adds lines; without any, those that could not be written yet are."""
-        is_new, self._waiting = not self._waiting, self._waiting + "".join(line + "\n" for line in lines).encode()
-        if not self._waiting:
-            return
-        try:
-            append(self.path, self._waiting)
-            self._waiting = b""
-        except OSError as error:
-            if is_new:
-                self._say(f"{self.path}: could not be written ({error}): its lines are kept until it can be")
 
 
 def write_parts(path: Path, parts: Iterable[Any]) -> None:

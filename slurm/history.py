@@ -24,7 +24,8 @@ import pydantic
 
 from mujina import disks
 from mujina.checkpoint_folders import resolved, step_folder, steps
-from mujina.files import append, write_whole
+from mujina.files import write_whole
+from mujina.records import append
 
 NOT_OURS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what reading a record that is none raises
 EXCLUDED_SECONDS = 24 * 3600  # after which a node may be tried again

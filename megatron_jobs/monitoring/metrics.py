@@ -56,7 +56,8 @@ from megatron_jobs.monitoring.wandb_run import WandbRun
 from megatron_jobs.planning import flops
 from moe import statistics
 from mujina import gaps, strict_yaml
-from mujina.files import Record, write_whole
+from mujina.files import write_whole
+from mujina.records import Record
 
 
 class Log:

@@ -34,7 +34,7 @@ def train_on_a_poor_disk(config: RunConfig, last_step: int | None = None) -> Non
 
     from torch.utils.tensorboard import SummaryWriter
 
-    from mujina import files
+    from mujina import records
     from mujina.checkpoint_folders import DESCRIPTION
 
     def refused(number: int) -> Any:
@@ -46,7 +46,7 @@ def train_on_a_poor_disk(config: RunConfig, last_step: int | None = None) -> Non
     replace, read_bytes, append, is_file, seen, count = (
         os.replace,
         Path.read_bytes,
-        files.append,
+        records.append,
         Path.is_file,
         set[Path](),
         Counter[Path](),
@@ -74,7 +74,7 @@ def train_on_a_poor_disk(config: RunConfig, last_step: int | None = None) -> Non
         append(path, data)
 
     os.fsync, os.symlink, fcntl.flock, shutil.rmtree = map(refused, (errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EBUSY))  # type: ignore
-    os.replace, Path.read_bytes, Path.is_file, files.append = answer_is_lost, stale, stale_description, full  # type: ignore
+    os.replace, Path.read_bytes, Path.is_file, records.append = answer_is_lost, stale, stale_description, full  # type: ignore
     SummaryWriter.add_scalar = refused(errno.ENOSPC)  # type: ignore
     train_here(config, last_step)
 

@@ -19,7 +19,8 @@ from megatron_jobs.data.ledger import Ledger
 from mujina import disks, files, locks
 from mujina.checkpoint_folders import point_latest_at, resolved
 from mujina.disks import free_bytes
-from mujina.files import Record, append, changed, rename_folder, sha256_of, stamp, whole_folder, write_stamps, write_whole
+from mujina.files import changed, rename_folder, sha256_of, stamp, whole_folder, write_stamps, write_whole
+from mujina.records import Record, append
 from mujina.user_input import UserError, command_line, read_text
 from tests.conftest import tiny
 
