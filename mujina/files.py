@@ -7,6 +7,7 @@ Every room may import this file; it imports no room.
 """
 
 import codecs
+import contextlib
 import hashlib
 import io
 import json
