@@ -121,7 +121,7 @@ def test_what_a_file_includes_is_relative_to_it(file, tmp_path, monkeypatch):
     rule = r"top.yaml: phases \(sub/phases.yaml\): no such file: what a file includes is relative to that file: write phases.yaml"
     with pytest.raises(UserError, match=rule):
         configuration.load(tmp_path / "sub" / "top.yaml")
-    with pytest.raises(UserError, match="none.yaml: no such file"):
+    with pytest.raises(UserError, match="none.yaml\): no such file"):
         configuration.load(path, ["phases=none.yaml"])
     with pytest.raises(UserError, match="run.yaml: must hold phases and nothing else"):
         configuration.load(path, ["phases=run.yaml"])
