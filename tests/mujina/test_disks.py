@@ -202,18 +202,16 @@ def test_times_in_whole_seconds_do_not_hide_a_write(tmp_path: Path, monkeypatch:
 
     def coarse(path: Any, **options: Any) -> Any:
         found = stat(path, **options)
-        second = 10**9
-        return SimpleNamespace(
-            st_size=found.st_size, st_mtime_ns=stat(tmp_path).st_mtime_ns // second * second, st_ctime_ns=0, st_mode=found.st_mode
-        )
+        return SimpleNamespace(st_size=found.st_size, st_mtime_ns=1_700_000_000 * 10**9, st_ctime_ns=0, st_mode=found.st_mode)
 
-    (tmp_path / "data").write_text("one")
-    (tmp_path / "record").touch()  # so that the folder's time, which stands for that of the server, stays
-    monkeypatch.setattr(os, "stat", coarse)
-    write_stamps(tmp_path / "record", {"data": stamp(tmp_path / "data")})
-    assert changed(tmp_path / "record", tmp_path) == []
-    (tmp_path / "data").write_text("two")
-    assert changed(tmp_path / "record", tmp_path) == ["data"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", coarse)
+        (tmp_path / "data").write_text("one")
+        write_stamps(tmp_path / "record", {"data": stamp(tmp_path / "data")})
+        before = changed(tmp_path / "record", tmp_path)
+        (tmp_path / "data").write_text("two")
+        after = changed(tmp_path / "record", tmp_path)
+    assert (before, after) == ([], ["data"])
 
 
 def test_room_that_nobody_tells_is_not_none(tmp_path: Path, monkeypatch: Patch) -> None:
