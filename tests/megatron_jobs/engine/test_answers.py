@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_prep.indexed import TokenBinary
 from data_prep.prepare import PrepareConfig, prepare
 from megatron_jobs.config import RunConfig
 from tests.conftest import MOE, WORDS, tiny
@@ -68,6 +69,15 @@ def answering(
     return tiny(prepared, run, phases=[phase], data=data, train=train, **more)
 
 
+def document_of(binary: TokenBinary, number: int) -> tuple[Any, Any]:
+    """The ids of a document, and of each label whether it is an answer's."""
+    import torch
+
+    start, end = binary.bounds(number)
+    said = torch.from_numpy(binary.read_channel("weights", start + 1, end - start - 1)).float()
+    return torch.from_numpy(binary.read(start, end - start).astype("int64")), said
+
+
 def one_by_one(config: RunConfig) -> list[dict[str, float]]:
     """The steps of the run with a Llama of transformers that reads one dialogue at a time."""
     import torch
@@ -84,9 +94,7 @@ def one_by_one(config: RunConfig) -> list[dict[str, float]]:
         nats, weights, trained = [], [], 0
         for name, numbers in order.samples(step, range(BATCH)):
             for number in numbers:
-                start, end = binaries[name].bounds(number)
-                ids = torch.from_numpy(binaries[name].read(start, end - start).astype("int64"))
-                said = torch.from_numpy(binaries[name].read_channel("weights", start + 1, end - start - 1)).float()
+                ids, said = document_of(binaries[name], number)
                 share = config.phases[0].portion(name).loss_weight / (said.sum() if loss.mean_over == "dialogues" else 1)
                 logits = llama(ids[None, :-1]).logits[0]
                 nats.append((torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none") * said).sum() * share)
