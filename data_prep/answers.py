@@ -29,9 +29,8 @@ def problem_of(messages: Sequence[dict[str, str]], rendered: Rendered, may_chang
 
 def last_answer(rendered: Rendered) -> Rendered:
     """The dialogue with only the last turn of the assistant as an answer."""
-    ends = np.flatnonzero(rendered.is_answer)
-    first = 1 + int(np.flatnonzero(~rendered.is_answer[: ends[-1]])[-1]) if not rendered.is_answer[: ends[-1]].all() else 0
-    return rendered._replace(is_answer=rendered.is_answer & (np.arange(len(rendered.ids)) >= first))
+    begins = np.flatnonzero(np.diff(rendered.is_answer.astype(np.int8), prepend=0) == 1)
+    return rendered._replace(is_answer=rendered.is_answer & (np.arange(len(rendered.ids)) >= begins[-1]))
 
 
 def _change(messages: Sequence[dict[str, str]], text: str) -> str | None:

@@ -291,7 +291,8 @@ class TokenBinary:
     def bounds(self, document: int) -> tuple[int, int]:
         """The offsets, in tokens, of the first token of a document and of the one behind its last."""
         start = self._start(document)
-        length = os.pread(_opened(self, "idx").descriptor, 4, HEADER.size + 4 * document)
+        length = bytearray(4)
+        self._fill(memoryview(length), "idx", HEADER.size + 4 * document)
         return start, start + int.from_bytes(length, "little")
 
     def _start(self, document: int) -> int:

@@ -114,7 +114,7 @@ class Answers(Section):
 
 class Preference(Section):
     """Of two answers to a prompt the chosen one gains probability over the rejected one, compared with the weights that the phase begins
-    with (with an adapter: the base's): direct preference optimization (`losses/preference.py`). Sources are of kind preferences.
+    with: direct preference optimization (`losses/preference.py`). Sources are of kind preferences.
     """
 
     kind: Literal["preference"] = "preference"
