@@ -88,7 +88,9 @@ def test_every_dialogue_is_trained_on_once_an_epoch(tmp_path):
     assert Counter(by_phase["one"] + by_phase["two"]) == every == Counter(by_phase["three"])
     assert by_phase["one"] + by_phase["two"] != by_phase["three"], "an order of its own for each epoch"
     for index, one in enumerate(config.phases):
-        samples = sum(order.consumed(index, one.num_steps).values())
+        consumed = order.consumed(index, one.num_steps)
+        assert consumed == {share.source: share.num_samples for share in order.shares[index]}, "and not what fills up the last batch"
+        samples = sum(consumed.values())
         assert one.num_samples(one.num_steps) - one.global_batch_size < samples <= one.num_samples(one.num_steps)
     assert order.ledger(num_steps(config.phases)).phases[2].sources["a"].first_dialogue == 50
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,9 @@ def test_a_killed_run_goes_on_at_another_layout(prepared, dialogues, tmp_path):
     consumed = ledgers[0]["phases"][0]["sources"]
     taken = {name: (source["first_dialogue"], source["num_dialogues"]) for name, source in consumed.items()}
     assert taken == {"long": (0, 40), "short": (0, 60)}
+    counted = sum((Counter(step["tokens_by_source"]) for step in records(whole.run)), Counter())
+    assert counted == {name: source["tokens"] for name, source in consumed.items()}
+    assert sum(counted.values()) < ledgers[0]["tokens"], "the last batch is filled up with what counts for no source"
     other = answering(prepared, dialogues, tmp_path / "other", checkpoint=2)
     run_ranks(1, train_here, other, 5)
     run_ranks(2, train_here, answering(prepared, dialogues, tmp_path / "other", checkpoint=2, parallel=dict(context=2)))
