@@ -19,7 +19,12 @@ def section(inputs: Inputs) -> str:
         for run, line in zip(runs, lines, strict=True)
     ]
     grey = " The other runs' lines stand behind in grey." if len(runs) > 1 else ""
-    note = f"Thin: each step. Thick: smoothed within a phase. Dotted: a phase begins.{grey}"
+    pairs = (
+        " In a phase of preferences it is the mean over the pairs."
+        if any(s.reward_margin is not None for r in runs for s in r.steps)
+        else ""
+    )
+    note = f"Thin: each step. Thick: smoothed within a phase. Dotted: a phase begins.{grey}{pairs}"
     return f'<h2>Loss</h2><p class="note">{note}</p>{side_by_side(charts)}'
 
 
