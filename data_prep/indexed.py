@@ -367,7 +367,7 @@ def read_manifest(prefix: Path) -> Manifest:
     """<prefix>.json; raises UserError when it is no manifest, or not there."""
     path = path_of(prefix, "json")
     try:
-        manifest = Manifest.model_validate_json(patiently(path.read_bytes))
+        manifest = Manifest.model_validate_json(patiently(path, path.read_bytes))
     except FileNotFoundError:
         bare, inside = prefix.with_suffix(""), sorted(prefix.glob("[!.]*.idx"))
         remedy = "check the name, or prepare the source (again) with `mujina prepare`"

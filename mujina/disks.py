@@ -37,8 +37,9 @@ TRANSIENT = {
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.ENOTTY}  # of fsync, which is not there
 
 
-def patiently[T](action: Callable[[], T]) -> T:
-    """What `action` returns, which is called again as long as the file system is not well. Raises what it raises at last, or at once."""
+def patiently[T](path: str | Path, action: Callable[[], T]) -> T:
+    """What `action` returns, which is called again as long as the file system is not well. Raises what it raises at last, or at once, and
+    its OSErrors name `path`: what comes with a read names nothing."""
     end, pause = None, 0.1
     while True:
         try:
@@ -46,6 +47,7 @@ def patiently[T](action: Callable[[], T]) -> T:
         except OSError as error:
             end = end or time.monotonic() + PATIENCE
             if error.errno not in TRANSIENT or time.monotonic() > end:
+                error.filename = error.filename or str(path)
                 raise
         time.sleep(pause)
         pause *= 2
@@ -54,7 +56,7 @@ def patiently[T](action: Callable[[], T]) -> T:
 def read(path: str | Path) -> bytes | None:
     """The bytes of a file; None where there is none. (`Path.exists` is no question to ask before: it may be wrong about either.)"""
     try:
-        return patiently(Path(path).read_bytes)
+        return patiently(path, Path(path).read_bytes)
     except FileNotFoundError:
         return None
 

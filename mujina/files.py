@@ -131,7 +131,7 @@ def _why_not_json(line: bytes, error: ValueError) -> str:
 def sha256_of(path: str | Path) -> str:
     """The sha256 of a file's bytes in hex. Raises UserError when the file cannot be read, OSError when its disk is not well."""
     try:
-        return disks.patiently(lambda: _sha256_of(path))
+        return disks.patiently(path, lambda: _sha256_of(path))
     except OSError as error:
         if error.errno in TRANSIENT:
             raise
@@ -204,12 +204,17 @@ def write_parts(path: Path, parts: Iterable[Any]) -> None:
         raise
 
 
+def _led_to(path: Path) -> Path:
+    """What a symbolic link leads to; any other path as it was given, for errors name it."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Writes a file so that a reader finds all of it, or the older one, or none; it is on the disk when this returns.
 
     A symbolic link stays, and what it leads to is written.
     """
-    path = Path(os.path.realpath(path))
+    path = _led_to(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     write_parts(temporary, [data])
@@ -219,7 +224,7 @@ def write_whole(path: Path, data: bytes) -> None:
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """`write_whole` of what the block writes into the file that it is given; nothing is left when the block ends with an error."""
-    path = Path(os.path.realpath(path))
+    path = _led_to(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:

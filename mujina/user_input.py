@@ -146,7 +146,7 @@ def read_text(path: str | Path, remedy: str = "check the path", most: int = -1) 
         return bytes(data)
 
     try:
-        data = patiently(read)
+        data = patiently(path, read)
         return data.decode().replace("\r\n", "\n")
     except OSError as error:
         if error.errno in TRANSIENT:

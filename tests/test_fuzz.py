@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from evaluation.result import Measure, Sample, Suite, summarize
-from mujina import cli
+from mujina import cli, disks
 from mujina.answers import Sampling
 from tests.conftest import MOE, tiny
 
@@ -273,6 +273,7 @@ def damaged(path: Path, draw: random.Random) -> bytes:
 @contextlib.contextmanager
 def replaced(path: Path, draw: random.Random) -> Iterator[str]:
     """Around a call that finds another file, a folder, a link or nothing in the place of `path`."""
+    path = Path(os.path.realpath(path))  # the command may let `latest` lead elsewhere
     kept = path.with_name(f"{path.name}.kept")
     how = draw.choice(["damaged"] * 12 + ["gone", "folder", "link"])
     data = damaged(path, draw)
@@ -331,12 +332,15 @@ def run_case(verb: str, number: int) -> tuple[int | None, str, str]:
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
-def test_no_traceback_reaches_a_user(world: Path, verb: str) -> None:
+def test_no_traceback_reaches_a_user(world: Path, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disks, "PATIENCE", 0.0)
     failed = []
     for number in range(COMMANDS[verb][0]):
         status, told, what = run_case(verb, number)
         restored(world.with_name("pristine"))
-        if status not in (0, 2) or "Traceback" in told or (status == 2 and not told.strip()):
+        # As a disk that is not well, which may be tried again: status 1, where it is read, and nowhere else.
+        is_unwell = status == 1 and "error: /proc/self/mem: input/output error: " in told
+        if not (status in (0, 2) or is_unwell) or "Traceback" in told or (status == 2 and not told.strip()):
             failed.append(f"case {number}: {what[:1500]}\n{told[-3000:]}")
     assert not failed, f"{len(failed)} of {COMMANDS[verb][0]}\n" + "\n\n".join(failed[:3])
 

@@ -58,7 +58,7 @@ class HfTokenizer:
 
         `end_of_document` is that piece; None: the folder's `eos_token`. `begin_documents` says whether its `bos_token` begins them.
         """
-        self._folder, self._model = folder, patiently((folder / "tokenizer.json").read_bytes)
+        self._folder, self._model = folder, patiently(folder, (folder / "tokenizer.json").read_bytes)
         try:
             self._reference = tokenizers.Tokenizer.from_buffer(self._model)
             kind = json.loads(self._model)["model"].get("type", "BPE")

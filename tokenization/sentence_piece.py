@@ -31,7 +31,7 @@ class SentencePieceTokenizer:
 
     def __init__(self, model_file: Path, end_of_document: str | None = None, begin_documents: BeginDocuments = "auto") -> None:
         """Opens a sentencepiece model. Raises UserError when it is none, and ForeignModel when `tokenization.train` has not made it."""
-        self._model_file, self._model = model_file, patiently(model_file.read_bytes)
+        self._model_file, self._model = model_file, patiently(model_file, model_file.read_bytes)
         self.begin_documents, self.begins_texts = begin_documents, begin_documents == "yes"
         self.hash = hashlib.sha256(self._model + (begin_documents.encode() if begin_documents != "auto" else b"")).hexdigest()
         try:

@@ -152,7 +152,7 @@ class Checkpoint:
 
 def _size(path: Path) -> int | None:
     try:
-        return patiently(path.stat).st_size
+        return patiently(path, path.stat).st_size
     except FileNotFoundError:
         return None
 
@@ -172,7 +172,7 @@ def _at_end_of_phase(named: Path) -> Path:
 
 
 def _description(folder: Path) -> dict[str, Any]:
-    if not patiently((folder / "checkpoint.json").is_file):
+    if not patiently(folder, (folder / "checkpoint.json").is_file):
         there = [path.name for step in steps(folder.parent) if ((path := step_folder(folder.parent, step)) / "checkpoint.json").is_file()]
         remedy = f"name another one of {folder.parent}: {', '.join(there)}" if there else "name a folder such as RUN/checkpoints/latest"
         raise UserError(f"{folder}: not a whole checkpoint (it has no checkpoint.json): {remedy}")

@@ -152,7 +152,7 @@ def test_a_disk_that_is_not_well_is_asked_again_and_is_no_mistake(tmp_path: Path
             patch.setattr(sys, "argv", ["main"])
             with pytest.raises(SystemExit) as ended:
                 command_line(main)
-            assert ended.value.code == 1 and "error: stale file handle" in capsys.readouterr().err.lower()
+            assert ended.value.code == 1 and f"error: {path}: stale file handle" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP])
