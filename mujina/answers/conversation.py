@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from mujina.user_input import Section, UserError
 
 T = TypeVar("T")
+HALF_A_PAIR = "the prompt holds half of a surrogate pair, which is no character: mend or drop it"
 _AHEAD = 4  # answers to how many times as many requests as are open may wait for an earlier one
 
 

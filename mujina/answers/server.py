@@ -29,7 +29,7 @@ from typing import Any
 
 from mujina.answers.completions import Broken, answer_in, asked_wait, body_of, refusal, words_of
 from mujina.answers.connection import Endpoint, Late, Lost
-from mujina.answers.conversation import Answer, Answerer, Failure, Request, Session
+from mujina.answers.conversation import HALF_A_PAIR, Answer, Answerer, Failure, Request, Session
 from mujina.answers.replica import Replica, backoff
 from mujina.exits import STOPPED
 from mujina.processes import told_to_stop
@@ -126,7 +126,7 @@ class _Session(Session):
         try:
             self._new.append((name, body_of(request, self._answerer.model)))
         except TypeError:
-            return self._done.put((name, Failure("the prompt holds half of a surrogate pair, which is no character: mend or drop it")))
+            return self._done.put((name, Failure(HALF_A_PAIR)))
         if not self._is_told:
             self._is_told = True
             self._loop.call_soon_threadsafe(self._begin)
