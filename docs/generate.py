@@ -48,6 +48,8 @@ FORMATS = {  # the module whose docstring says what is in the files
     "An imported model": "megatron_jobs/conversion/import_hf.py",
     "An exported model": "megatron_jobs/conversion/convert.py",
     "Chains of verbs": "mujina/chain.py",
+    "Journals of answers": "mujina/answers/journal.py",
+    "Pairs of a model's own answers": "evaluation/preferences/__main__.py",
     "Results of an evaluation": "evaluation/result.py",
     "Prompts of the arithmetic suite": "evaluation/suites/arithmetic.py",
 }

@@ -27,6 +27,7 @@ VERBS = {
     "checkpoint": ("megatron_jobs.checkpoints.tools", "inspect and compare checkpoints, average them, write them in other files"),
     "generate": ("evaluation.generate", "let a chat model answer prompts"),
     "evaluate": ("evaluation.evaluate", "score a chat model's answers to arithmetic prompts"),
+    "preferences": ("evaluation.preferences", "pairs of a chat model's own answers, preferred by rules or a judge"),
     "report": ("evaluation.report", "draw runs and evaluations into one HTML file"),
 }
 

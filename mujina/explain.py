@@ -31,6 +31,7 @@ CONFIGURATIONS = {
     "prepare": "data_prep.config:PrepareConfig",
     "tokenizer": "tokenization.train:TrainConfig",
     "extend-vocabulary": "tokenization.extend:ExtendConfig",
+    "preferences": "evaluation.preferences.config:PreferencesConfig",
     "chain": "mujina.stations:Chain",
 }
 BOUNDS = {Gt: ("above", "gt"), Ge: ("at least", "ge"), Lt: ("below", "lt"), Le: ("at most", "le")}

@@ -2,7 +2,8 @@
 
     python tests/chat_server.py [FAULT] [--most N] [--port N] [--tls PEM]        prints its port; ends when its standard input does
 
-The last word of a conversation says what; the answer is that word, once a fault that passes is over. FAULT is what comes back to every
+The last word of a conversation says what; the answer is that word, once a fault that passes is over; of `draw:a|b_c` it is one of those
+between the bars, as the seed says, with blanks for `_`. FAULT is what comes back to every
 request: a status (500), or `tomorrow`. With --most, requests beyond so many at a time are told 429. It is a proxy as well: what is asked of
 any other host it answers itself, and CONNECT leads to the port of that name on this machine.
 """
@@ -136,6 +137,9 @@ class _Served:
             return _response(404, b'{"error": {"message": "no such model"}}')
         if word.startswith("wait:"):
             await asyncio.sleep(float(word.split(":")[1]))
+        if word.startswith("draw:"):
+            drawn = word.removeprefix("draw:").split("|")
+            return _response(200, _answer(word, content=drawn[body["seed"] % len(drawn)].replace("_", " ") or " "))
         if word == "together":
             self.num_together += 1
             if self.num_together == 8:

@@ -57,6 +57,7 @@ COMMANDS: dict[str, tuple[int, list[str]]] = {
     ),
     "generate": (12, ["generate hf 12+30? --max-new-tokens 2"]),
     "evaluate": (2, ["evaluate hf --prompts prompts.jsonl --output out/result.json"]),
+    "preferences": (60, ["preferences preferences.yaml"]),
     "report": (200, ["report run --output out/report.html --evaluation one=result.json"]),
 }
 # What a verb reads beside the files of its command.
@@ -69,6 +70,7 @@ READS = {
     "prepare.yaml": ["web.jsonl", "tokenizer/*"],
     "steps.yaml": ["web.jsonl"],
     "chain.yaml": ["chain/*", "run.yaml"],
+    "preferences.yaml": ["prompts.jsonl"],
     "run": ["run/*", "run/slurm/*", "run/logs/*/*", "run/checkpoints/latest/*"],
     "run@web": ["run/checkpoints/latest/*", "run/checkpoints/step-00000006/*", "tokenizer/*", "data/*"],
     "run/checkpoints/latest": ["run/checkpoints/latest/*", "tokenizer/*", "data/*"],
@@ -127,6 +129,9 @@ def world(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     steps = [{"step": "normalise"}, {"step": "language", "keep": ["ja"]}, {"step": "url"}, {"step": "japanese_quality"}, {"step": "pii"}]
     values = {"sources": {"web": source | {"steps": steps}}, "output": "web.jsonl/below"}  # what is right ends there, and takes no time
     Path("steps.yaml").write_text(yaml.safe_dump(values))
+    answers = {"model": "http://127.0.0.1:9/v1#x", "number": 2, "max_new_tokens": 4}  # where nobody is
+    values = {"prompts": ["prompts.jsonl"], "output": "out/pairs", "answers": answers, "judge": {"kind": "number"}}
+    Path("preferences.yaml").write_text(yaml.safe_dump(values))
     shutil.copy(ROOT / "examples/quickstart/chain.yaml", "chain.yaml")
     Path("chain").mkdir()
     row = {"station": "chat data", "command": ["dialogues"], "files": {}, "began": 1.0, "seconds": 2.0, "status": 0}
