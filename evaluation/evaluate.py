@@ -3,6 +3,9 @@
     python -m evaluation.evaluate HF_FOLDER --prompts held_out.jsonl --output result.json [--limit 100]
 
 In the place of a folder may stand an OpenAI-compatible server and its name for the model: http://host:port/v1#model.
+
+Every answer is kept beside the output, in result.journal.jsonl (mujina/answers/journal.py): stopped or killed at any moment, the same
+command goes on and asks nothing twice, and the result has the same bytes.
 """
 
 from pathlib import Path
@@ -13,6 +16,7 @@ import typer
 from evaluation.result import Result
 from evaluation.suites import arithmetic
 from mujina.answers import open_answerer
+from mujina.answers.journal import Journalled, open_journal
 from mujina.files import write_whole
 from mujina.user_input import command_line
 
@@ -27,7 +31,8 @@ def main(
 ) -> None:
     """Scores a chat model on sums: the share of answers in the fixed form, and of right ones."""
     arithmetic.read_problems(prompts)  # a mistake in it is told before a model is loaded
-    result = arithmetic.evaluate(open_answerer(model), model, prompts, limit)
+    with open_journal(output.with_name(f"{output.stem}.journal.jsonl")) as journal:
+        result = arithmetic.evaluate(Journalled(open_answerer(model), journal), model, prompts, limit)
     write_whole(output, (result.model_dump_json(indent=2) + "\n").encode())
     show(result)
 

@@ -73,6 +73,8 @@ def open_journal(path: Path) -> Iterator["Journal"]:
         journal = Journal(path)
         try:
             yield journal
+            if journal.num_given:
+                _say(f"{path}: {journal.num_given:,} answers were there; to have them asked for anew, remove it")
         except SystemExit as error:
             if error.code == STOPPED:
                 _say(f"stopped: {path} holds {journal.num_answers:,} answers, and the same command goes on from there")
@@ -82,10 +84,13 @@ def open_journal(path: Path) -> Iterator["Journal"]:
 
 
 class Journal:
-    """The file, and where in it which answer is. Who opens it holds its lock."""
+    """The file, and where in it which answer is. Who opens it holds its lock.
+
+    num_given   answers that were there when they were asked for
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.num_given = path, 0
         self._index = _Index()
         self._file = open(path, "a+b", buffering=0)
         try:
@@ -103,6 +108,7 @@ class Journal:
         for offset in self._index.places(key):
             row = orjson.loads(self._line_at(offset))
             if row["key"] == key.hex():
+                self.num_given += 1
                 return Answer(**row["answer"])
         return None
 

@@ -38,6 +38,7 @@ from mujina.user_input import UserError
 NUM_TRIES = 8  # of a request, over about a minute
 LONGEST_WAIT = 300.0  # seconds; a server that asks for more is not waited for
 TIMEOUT = 600.0  # seconds without a byte from the server: an answer comes in one piece when it is whole
+LONGEST_END = 120.0  # seconds that answers are waited for once the process is told to stop
 _TICK = 0.25  # seconds from one look for time-outs and the word to stop to the next
 
 
@@ -164,11 +165,15 @@ class _Session(Session):
             loop.close()
 
     async def _watch(self) -> None:
+        end = math.inf
         while True:
             await asyncio.sleep(min(_TICK, TIMEOUT / 4))
             for server in self._servers:
                 server.endpoint.end_silent(time.monotonic() - TIMEOUT, f"not a byte in {TIMEOUT:.0f} s")
+                if time.monotonic() > end:
+                    server.endpoint.end_silent(math.inf, f"told to stop, and no answer in {LONGEST_END:.0f} s")
             if self._stop.is_set():
+                end = min(end, time.monotonic() + LONGEST_END)
                 while self._waiting:
                     if not (waiting := self._waiting.popleft()).done():
                         waiting.set_result(None)

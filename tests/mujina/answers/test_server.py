@@ -1,9 +1,13 @@
 """Answers of a server, against one with planted faults."""
 
 import base64
+import os
 import resource
+import signal
 import socket
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -26,6 +30,7 @@ from mujina.answers import (
 )
 from mujina.answers import server as server_answers
 from mujina.answers.server import ServerAnswerer
+from mujina.exits import STOPPED
 from mujina.user_input import UserError
 from tests.chat_server import ChatServer, chat_server
 
@@ -333,3 +338,22 @@ def test_more_in_flight_than_files_may_be_open(monkeypatch: pytest.MonkeyPatch) 
 def test_urls_that_are_none(url: str) -> None:
     with pytest.raises(UserError, match="write the server's URL as http://host:port/v1"):
         ServerAnswerer(url, "teacher")
+
+
+def test_told_to_stop_it_takes_what_is_under_way_and_sends_no_more(server: ChatServer) -> None:
+    words = [f"wait:0.5:{number}" for number in range(40)]
+    taken = []
+    threading.Timer(0.25, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(SystemExit, match=str(STOPPED)):
+        for name, found in ServerAnswerer(server.url, "teacher", 8).ask((word, Request(question(word), GREEDY)) for word in words):
+            taken.append((name, found))
+    assert [isinstance(found, Answer) for _, found in taken] == [True] * 8 and len(server.requests) == 8
+
+
+def test_told_to_stop_it_does_not_wait_for_ever(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_answers, "LONGEST_END", 0.3)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    with pytest.raises(SystemExit, match=str(STOPPED)):
+        ask(server, "late")
+    assert time.monotonic() - began < 60
