@@ -18,7 +18,6 @@ leaves out of one, is told (`ChatTemplate.notes`).
 import hashlib
 import json
 import re
-import resource
 import signal
 import threading
 from bisect import bisect_left, bisect_right
@@ -35,6 +34,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from mujina.processes import bounded_memory
 from mujina.user_input import UserError
 
 BLOCK = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
@@ -157,20 +157,17 @@ class ChatTemplate:
         def stop(*_: object) -> None:
             raise self._refuse(f"takes more than {SECONDS} seconds for one dialogue", "mend the loop that does not end")
 
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         is_main = _is_main_thread()
-        resource.setrlimit(resource.RLIMIT_AS, (min([size + MEMORY, *(limit for limit in (soft, hard) if limit >= 0)]), hard))
         before = signal.signal(signal.SIGVTALRM, stop) if is_main else None
         try:
-            yield
+            with bounded_memory(MEMORY):
+                yield
         except MemoryError:
             raise self._refuse(f"takes more than {MEMORY >> 30} GiB for one dialogue", "mend what repeats a text so often") from None
         finally:
             if is_main:
                 signal.setitimer(signal.ITIMER_VIRTUAL, 0)
                 signal.signal(signal.SIGVTALRM, before)
-            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
     def _answer(self, messages: Messages, turn: int, whole: str) -> Span:
         """Where the answer of a turn stands in the whole dialogue, told from the dialogue up to this turn."""

@@ -4,13 +4,14 @@ An input is read as a stream, flat in memory, and what is wrong in it is named b
 a row is. HTML stays HTML here (`metadata["html"]` is True); the step `extract` turns it into text.
 """
 
+import contextlib
 import glob
 import io
 import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import pyarrow
 from datatrove.data import Document
@@ -20,10 +21,12 @@ from data_prep.row import KEYS, Fields, fields_of, joined, known, row_of
 from data_prep.steps.decode import html_of
 from data_prep.steps.warc import Page, Passed, read_warc
 from mujina.files import LONGEST, Stream, lines_of, not_utf8, too_long
+from mujina.processes import bounded_memory
 from mujina.user_input import UserError
 
 PAGES = (".html", ".htm")
 ROWS = 64  # of a parquet file at a time
+MEMORY = 2 << 30  # bytes that they may take while they are read: a page of a file may have 1 GiB, for it holds a thousand rows or more
 NOTHING = "holds nothing: leave it out, or build it again"
 
 # What a reader finds: a number (of the line, record or row; 0 for a whole file), and there the fields of a row, or what is wrong, or what
@@ -87,7 +90,7 @@ def read(
             raise UserError(f"{where}: {row}")
         else:
             problems(f"{where}: {row}")
-            passed(re.split(r"[:(]| [`'\d]", row.lstrip("0123456789, "))[0].strip())
+            passed(re.split(r"[:(]| [`'{\d]", row.lstrip("0123456789, "))[0].strip())
 
 
 def records(path: str) -> Iterator[tuple[str, int, Fields | Passed | str]]:
@@ -120,26 +123,90 @@ def _read_jsonl(path: str) -> Found:
             yield number, fields_of(line)
 
 
-def _read_parquet(path: str) -> Found:
+def _read_parquet(source: str | IO[bytes], first: int = 0) -> Found:
+    """`first` rows, of other files, are counted before its own."""
     try:
-        file = parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-        columns = [name for name in file.schema_arrow.names if name in KEYS]
-        batches = file.iter_batches(batch_size=ROWS, columns=columns)
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        file = parquet.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False)
+        for group in range(file.num_row_groups):
+            yield from _read_group(file, group, first)
+            first += file.metadata.row_group(group).num_rows
+    except pyarrow.ArrowException as error:
         raise OSError(error) from None
+
+
+def _read_group(file: parquet.ParquetFile, group: int, first: int) -> Found:
+    """A few kilobytes of a file may unpack into any number of gigabytes, which nothing in it tells, so the memory is bounded."""
+    about, done = file.metadata.row_group(group), 0
+    columns = [name for name in file.schema_arrow.names if name in KEYS]
+    few = max(1, min(ROWS, about.num_rows * LONGEST // max(about.total_byte_size, 1)))
+    for size in (few, 1) if few > 1 else (1,):  # where a few take too much, from its beginning one by one
+        batches, number = file.iter_batches(batch_size=size, row_groups=[group], columns=columns, use_threads=False), 0
+        with contextlib.suppress(MemoryError):
+            while (rows := _next_rows(batches)) is not None:
+                for row in rows:
+                    number += 1
+                    if number > done:
+                        done = number
+                        yield first + number, row
+            return
+    last = f"the rows to {first + about.num_rows} are lost: write it again with fewer of them in a group"
+    yield first + done + 1, f"its row group unpacks into more than {MEMORY >> 30} GiB, {last}"
+
+
+def _next_rows(batches: Iterator[pyarrow.RecordBatch]) -> list[Fields | str] | None:
+    """Raises MemoryError."""
+    with bounded_memory(MEMORY):
+        if (batch := next(batches, None)) is None:
+            return None
+        for number, column in enumerate(batch.columns):
+            if isinstance(column, pyarrow.DictionaryArray):  # whose size is that of all that the group has
+                batch = batch.set_column(number, batch.schema.names[number], column.dictionary_decode())
+        with contextlib.suppress(UnicodeDecodeError):
+            if batch.nbytes <= LONGEST:
+                return batch.to_pylist()
+        return [_row_of_table(batch.slice(number, 1)) for number in range(batch.num_rows)]
+
+
+def _row_of_table(row: pyarrow.RecordBatch) -> Fields | str:
+    try:
+        return too_long("row", LONGEST) if row.nbytes > LONGEST else row.to_pylist()[0]
+    except UnicodeDecodeError as wrong:
+        return not_utf8(wrong)
 
 
 def _read_dataset(path: str) -> Found:
     import datasets
+    from datasets.utils.file_utils import xopen
 
     name, _, split = path.removeprefix("datasets:").partition(":")
+    too_large = f"the next row takes more than {MEMORY >> 30} GiB"
+    parts, number, first = (split or "train").split("+"), 0, 0
     try:
-        rows = datasets.load_dataset(name, split=split or "train", streaming=True)
+        builder = datasets.load_dataset_builder(name)
+        files = builder.config.data_files or {}
+        tables = [file for part in parts for file in files.get(part, [""])]
+        if not all(file.lower().endswith(".parquet") for file in tables):
+            with bounded_memory(MEMORY):  # for a look at the first rows
+                rows, tables = iter(builder.as_streaming_dataset(split="+".join(parts))), []
+    except MemoryError:
+        raise OSError(too_large) from None
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{path}: cannot be read by the datasets library ({error}): check the name, the split and the files") from None
+    for table in tables:  # of which the library would hold a row group at a time
+        with xopen(table, "rb") as file:
+            for number, row in _read_parquet(file, first):
+                yield number, row
+            first = number
     try:
-        yield from enumerate(map(known, rows), start=1)
+        while not tables:
+            with bounded_memory(MEMORY):
+                fields = next(rows, None)
+            if fields is None:
+                return
+            number += 1
+            yield number, known(fields)
+    except MemoryError:
+        raise OSError(too_large) from None
     except (ValueError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
         raise OSError(error) from None
 

@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -255,6 +257,94 @@ def test_a_line_of_200_mb_is_not_held_in_memory(tmp_path: Path, ending: str) -> 
     texts, problems, megabytes, without_steps, more = run.stdout.splitlines()
     assert texts == "['after']" and "line 1: the line is longer than 64 MiB" in problems and "line 1: the line is longer" in without_steps
     assert float(megabytes) < 100 and float(more) < 250, (megabytes, more)
+
+
+TABLES = """
+import re, sys
+import pyarrow
+from pyarrow import parquet
+from data_prep.steps import read
+read.LONGEST, read.MEMORY = 1 << 20, 96 << 20
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
+list(read.records(sys.argv[1]))
+import datasets
+before = peak()
+for path in sys.argv[2:]:
+    found, wrong = 0, []
+    for where, number, row in read.records(path):
+        found += not isinstance(row, str)
+        wrong += [f"{number} {row}"] if isinstance(row, str) else []
+    print(found, "|".join(wrong), peak() - before, sep=";")
+"""
+
+
+def test_a_table_that_unpacks_into_gigabytes_takes_no_more_memory_than_the_bound(tmp_path: Path) -> None:
+    def write(name: str, column: Any, **options: Any) -> str:
+        parquet.write_table(pyarrow.table({"text": column}), tmp_path / name, compression="zstd", **options)
+        assert (tmp_path / name).stat().st_size < 100_000 or name == "normal.parquet"
+        return str(tmp_path / name)
+
+    small, long, huge = [f"row {n}" for n in range(100)], "x" * 5_000_000, "x" * 150_000_000
+    many = pyarrow.nulls(20_000_000, pyarrow.struct({"role": pyarrow.string()}))
+    turns = pyarrow.ListArray.from_arrays(pyarrow.array([0, 1, len(many)], pyarrow.int32()), many)
+    parquet.write_table(pyarrow.table({"messages": turns}), tmp_path / "turns.parquet")
+    places, at_once = pyarrow.array([0] * 64 + [1] * 64, pyarrow.int32()), {"dictionary_pagesize_limit": 1 << 30}
+    paths = [
+        write("first.parquet", small),
+        write("normal.parquet", [f"{n}, {hash(str(n))}" * 50 for n in range(20_000)]),
+        write("long.parquet", [*small, long, *small], use_dictionary=False),
+        write(
+            "many.parquet",
+            pyarrow.DictionaryArray.from_arrays(places, [long, "y"]).cast(pyarrow.string()),
+            dictionary_pagesize_limit=1 << 30,
+        ),
+        write("categories.parquet", pyarrow.DictionaryArray.from_arrays(places, [long, "y"]), **at_once),
+        write("huge.parquet", [*small, huge, *small], use_dictionary=False, row_group_size=50),
+        write("dictionary.parquet", pyarrow.DictionaryArray.from_arrays(places, [huge, "y"]), **at_once),
+        str(tmp_path / "turns.parquet"),
+        f"datasets:{tmp_path / 'lines'}",
+    ]
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines/train.jsonl").write_bytes(lines(huge))
+    environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # the default one's first GiB is beyond the bound
+    run = subprocess.run([sys.executable, "-c", TABLES, *paths], check=True, capture_output=True, text=True, env=environment)
+    too_long = "the row is longer than 1 MiB: cut it into documents, or leave it out"
+    lost = "{} its row group unpacks into more than 0 GiB, the rows to {} are lost: write it again with fewer of them in a group"
+    expected = [
+        (20_000, ""),
+        (200, f"101 {too_long}"),
+        (64, "|".join(f"{n} {too_long}" for n in range(1, 65))),
+        (64, "|".join(f"{n} {too_long}" for n in range(1, 65))),
+        (151, lost.format(101, 150)),
+        (0, lost.format(1, 128)),
+        (1, lost.format(2, 2)),
+        (0, "0 cannot be read further (the next row takes more than 0 GiB), the rest of the file is lost: copy or build the file again"),
+    ]
+    told = [line.split(";") for line in run.stdout.splitlines()]
+    assert [(int(found), wrong) for found, wrong, _ in told] == expected
+    normal, *peaks = [int(megabytes) for _, _, megabytes in told]
+    assert normal < 60 and max(peaks) < 300, (normal, peaks)
+
+
+def test_a_cell_that_is_no_text_costs_its_row_and_categories_are_texts(tmp_path: Path) -> None:
+    column = pyarrow.array([b"one", b"\xff", b"three"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert_problem(tmp_path / "a.parquet", "a.parquet row 2: byte 0xff at 0 is not UTF-8", ["one", "three"])
+    parquet.write_table(pyarrow.table({"text": pyarrow.array(["a", "b", "a"]).dictionary_encode()}), tmp_path / "b.parquet")
+    assert skip(tmp_path / "b.parquet") == (["a", "b", "a"], [])
+    parquet.write_table(pyarrow.table({"more": [1, 2]}), tmp_path / "c.parquet")
+    assert skip(tmp_path / "c.parquet")[1][0].startswith(f"{tmp_path}/c.parquet row 1: has neither a string `text`")
+
+
+def test_splits_of_tables_and_of_other_files(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        parquet.write_table(pyarrow.table({"text": [name, "x"]}), tmp_path / f"{name}.parquet")
+    documents = stop(f"datasets:{tmp_path}:train+test")
+    assert [(document.id[-1], document.text) for document in documents] == [("1", "train"), ("2", "x"), ("3", "test"), ("4", "x")]
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines/train.jsonl").write_bytes(lines("one", "two"))
+    assert [document.text for document in stop(f"datasets:{tmp_path / 'lines'}")] == ["one", "two"]
 
 
 def test_inputs_are_found(tmp_path: Path) -> None:
