@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from datatrove.data import Document
@@ -28,7 +28,7 @@ class Decontaminate(Step):
 
     A shorter text of a set counts where it is the whole of a document or of a dialogue's turn. What stands in many rows of a set, such as
     the header of its prompts, is no leak and does not count, nor does a run that is such a header by more than half; the report has it.
-    Many are more than half of the rows; where there are 20 or more, ten of them and one in a hundred.
+    Many are more than half of the rows, of the set or of all sets; where there are 20 or more, ten of them and one in a hundred.
     """
 
     step: Literal["decontaminate"] = "decontaminate"
@@ -54,10 +54,10 @@ class Decontaminate(Step):
         runs = {n: _Runs() for n in self._lengths()}
         whole: dict[bytes, str] = {}
         for one in self._sets():
-            for text, keep in zip(one.texts, one.own(), strict=True):
+            for text, is_shared in zip(one.texts, one.shared, strict=True):
                 if len(text.hashes):
-                    runs[text.n].add(one.name, text.codes, text.hashes, np.flatnonzero(keep))
-                elif keep.all():
+                    runs[text.n].add(one.name, text.codes, text.hashes, np.flatnonzero(_own(text, is_shared)))
+                elif not is_shared.any():
                     whole.setdefault(text.codes.tobytes(), one.name)
         finders = [(n, found.finder()) for n, found in runs.items() if found.names]
 
@@ -86,20 +86,24 @@ class Decontaminate(Step):
         """Of a run of letters, and of one in a script that says more with each."""
         return self.num_characters, (self.num_characters + 1) // 2
 
-    def _sets(self) -> Iterator["_Set"]:
+    def _sets(self) -> list["_Set"]:
         long, short = self._lengths()
+        sets, numbers = list[_Set](), dict[tuple[bytes, ...], int]()  # of rows: equal ones are one
         for path in self.files():
             rows = {tuple(letters(text).tobytes() for text in row) for row in self._rows(path)}
-            one = _Set(path.name.split(".")[0], len(rows), [])
-            for number, row in enumerate(sorted(rows)):
+            texts = list[_Text]()
+            for row in sorted(rows):
+                number = numbers.setdefault(row, len(numbers))
                 for codes in (np.frombuffer(text, np.uint32) for text in row):
                     n = short if np.count_nonzero(codes >= CJK) * 2 > len(codes) else long
                     if len(codes) >= min(n, FEWEST):
-                        one.texts.append(_Text(number, n, codes, ngram_hashes(codes, n) if len(codes) >= n else NO_RUNS))
-            if not any(len(text.codes) >= FEWEST for text in one.texts):
+                        texts.append(_Text(number, n, codes, ngram_hashes(codes, n) if len(codes) >= n else NO_RUNS))
+            if not any(len(text.codes) >= FEWEST for text in texts):
                 fields = f" in the fields {', '.join(self.fields)}" if self.fields else ""
                 raise UserError(f"sets: {path}: holds no text of {FEWEST} letters or more{fields}: check the file and `fields`")
-            yield one
+            sets.append(_Set(path.name.split(".")[0], len(rows), texts, []))
+        _mark_shared(sets, len(numbers))
+        return sets
 
     def _rows(self, path: Path) -> Iterator[list[str]]:
         """The strings of each row."""
@@ -121,53 +125,63 @@ class _Text(NamedTuple):
 
 @dataclass(frozen=True)
 class _Set:
-    """The texts of the rows of a set, equal rows once."""
+    """The texts of the rows of a set, equal rows once, and which letters of each are shared: they stand in a part of a run, or in a whole
+    short text, that many rows have."""
 
     name: str
     num_rows: int
     texts: list[_Text]
-
-    def own(self) -> Iterator[NDArray[np.bool_]]:
-        """Which runs of each text count; of a text without runs, whether it does."""
-        for text, shared in zip(self.texts, self._shared(), strict=True):
-            if not len(text.hashes):
-                yield ~shared[:1]
-            else:
-                ends = np.cumsum(np.append(0, shared))
-                num_shared = ends[text.n :] - ends[: -text.n]
-                keep = 2 * num_shared <= text.n
-                # of a text with little of its own the runs that have most of that
-                yield keep if keep.any() else (num_shared == num_shared.min()) & (num_shared <= text.n - FEWEST)
+    shared: list[NDArray[np.bool_]]
 
     def shared_texts(self) -> Counter[str]:
         """How the stretches of letters begin that stand in many rows, and in how many they do."""
         found = set[tuple[str, int]]()
-        for text, shared in zip(self.texts, self._shared(), strict=True):
+        for text, shared in zip(self.texts, self.shared, strict=True):
             edges = np.flatnonzero(np.diff(np.concatenate([[False], shared, [False]])))
             found |= {("".join(map(chr, text.codes[a : min(b, a + text.n)].tolist())), text.row) for a, b in edges.reshape(-1, 2).tolist()}
         return Counter(stretch for stretch, _ in found)
 
-    def _shared(self) -> Iterator[NDArray[np.bool_]]:
-        """Which letters of each text stand in a run, or in a whole short text, that many rows have."""
-        many = max(2, self.num_rows // 2 if self.num_rows < 20 else max(9, self.num_rows // 100))
-        hashes, rows = defaultdict[int, list[NDArray[np.uint64]]](list), defaultdict[int, list[NDArray[np.int64]]](list)
-        for text in self.texts:
-            hashes[text.n].append(text.hashes)
-            rows[text.n].append(np.full(len(text.hashes), text.row))
-        shared = {n: _in_many(np.concatenate(hashes[n]), np.concatenate(rows[n]), many) for n in hashes}
-        whole = Counter(codes for _, codes in {(text.row, text.codes.tobytes()) for text in self.texts if not len(text.hashes)})
-        for text in self.texts:
+
+def _own(text: _Text, shared: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which runs of a text count."""
+    ends = np.cumsum(np.append(0, shared))
+    num_shared = ends[text.n :] - ends[: -text.n]
+    keep = 2 * num_shared <= text.n
+    # of a text with little of its own the runs that have most of that
+    return keep if keep.any() else (num_shared == num_shared.min()) & (num_shared <= text.n - FEWEST)
+
+
+def _part(n: int) -> int:
+    """Letters of a part of a run of n: what is shorter is no header but a phrase."""
+    return min(n, max(FEWEST, (n + 1) // 2))
+
+
+def _mark_shared(sets: list[_Set], num_rows: int) -> None:
+    """Fills in `shared`. What many rows of one set have, or of all sets together, which have so many rows, is shared in each."""
+    parts, whole = defaultdict[int, set[int]](set), set[bytes]()
+    for num, texts in [(one.num_rows, one.texts) for one in sets] + [(num_rows, [text for one in sets for text in one.texts])]:
+        many = max(2, num // 2 if num < 20 else max(9, num // 100))
+        for n in {text.n for text in texts}:
+            of_n = [text for text in texts if text.n == n and len(text.hashes)]
+            hashes = [ngram_hashes(text.codes, _part(n)) for text in of_n]
+            rows = [np.full(len(found), text.row) for found, text in zip(hashes, of_n, strict=True)]
+            parts[n].update(_in_many(np.concatenate([NO_RUNS, *hashes]), np.concatenate([NO_RUNS, *rows]), many).tolist())
+        short = Counter(codes for _, codes in {(text.row, text.codes.tobytes()) for text in texts if not len(text.hashes)})
+        whole.update(codes for codes, number in short.items() if number > many)
+    common = {n: np.array(sorted(found), np.uint64) for n, found in parts.items()}
+    for one in sets:
+        for text in one.texts:
             if not len(text.hashes):
-                yield np.full(len(text.codes), whole[text.codes.tobytes()] > many)
+                one.shared.append(np.full(len(text.codes), text.codes.tobytes() in whole))
                 continue
             edges = np.zeros(len(text.codes) + 1, np.int64)
-            starts = np.flatnonzero(np.isin(text.hashes, shared[text.n]))
+            starts = np.flatnonzero(np.isin(ngram_hashes(text.codes, _part(text.n)), common[text.n]))
             np.add.at(edges, starts, 1)
-            np.add.at(edges, starts + text.n, -1)
-            yield np.cumsum(edges)[:-1] > 0
+            np.add.at(edges, starts + _part(text.n), -1)
+            one.shared.append(np.cumsum(edges)[:-1] > 0)
 
 
-def _in_many(hashes: NDArray[np.uint64], rows: NDArray[np.int64], many: int) -> NDArray[np.uint64]:
+def _in_many(hashes: NDArray[np.uint64], rows: NDArray[Any], many: int) -> NDArray[np.uint64]:
     """The hashes that stand in more than so many rows."""
     order = np.lexsort((rows, hashes))
     hashes, rows = hashes[order], rows[order]

@@ -102,6 +102,59 @@ def test_what_many_rows_share_is_no_leak(prompts: str) -> None:
         assert judge(Document(text=text, id="")) == "contaminated: prompts"
 
 
+JAPANESE_WORDS = (
+    "猫 犬 鳥 魚 山 川 海 空 森 町 村 駅 店 家 父 母 兄 姉 妹 弟 先生 学生 医者 画家 作家 商人 旅人 紅茶 時計 鉛筆 手紙".split()
+)
+ENGLISH_WORDS = "river stone market garden window teacher doctor farmer painter sailor engine bottle ladder castle forest".split()
+
+
+def invented(draw: random.Random, is_english: bool, clauses: int = 10) -> str:
+    """An item that shares no run with another."""
+    if is_english:
+        pairs = (draw.sample(ENGLISH_WORDS, 3) for _ in range(clauses))
+        return " ".join(f"The {a} of the {b} has {draw.randint(2, 999)} {c}s." for a, b, c in pairs)
+    return "、".join("{}は{}の{}を見た".format(*draw.sample(JAPANESE_WORDS, 3)) for _ in range(clauses)) + "。"
+
+
+@pytest.mark.parametrize("is_english", [False, True])
+@pytest.mark.parametrize("place", ["before", "within", "behind"])
+@pytest.mark.parametrize(
+    ("length", "sizes"),
+    [
+        (45, [40]),  # letters of a header that alone are no run, in a set of so many rows
+        (80, [1000]),
+        (40, [3]),
+        (80, [2, 2]),
+        (40, [1, 1, 1]),
+        (60, [300, (4, 296)]),  # of the second set four rows have it, and 296 do not
+    ],
+)
+def test_headers_are_no_leaks_and_what_follows_them_is(
+    tmp_path: Path, is_english: bool, place: str, length: int, sizes: list[int | tuple[int, int]]
+) -> None:
+    draw = random.Random(length)
+    header = ((PREFIX + "Use what you know.") if is_english else HEADER * 3)[: length if is_english else length // 2]
+    new = lambda: invented(draw, is_english)  # noqa: E731
+    around = {
+        "before": lambda text: header + text,
+        "behind": lambda text: text + header,
+        "within": lambda text: text[: len(text) // 2] + header + text[len(text) // 2 :],
+    }[place]
+    items, paths = [], []
+    for number, size in enumerate(sizes):
+        with_header, without = size if isinstance(size, tuple) else (size, 0)
+        items.append([new() for _ in range(with_header)])
+        path = tmp_path / f"set{number}.txt"
+        path.write_text("\n".join([*(around(text).replace("\n", " ") for text in items[-1]), *(new() for _ in range(without))]))
+        paths.append(str(path))
+    step = Decontaminate(sets=paths, num_characters=60 if is_english else 50)
+    judge = step.start()
+    leaks = [text for of_set in items for text in (of_set[0], around(of_set[-1]), f"{new()} {around(of_set[0])} {new()}")]
+    clean = [header, new(), around(new()), header + items[0][0][:6] + new(), f"{new()} {header} {new()}"]
+    assert [judge(Document(text=text, id="")) is not None for text in (*leaks, *clean)] == [True] * len(leaks) + [False] * len(clean)
+    assert len(step.notes()) >= len(sizes)
+
+
 def test_what_is_no_leak_is_told(prompts: str) -> None:
     told = "\n".join(Decontaminate(sets=[prompts]).notes())
     number = sum(1 for _ in open(prompts))
