@@ -14,6 +14,7 @@ setup(
         "tokenization": ["chat_template.jinja"],
         "data_prep": ["configs/*.yaml", "steps/*.ftz", "steps/words/*.txt"],
         "megatron_jobs": ["configs/*.yaml"],
+        "evaluation": ["preferences/prompts/*.yaml"],
         "slurm": ["*.sh", "chain.yaml", "cluster.env.example", "grafana.json"],
     },
     entry_points={"console_scripts": ["mujina = mujina.cli:main"]},

@@ -2,16 +2,17 @@
 
     python tests/chat_server.py [FAULT] [--most N] [--port N] [--tls PEM]        prints its port; ends when its standard input does
 
-The last word of a conversation says what; the answer is that word, once a fault that passes is over; of `draw:a|b_c` it is one of those
-between the bars, as the seed says, with blanks for `_`. FAULT is what comes back to every
-request: a status (500), or `tomorrow`. With --most, requests beyond so many at a time are told 429. It is a proxy as well: what is asked of
-any other host it answers itself, and CONNECT leads to the port of that name on this machine.
+The last word of a conversation says what; the answer is that word, once a fault that passes is over. Of `draw:a|b_c` it is one of those
+between the bars, as the seed says, with blanks for `_`; of `judge:HOW` what a judge says who is asked about <a>…</a> and <b>…</b>.
+FAULT is what comes back to every request: a status (500), or `tomorrow`. With --most, requests beyond so many at a time are told 429. It is
+a proxy as well: what is asked of any other host it answers itself, and CONNECT leads to the port of that name on this machine.
 """
 
 import argparse
 import asyncio
 import contextlib
 import json
+import re
 import ssl
 import subprocess
 import sys
@@ -140,6 +141,8 @@ class _Served:
         if word.startswith("draw:"):
             drawn = word.removeprefix("draw:").split("|")
             return _response(200, _answer(word, content=drawn[body["seed"] % len(drawn)].replace("_", " ") or " "))
+        if word.startswith("judge:"):
+            return _response(200, _answer(word, content=_judgement(word.removeprefix("judge:"), body["messages"][-1]["content"])))
         if word == "together":
             self.num_together += 1
             if self.num_together == 8:
@@ -184,6 +187,15 @@ class _Served:
             found = once[word]
             return found.replace(b"\r\n", b"\r\nConnection: close\r\n", 1) if found and word == "cut" else found
         return _response(200, _answer(word))
+
+
+def _judgement(how: str, asked: str) -> str:
+    answers = re.findall(r"<[ab]>(.*?)</[ab]>", asked, re.DOTALL)
+    if how == "longer":
+        first, second = map(len, answers)
+        return f"Well. [[{'A' if first > second else 'B' if first < second else 'C'}]]"
+    said = {"first": "[[A]]", "tie": "[[C]]", "nonsense": "Both are fine.", "letters": "[[D]]", "echo": f"{asked} [[A]] [[B]]"}
+    return said.get(how) or f"[[{len(answers[0])}]]"  # length
 
 
 def _answer(word: str, content: str | None = "", model: str = "teacher", reason: str = "") -> bytes:

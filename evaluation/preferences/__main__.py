@@ -5,33 +5,46 @@
 `mujina explain --of preferences` tells what the configuration holds. The folder `output` gets
 
     pairs.jsonl      {"id", "messages", "chosen", "rejected", "provenance"} a line, which `mujina prepare` reads in sources of kind
-                     preferences; `language` and `licence` where the prompt's row has them. `provenance`: `model`, `judge`, the sampling,
-                     and `numbers` and `scores` of the two answers
+                     preferences; `language` and `licence` where the prompt's row has them. `provenance`: `model`; `judge` (a
+                     rule, or a model with its prompt's name, version and SHA-256); the sampling; `numbers` and `scores` of the two answers
     summary.json     how many there were of what, and why others are no pairs
-    journal.jsonl    every answer (mujina/answers/journal.py): killed or stopped at any moment, the same command goes on, and asks nothing twice
+    journal.jsonl    every answer and judgement (mujina/answers/journal.py): killed or stopped at any moment, the same command goes on, and asks nothing twice
 
 An answer that is empty, or did not end by itself, is left out.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from evaluation.preferences.choice import Judged, by_scores, chosen_pairs
-from evaluation.preferences.config import PreferencesConfig
-from evaluation.preferences.prompts import Prompt, read_prompts
-from evaluation.preferences.rules import scorer
+from evaluation.preferences.choice import Judged, chosen_pairs
+from evaluation.preferences.config import NumberRule, PatternRule, PreferencesConfig
+from evaluation.preferences.judge import ModelJudge
+from evaluation.preferences.rows import Prompt, read_prompts
+from evaluation.preferences.rules import RuleJudge
 from evaluation.progress import asked
 from mujina.answers import Answer, Answerer, Failure, Request, open_answerer
 from mujina.answers.journal import Journal, Journalled, open_journal
 from mujina.files import write_whole
 from mujina.user_input import UserError, command_line, read_yaml
 
-COUNTS = ("prompts", "answers", "failed answers", "answers cut off", "empty answers", "prompts without a pair", "pairs")
+COUNTS = {  # what is counted, and what it is a share of
+    "prompts": "",
+    "answers": "",
+    "failed answers": "answers",
+    "answers cut off": "answers",
+    "empty answers": "answers",
+    "judgements": "",
+    "failed judgements": "judgements",
+    "judgements without a verdict": "judgements",
+    "disagreements": "",
+    "ties": "",
+    "prompts without a pair": "prompts",
+    "pairs": "",
+}
 
 
 def main(
@@ -45,26 +58,33 @@ def main(
 def make(config: PreferencesConfig) -> None:
     """Raises UserError, and writes nothing, where no pair comes out."""
     prompts = read_prompts(config.prompts, config.limit)
-    scorers = [scorer(config.judge, prompt) for prompt in prompts]  # a mistake in a row is told before a model is loaded
-    with open_journal(config.output / "journal.jsonl") as journal:
-        _make(config, prompts, scorers, journal)
-
-
-def _make(config: PreferencesConfig, prompts: list[Prompt], scorers: list[Callable[[str], float]], journal: Journal) -> None:
+    # A mistake in a row, or in a judge's prompt, is told before a model is opened.
+    judge = RuleJudge(config.judge, prompts) if isinstance(config.judge, NumberRule | PatternRule) else ModelJudge(config.judge)
     counts = dict.fromkeys(COUNTS, 0) | {"prompts": len(prompts)}
-    model, answers = _answers(config, prompts, journal, counts)
-    judged = [by_scores([None if text is None else score(text) for text in texts]) for score, texts in zip(scorers, answers, strict=True)]
-    provenance = {"model": model, "judge": config.judge.model_dump(mode="json"), **asdict(config.answers.sampling)}
-    rows = [row for one in zip(prompts, answers, judged, strict=True) for row in _rows(config, provenance, *one)]
-    counts["pairs"] = len(rows)
-    counts["prompts without a pair"] = len(prompts) - len({row["provenance"]["prompt"] for row in rows})
-    _show(config, counts)
-    if not rows:
-        remedy = "raise answers.temperature or answers.number, or give prompts that the model answers now right, now wrong"
-        raise UserError(f"{config.output}: no pairs: of no prompt is one answer better than another: {remedy}")
-    write_whole(config.output / "pairs.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-    write_whole(config.output / "summary.json", (json.dumps(counts, indent=2) + "\n").encode())
-    print(f"{config.output / 'pairs.jsonl'}: {len(rows):,} pairs")
+    with open_journal(config.output / "journal.jsonl") as journal:
+        model, answers = _answers(config, prompts, journal, counts)
+        judged = judge.judge(answers) if isinstance(judge, RuleJudge) else judge.judge(prompts, answers, journal, counts)
+        provenance = {"model": model, "judge": judge.provenance, **asdict(config.answers.sampling)}
+        rows = [_rows(config, provenance, *one) for one in zip(prompts, answers, judged, strict=True)]
+        counts |= {"pairs": sum(map(len, rows)), "prompts without a pair": rows.count([])}
+        _show(config, counts)
+        if not counts["pairs"]:
+            raise UserError(f"{config.output}: no pairs: {_why_none(counts)}")
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for few in rows for row in few]
+        write_whole(config.output / "pairs.jsonl", "".join(lines).encode())
+        write_whole(config.output / "summary.json", (json.dumps(counts, indent=2) + "\n").encode())
+    print(f"{config.output / 'pairs.jsonl'}: {counts['pairs']:,} pairs")
+
+
+def _why_none(counts: dict[str, int]) -> str:
+    left_out = sum(counts[name] for name in ("failed answers", "answers cut off", "empty answers"))
+    useless = counts["failed judgements"] + counts["judgements without a verdict"]
+    if 2 * left_out > counts["answers"]:
+        return f"{left_out:,} of {counts['answers']:,} answers failed, were cut off or empty: look at what the model says (journal.jsonl)"
+    if 2 * useless > counts["judgements"]:
+        return f"{useless:,} of {counts['judgements']:,} judgements failed or have no verdict: look at what the judge says (journal.jsonl)"
+    remedy = "raise answers.temperature or answers.number, or give prompts that the model answers now well, now badly"
+    return f"of no prompt is one answer better than another: {remedy}"
 
 
 def _answers(
@@ -109,7 +129,7 @@ def _rows(
                 "chosen": texts[chosen],
                 "rejected": texts[rejected],
                 **labels,
-                "provenance": {**provenance, "prompt": prompt.where, "numbers": [chosen, rejected], "scores": scores},
+                "provenance": {**provenance, "numbers": [chosen, rejected], "scores": scores},
             }
         )
     return rows
@@ -122,7 +142,9 @@ def _show(config: PreferencesConfig, counts: dict[str, int]) -> None:
     table = Table("", str(config.output))
     table.columns[-1].justify = "right"
     for name, count in counts.items():
-        table.add_row(name, f"{count:,}")
+        of = counts.get(COUNTS[name], 0)
+        if count:
+            table.add_row(name, f"{count:,}{f' ({count / of:.1%})' if of else ''}")
     Console(highlight=False).print(table)
 
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+Texts = Sequence[Sequence[str | None]]  # the answers to each prompt, None in the place of one that is left out
+
 
 @dataclass
 class Judged:

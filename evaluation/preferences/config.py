@@ -60,6 +60,38 @@ class PatternRule(Section):
         return self
 
 
+class _ModelJudge(Section):
+    model: str
+    """A Hugging Face folder with a chat template, or the model of a server: http://host:port/v1#model."""
+    temperature: float = Field(default=0.0, ge=0, le=100)
+    """0 is greedy decoding."""
+    max_new_tokens: int = Field(default=1024, gt=0, le=1_000_000)
+    """Longest judgement, in tokens."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Of judgements that are drawn."""
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.max_new_tokens, self.temperature, seed=self.seed)
+
+
+class PairwiseJudge(_ModelJudge):
+    """A model says which of two answers is better, for all pairs of a prompt's answers and in both orders. Where the two orders do not say the
+    same, or call them equally good, neither is."""
+
+    kind: Literal["pairwise"] = "pairwise"
+    prompt: str = "pairwise_en"
+    """One of Mujina's judge prompts (pairwise_en, pairwise_ja), or the path of a YAML file with the same keys."""
+
+
+class ScoreJudge(_ModelJudge):
+    """A model gives every answer a score."""
+
+    kind: Literal["score"] = "score"
+    prompt: str = "score_en"
+    """One of Mujina's judge prompts (score_en, score_ja), or the path of a YAML file with the same keys."""
+
+
 class PreferencesConfig(Section):
     """Where prompts come from, and what is made of the answers to them."""
 
@@ -71,7 +103,8 @@ class PreferencesConfig(Section):
     """The folder for pairs.jsonl, summary.json and journal.jsonl."""
     answers: AnswersConfig
     """Who answers."""
-    judge: Annotated[NumberRule | PatternRule, Field(discriminator="kind")]
+    judge: Annotated[NumberRule | PatternRule | PairwiseJudge | ScoreJudge, Field(discriminator="kind")]
     """What prefers one answer to another."""
     choose: Literal["best_and_worst", "every_pair"] = "best_and_worst"
-    """best_and_worst: one pair of a prompt, the best of its answers and the worst. every_pair: all in which one is better."""
+    """best_and_worst: one pair of a prompt, the best of its answers and the worst, by scores or by wins less losses. every_pair: all in which
+    one is better."""

@@ -2,15 +2,29 @@
 
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Decimal
+from typing import Any
 
+from evaluation.preferences.choice import Judged, Texts, by_scores
 from evaluation.preferences.config import NumberRule, PatternRule
-from evaluation.preferences.prompts import Prompt
+from evaluation.preferences.rows import Prompt
 from mujina.user_input import UserError
 
 # A minus behind a digit or a letter takes away, and is no sign; commas part thousands. Digits are ASCII once NFKC has been over them.
 _NUMBER = re.compile(r"(?:(?<![0-9A-Za-z)])[-+])?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
+
+
+class RuleJudge:
+    """Raises UserError where a row lacks what the rule compares with."""
+
+    def __init__(self, rule: NumberRule | PatternRule, prompts: Sequence[Prompt]) -> None:
+        self._scorers = [scorer(rule, prompt) for prompt in prompts]
+        self.provenance: dict[str, Any] = rule.model_dump(mode="json")
+
+    def judge(self, answers: Texts) -> list[Judged]:
+        scored = zip(self._scorers, answers, strict=True)
+        return [by_scores([None if text is None else score(text) for text in texts]) for score, texts in scored]
 
 
 def scorer(rule: NumberRule | PatternRule, prompt: Prompt) -> Callable[[str], float]:

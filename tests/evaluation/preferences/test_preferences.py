@@ -1,6 +1,10 @@
 """`mujina preferences`: from prompts to pairs."""
 
 import json
+import subprocess
+import sys
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +128,28 @@ def test_what_is_wrong_is_told_before_a_model_is_opened(
     with pytest.raises(UserError, match=message):
         preferences.main(write(tmp_path, "nowhere", rows, **values))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.repeats
+def test_killed_at_any_moment_it_pays_for_nothing_twice(tmp_path: Path) -> None:
+    """Of answers and judgements, by what the server counts."""
+    rows = [row(f"{number} draw:short|longer_one|the_longest_of_all") for number in range(60)]
+    prompt = {"version": 1, "user": "{conversation} <a>{answer_a}</a> <b>{answer_b}</b> judge:longer", "verdict": r"\[\[([A-Z])\]\]"}
+    (tmp_path / "judge.yaml").write_text(yaml.safe_dump(prompt))
+    journal = tmp_path / "out" / "journal.jsonl"
+    with chat_server("--most", "4") as server:
+        judge = {"kind": "pairwise", "model": model_of(server), "prompt": str(tmp_path / "judge.yaml")}
+        config = write(tmp_path, model_of(server), rows, judge=judge)
+        for num_lines in (200, 490):  # of 480 answers and 300 judgements or more
+            process = subprocess.Popen([sys.executable, "-m", "mujina", "preferences", str(config)])
+            deadline = time.monotonic() + 60
+            while not journal.exists() or journal.read_bytes().count(b"\n") < num_lines:
+                assert process.poll() is None and time.monotonic() < deadline
+            process.kill()
+            assert process.wait() == -9
+        preferences.main(config)
+        before = (tmp_path / "out" / "pairs.jsonl").read_bytes()
+        preferences.main(config, [f"output={tmp_path / 'again'}"])
+    assert (tmp_path / "again" / "pairs.jsonl").read_bytes() == before
+    kept = Counter(json.loads(line)["key"] for line in journal.read_bytes().splitlines())
+    assert set(kept.values()) == {1} and len(kept) > 480 + 300

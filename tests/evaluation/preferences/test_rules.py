@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from evaluation.preferences.config import NumberRule, PatternRule
-from evaluation.preferences.prompts import Prompt
+from evaluation.preferences.rows import Prompt
 from evaluation.preferences.rules import last_number, scorer
 from mujina.answers import question
 from mujina.user_input import UserError, parse
