@@ -1,6 +1,7 @@
 """The configuration of a preparation: which sources there are, which steps their documents go through, and where that runs."""
 
 import os
+import unicodedata
 from typing import Annotated, Literal
 
 import pydantic
@@ -97,7 +98,7 @@ class PrepareConfig(Section):
     """Sources, the folder to write to, the tokenizer, and where to run."""
 
     sources: dict[Name, SourceConfig] = Field(min_length=1)
-    """Sources by name; the names are those of the binaries, and phases use them."""
+    """Sources by name; the names are those of the binaries, and phases use them. They differ in more than capitals."""
     output: str
     """The folder to write to."""
     tokenizer: str | None = None
@@ -121,10 +122,23 @@ class PrepareConfig(Section):
             raise ValueError("executor slurm needs a section slurm: write at least slurm: {partition: NAME}")
         if self.tokenizer is None and not all(source.steps for source in self.sources.values()):
             raise ValueError("tokenizer is missing, and a source without steps has nothing else to be done: add it")
+        names = dict[str, str]()
+        for name in self.sources:
+            if (other := names.setdefault(_on_disk(name), name)) != name:
+                raise ValueError(
+                    f"sources {other} and {name} ({ascii(other)}, {ascii(name)}) differ only in capitals or in how Unicode writes a letter, "
+                    "and have one folder on some disks: give one of them another name"
+                )
         for name, source in self.sources.items():
             files = {f"{name}.{end}": f"{name}.{end}" for end in ("bin", "idx", "json")}
             if source.marks_answers:
                 files |= dict.fromkeys((f"{name}.weights", f"{name}.weights.bin"), f"{name}.weights.bin")
-            for other in files.keys() & self.sources.keys():
-                raise ValueError(f"sources {name} and {other} would both write {files[other]}: give one of them another name")
+            for file, written in files.items():
+                if other := names.get(_on_disk(file)):
+                    raise ValueError(f"sources {name} and {other} would both write {written}: give one of them another name")
         return self
+
+
+def _on_disk(name: str) -> str:
+    """What two names have in common that are one to a disk that does not tell capitals or normal forms apart."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

@@ -139,11 +139,15 @@ def test_weights_of_answers_are_built_and_removed_with_their_field_only(tokenize
     open_binary(tmp_path / "out/chat").verify()
 
 
-def test_weights_are_for_chat_and_need_a_name_of_their_own(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_weights_are_for_chat_and_names_are_their_own_on_every_disk(tokenizer_folder: Path, tmp_path: Path) -> None:
     chat = {"documents": ["a.jsonl"], "kind": "chat", "answer_weights": True}
     for sources, problem in (
         ({"web": chat | {"kind": "web"}}, r"answer_weights \(true\) needs kind chat, not web"),
         ({"chat": chat, "chat.weights": chat}, "sources chat and chat.weights would both write chat.weights.bin"),
+        ({"chat": chat, "CHAT.Idx": chat}, "sources chat and CHAT.Idx would both write chat.idx"),
+        ({"Web": chat, "web": chat}, "sources Web and web .'Web', 'web'. differ only in capitals .* give one of them another name"),
+        ({"\u30d0": chat, "\u30cf\u3099": chat}, r"differ only .* in how Unicode writes a letter"),
+        ({"STRÖM": chat, "stro\u0308m": chat}, r"sources STRÖM and stro\u0308m .'STR\\xd6M', 'stro\\u0308m'. differ only"),
     ):
         with pytest.raises(UserError, match=problem):
             parse({"tokenizer": str(tokenizer_folder), "output": str(tmp_path), "sources": sources}, PrepareConfig, "config.yaml")
