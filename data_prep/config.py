@@ -126,7 +126,7 @@ class PrepareConfig(Section):
         for name in self.sources:
             if (other := names.setdefault(_on_disk(name), name)) != name:
                 raise ValueError(
-                    f"sources {other} and {name} ({ascii(other)}, {ascii(name)}) differ only in capitals or in how Unicode writes a letter, "
+                    f"sources {other} and {name} ({ascii(other)}, {ascii(name)}) differ only in capitals or in how Unicode writes a letter "
                     "and have one folder on some disks: give one of them another name"
                 )
         for name, source in self.sources.items():

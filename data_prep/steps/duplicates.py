@@ -19,13 +19,16 @@ from data_prep.steps.step import CorpusStep, Judge, texts_of
 PARAGRAPH = re.compile(r"\n\s*\n")
 # Lines that documents share because they are written so, not because a site puts them there: markup, code, and rules without a letter.
 MARKUP = re.compile(
-    r"\s*(?:\\|</?[a-zA-Z!?]|[{}\])]|```|>>> |\$ |#!|#\s*include\b|import\s|from\s+\S+\s+import\s"
+    r"(?: {4}|\t)\s*(?![-*+•・●]\s?)\S|\s*(?:\\|%|</?[a-zA-Z!?]|[{}\])]|```|>>> |\$ |#!|//|/\*|\*/|@\w+\{"
+    r"|#\s*(?:include|define|undef|if|ifdef|ifndef|else|endif|pragma)\b|package\s+\w+\s*\Z|import\s|from\s+\S+\s+import\s"
     r"|#{1,6}\s|=+\s.*\s=+\s*\Z|\|.*\|\s*\Z|\$\$|[\W_]*\Z|(?:def|class|if|else|for|while)\b.*:\s*\Z)|.*[{};]\s*\Z",
     re.DOTALL,
 )
 ENDS, CLOSING = "。．.！!？?…、，,", "」』）)\"'”’"
 SENTENCE_WITHIN = re.compile(r"[.!?…]\s+\S|[。．！？]")
-NOTICE = re.compile(r"©|\(c\)|copyright|rights reserved|転載|cookie|クッキー|javascript", re.IGNORECASE)
+IN_BRACKETS = re.compile(r"[（〔][^（）〔〕]*[）〕]")  # who signed, what happened in the room
+COPYRIGHT = re.compile(r"©|\(c\)\s*\d|copyright|rights reserved|無断転載|転載を禁", re.IGNORECASE)
+NOTICE = re.compile(rf"{COPYRIGHT.pattern}|\(c\)|転載|cookie|クッキー|javascript", re.IGNORECASE)
 BLOCK = 3  # lines of a site inside of a text, such as a menu's
 
 
@@ -73,7 +76,7 @@ def _find_copies(folder: Path, num_ranks: int, part: int) -> None:
 
 class RepeatedLines(CorpusStep):
     """Takes out the lines, or paragraphs, that a site puts on its pages: they stand in more than `max_documents` documents, and in this one
-    at its beginning or end, or three or more together; the first of those documents keeps them.
+    at its beginning or end, or three or more together, or are about copyright; the first of those documents keeps them.
 
     A single sentence stays, unless it lies outside of such a line at the beginning or end; so does markup, such as LaTeX's. Lines count
     as equal up to white space. Code and dialogues pass as they are: what is repeated there, an import or a system turn, is meant.
@@ -139,7 +142,9 @@ def _is_prose(document: Document) -> bool:
 
 
 def _is_sentence(line: str) -> bool:
-    """Whether it is one sentence, or the beginning of a letter."""
+    """Whether it is one sentence, the beginning of a letter, or a remark in brackets."""
+    if IN_BRACKETS.fullmatch(line.strip()):
+        return True
     line = line.strip().rstrip(CLOSING)
     return line.endswith(tuple(ENDS)) and not SENTENCE_WITHIN.search(line.rstrip(ENDS))
 
@@ -160,6 +165,8 @@ def _of_the_site(lines: list[str], repeated: list[bool], short: list[bool]) -> N
             out[n] = repeated[n] and not is_markup[n]
     block: list[int] = []
     for n in range(len(lines) + 1):
+        if n < len(lines) and is_sure[n] and COPYRIGHT.search(lines[n]):  # whatever comes behind it: a counter, a date
+            out[n] = True
         if n < len(lines) and is_sure[n]:
             block.append(n)
         elif n == len(lines) or not short[n]:

@@ -146,8 +146,11 @@ def test_weights_are_for_chat_and_names_are_their_own_on_every_disk(tokenizer_fo
         ({"chat": chat, "chat.weights": chat}, "sources chat and chat.weights would both write chat.weights.bin"),
         ({"chat": chat, "CHAT.Idx": chat}, "sources chat and CHAT.Idx would both write chat.idx"),
         ({"Web": chat, "web": chat}, "sources Web and web .'Web', 'web'. differ only in capitals .* give one of them another name"),
-        ({"\u30d0": chat, "\u30cf\u3099": chat}, r"differ only .* in how Unicode writes a letter"),
-        ({"STRÖM": chat, "stro\u0308m": chat}, r"sources STRÖM and stro\u0308m .'STR\\xd6M', 'stro\\u0308m'. differ only"),
+        (
+            {"가": chat, "\u1100\u1161": chat},
+            r"sources 가 and \u1100\u1161 .'\\uac00', '\\u1100\\u1161'. differ only .* how Unicode writes",
+        ),
+        ({"\u212bngström": chat, "ångström": chat}, "differ only in capitals or in how Unicode writes a letter"),
     ):
         with pytest.raises(UserError, match=problem):
             parse({"tokenizer": str(tokenizer_folder), "output": str(tmp_path), "sources": sources}, PrepareConfig, "config.yaml")

@@ -116,6 +116,31 @@ FOOTER = ["本サイトの内容の無断転載を禁じます。", "Copyright (
             "以上{n}",
         ],
         ["function f{n}() {", "    return document.body;", "}  // end of function", "last {n}"],
+        ["関数{n}", "    try:", "        return open(path, 'rb')", "    except FileNotFoundError:", "\treturn None and more"],
+        ["コード{n}", "#endif /* CONFIG_H */", "// end of the namespace", "/* vim: set ts=4 */", "@article{knuth1984,", "package main"],
+        ["論文{n}", "%%% Local Variables: %%%", "% mode: latex mode", "% TeX-master: t or nil", "図{n}"],
+        ["主文{n}", "理由{n}", "よって、裁判官全員一致の意見で、主文のとおり判決する。", "（裁判長裁判官　山田太郎　裁判官　鈴木次郎）"],
+        [
+            "{n}君。",
+            "本日は、これにて散会いたします。",
+            "〔「異議なし」と呼ぶ者あり〕",
+            "午後三時二十分散会（その{n}）",
+            "〔総員起立、拍手する〕",
+        ],
+        ["主　文", "本件上告を棄却する。", "上告費用は上告人の負担とする。", "理由は{n}である。"],
+        ["甲と乙は{n}を約する。", "本契約に定めのない事項については、甲乙協議の上、これを定める。"],
+        ["{n}が来た。", "彼は何も言わずに立ち去った。", "私はそれを黙って見ていた。", "雨はいつまでも降り続いていた。", "{n}は泣いた。"],
+        ["{n} said.", '"I don\'t know what you mean."', '"Yes, you certainly do."', '"No, I certainly don\'t."', "{n} left."],
+        [
+            "「{n}さん」",
+            "「はい、なんでしょうか、先生？」",
+            "「いえ、なんでもありません。」",
+            "「それならよいのですが。」",
+            "{n}は黙った。",
+        ],
+        ["Recipe {n}", "- 1 teaspoon of salt", "- 2 cups of flour", "Mix {n} and bake."],
+        ["Dear {n},", "Mit freundlichen Grüßen,"],
+        ["---", "layout: default post", "title: {n}", "---", "text {n}"],
     ],
 )
 def test_structure_and_sentences_of_prose_stay(tmp_path: Path, lines: list[str]) -> None:
@@ -136,6 +161,34 @@ def test_what_a_site_puts_around_a_page_goes(tmp_path: Path) -> None:
     assert set(judged(RepeatedLines(), documents, tmp_path / "x", 2)) == {None}
     expected = f"検索\n\n{body}\n次の話題{{n}}\n{law}"
     assert [document.text for document in documents] == [texts[0]] + [expected.replace("{n}", str(n)) for n in range(1, 15)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "gone"),
+    [
+        (["Home | About us | Contact | Site map", "text {n}"], [0]),
+        (["[Home] [News] [Contact]", "text {n}"], [0]),
+        (["トップ｜会社概要｜お問い合わせ｜採用情報", "本文{n}"], [0]),
+        (["ホーム > 製品情報 > 製品一覧", "本文{n}です。"], [0]),
+        (["このページを表示するにはJavaScriptを有効にしてください。", "本文{n}"], [0]),
+        (["当サイトではクッキーを使用しています。", "本文{n}"], [0]),
+        (["ご利用ありがとうございます。会員登録はこちらからどうぞ。", "本文{n}"], [0]),
+        (["・ホームページへ戻るには", "・会社案内のページへ移動", "・製品情報のページへ移動", "本文{n}。"], [0, 1, 2]),
+        (["本文{n}。", "▲ページの先頭へ戻る"], [1]),
+        (["本文{n}", "TEL 03-1234-5678（平日9時～17時）"], [1]),
+        (["本文{n}", "あわせて読みたい関連記事はこちら"], [1]),
+        (["text {n}", "Subscribe to our newsletter", "Enter your email address to get updates"], [1, 2]),
+        (["文{n}。", "この記事をツイートする", "この記事をシェアする", "はてなブックマークに追加", "続き{n}。"], [1, 2, 3]),
+        (["本文{n}です。", "Copyright (C) 2020 Example Corporation", "最終更新{n}"], [1]),
+        (["本文{n}です。", "本サイトの内容の無断転載を禁じます。", "訪問者{n}人"], [1]),
+        (["本文{n}です。", "© 2020 Example K.K.", "更新日{n}"], [1]),
+    ],
+)
+def test_what_a_site_writes_goes(tmp_path: Path, lines: list[str], gone: list[int]) -> None:
+    documents = [text_document("\n".join(lines).replace("{n}", str(n))) for n in range(15)]
+    judged(RepeatedLines(min_remaining=0), documents, tmp_path / "x", 2)
+    stays = "\n".join(line for number, line in enumerate(lines) if number not in gone)
+    assert [document.text for document in documents[1:]] == [stays.replace("{n}", str(n)) for n in range(1, 15)]
 
 
 def test_code_is_left_alone(tmp_path: Path) -> None:
