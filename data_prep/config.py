@@ -134,8 +134,8 @@ class PrepareConfig(Section):
             if source.marks_answers:
                 files |= dict.fromkeys((f"{name}.weights", f"{name}.weights.bin"), f"{name}.weights.bin")
             for file, written in files.items():
-                if other := names.get(_on_disk(file)):
-                    raise ValueError(f"sources {name} and {other} would both write {written}: give one of them another name")
+                if twin := names.get(_on_disk(file)):
+                    raise ValueError(f"sources {name} and {twin} would both write {written}: give one of them another name")
         return self
 
 
