@@ -11,7 +11,7 @@ setup(
     packages=[name for room in ROOMS for name in find_packages(include=(room, f"{room}.*"))],
     package_data={
         "": ["py.typed"],
-        "tokenization": ["chat_template.jinja"],
+        "tokenization": ["chat_templates/*.jinja"],
         "data_prep": ["configs/*.yaml", "steps/*.ftz", "steps/words/*.txt"],
         "megatron_jobs": ["configs/*.yaml"],
         "evaluation": ["preferences/prompts/*.yaml"],

@@ -198,7 +198,7 @@ def _answered(name: str, source: SourceConfig, rows: tuple[Row, ...], tally: _Ta
 def _tokenized(rows: tuple[Row, ...], rendered: list[Rendered] | None) -> tuple[list[np.ndarray], list[np.ndarray], int]:
     """The ids of each document, from what begins it to what ends it, weights (of what is `rendered`), and characters of all rows."""
     characters = sum(len(row["text"]) if "text" in row else sum(len(turn["content"]) for turn in row["messages"]) for row in rows)
-    weights = [np.append(one.is_answer, True).astype(np.uint8) for one in rendered or ()]  # the end of the document included
+    weights = [_ended(one.is_answer, one.ids, True).astype(np.uint8) for one in rendered or ()]  # the end of the document included
     if rendered is not None:
         ids = [one.ids for one in rendered]
     else:
@@ -208,7 +208,12 @@ def _tokenized(rows: tuple[Row, ...], rendered: list[Rendered] | None) -> tuple[
         if _tokenizer.begins_texts:
             begin = np.array([_tokenizer.bos_id], np.int32)
             ids = [np.append(begin, one) if "text" in row else one for row, one in zip(rows, ids, strict=True)]
-    return [np.append(document, np.int32(_tokenizer.eod_id)) for document in ids], weights, characters
+    return [_ended(document, document, np.int32(_tokenizer.eod_id)) for document in ids], weights, characters
+
+
+def _ended(values: np.ndarray, ids: np.ndarray, end: Any) -> np.ndarray:
+    """The values of a document's tokens, with that of the token that ends it, unless its last turn has ended with just that token."""
+    return values if ids.size and ids[-1] == _tokenizer.eod_id else np.append(values, end)
 
 
 def _contents(path: str) -> str | list[str]:

@@ -22,7 +22,7 @@ import tokenizers
 from mujina.disks import patiently
 from mujina.user_input import UserError, nearest, read_object, stand_in
 from tokenization.chat import ChatTemplate, Part, plain
-from tokenization.tokenizer import BEGINNINGS, CHAT_PIECES, CHAT_TEMPLATE, END_OF_TURN, SPACE_PIECE, BeginDocuments, Rendered, beginning
+from tokenization.tokenizer import BEGINNINGS, CHAT_PIECES, CHAT_TEMPLATES, END_OF_TURN, SPACE_PIECE, BeginDocuments, Rendered, beginning
 
 # Gigatoken remembers every word that it has met (13 bytes a character of words that never recur) until it is dropped: so it is opened
 # anew, in 20 ms, after this many characters.
@@ -112,7 +112,7 @@ class HfTokenizer:
         self._guarded = re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))))
         template = self._read_template(config)
         if template is None and vocabulary.keys() >= set(CHAT_PIECES):
-            template = CHAT_TEMPLATE.read_text(encoding="utf-8")
+            template = CHAT_TEMPLATES["roles"].read_text(encoding="utf-8")
         white = {piece.content: (piece.lstrip, piece.rstrip) for piece in added.values()}
         controls = {piece: white.get(piece, (False, False)) for piece in map(self.piece, self._control_ids)}
         self._template, self._chat = template, None

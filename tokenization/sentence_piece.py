@@ -16,7 +16,7 @@ import sentencepiece
 from mujina.disks import patiently
 from mujina.user_input import UserError, stand_in
 from tokenization.chat import ChatTemplate, Part, plain
-from tokenization.tokenizer import BEGINNINGS, CHAT_PIECES, CHAT_TEMPLATE, END_OF_TURN, SPACE_PIECE, BeginDocuments, Rendered, beginning
+from tokenization.tokenizer import BEGINNINGS, CHAT_PIECES, CHAT_TEMPLATES, END_OF_TURN, SPACE_PIECE, BeginDocuments, Rendered, beginning
 
 
 class ForeignModel(UserError):
@@ -24,7 +24,8 @@ class ForeignModel(UserError):
 
 
 class SentencePieceTokenizer:
-    """A `tokenization.tokenizer.Tokenizer`. Its `hash` is that of tokenizer.model; every dialogue is written by CHAT_TEMPLATE."""
+    """A `tokenization.tokenizer.Tokenizer`. Its `hash` is that of tokenizer.model; dialogues are written by the chat_template.jinja beside
+    it, or by that of the role tokens where there is none."""
 
     remark: str | None = None
     bos_id: int | None
@@ -41,16 +42,18 @@ class SentencePieceTokenizer:
         self.vocab_size: int = self._engine.vocab_size()
         if not self.vocab_size:
             raise ForeignModel(f"{model_file}: is not a sentencepiece model: copy it again, or train one")
-        self.end_of_turn_id = self._id(END_OF_TURN)
         self.eod_id = self._id(eos := self._engine.id_to_piece(self._engine.eos_id()))
         if end_of_document not in (None, eos):
             raise UserError(f"end_of_document ({end_of_document}): documents of {model_file} end with {eos}: write that, or leave it out")
         self._bos = self._engine.id_to_piece(self._engine.bos_id())
-        self._chat_ids = {piece: self._id(piece) for piece in (*CHAT_PIECES, self._bos)}
+        self._chat_ids = {piece: self._id(piece) for piece in (*CHAT_PIECES, self._bos, eos)}
         self.bos_id = self._chat_ids[self._bos]
-        self._template = BEGINNINGS[begin_documents] + CHAT_TEMPLATE.read_text(encoding="utf-8")
+        own = model_file.with_name("chat_template.jinja")
+        template = (own if own.exists() else CHAT_TEMPLATES["roles"]).read_text(encoding="utf-8")
+        self._template = template if template.startswith(BEGINNINGS[begin_documents]) else BEGINNINGS[begin_documents] + template
+        self.end_of_turn_id = self._id(END_OF_TURN) if END_OF_TURN in template else self.eod_id
         controls = dict.fromkeys(self._chat_ids, (False, False))
-        self._chat = ChatTemplate(self._template, model_file.parent, controls, {"bos_token": self._bos})
+        self._chat = ChatTemplate(self._template, model_file.parent, controls, {"bos_token": self._bos, "eos_token": eos})
         self.template_hash: str | None = self._chat.hash
         # The engine takes a literal U+2581 for a space. Spelled in bytes it comes back as itself.
         self._space_piece_ids = [self._id(f"<0x{byte:02X}>") for byte in SPACE_PIECE.encode()]
@@ -95,7 +98,7 @@ class SentencePieceTokenizer:
             return [self._id(f"<0x{byte:02X}>") for byte in data]
 
     def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> Rendered:
-        """A dialogue as CHAT_TEMPLATE writes it; contents that spell a chat piece stay text. Raises UserError on an unknown role."""
+        """A dialogue as its template writes it; contents that spell a chat piece stay text. Raises UserError on an unknown role."""
         return self._rendered(self._chat.parts(messages, add_generation_prompt))
 
     def encode_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> np.ndarray:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 ROLES = ("system", "user", "assistant")
 END_OF_TURN = "<|end|>"
 CHAT_PIECES = (*(f"<|{role}|>" for role in ROLES), END_OF_TURN)
-CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+CHAT_TEMPLATES = {path.stem: path for path in Path(__file__).with_name("chat_templates").glob("*.jinja")}
 SPACE_PIECE = "▁"  # U+2581, sentencepiece's name for a space
 
 

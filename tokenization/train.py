@@ -31,7 +31,7 @@ from mujina.files import read_rows, sha256_of, whole_folder
 from mujina.user_input import Section, UserError, command_line, read_yaml
 from tokenization.presplit import mecab
 from tokenization.sentence_piece import SentencePieceTokenizer
-from tokenization.tokenizer import CHAT_PIECES
+from tokenization.tokenizer import CHAT_PIECES, CHAT_TEMPLATES
 
 MANIFEST = "tokenizer_manifest.json"
 
@@ -59,6 +59,10 @@ class TrainConfig(Section):
     """Part of the fingerprint, because sums of floats depend on how many threads share them."""
     seed: int = 1
     """Of the sample of lines."""
+    chat_template: Literal["roles", "alpaca_ja"] = "roles"
+    """How dialogues are written: each turn between a token of its role and `<|end|>`, or in the Japanese Alpaca form (a fixed sentence,
+    `### 指示:`, `### 応答:`), where `</s>` ends an answer.
+    """
 
     @model_validator(mode="after")
     def _check_presplit(self) -> "TrainConfig":
@@ -84,6 +88,7 @@ def train(config: TrainConfig) -> Path:
         with Progress(*columns, console=Console(stderr=True)) as progress:
             progress.add_task(f"training {config.vocab_size:,} pieces on {len(config.inputs)} files", total=None)
             (partial / "tokenizer.model").write_bytes(_train_model(config))
+            (partial / "chat_template.jinja").write_bytes(CHAT_TEMPLATES[config.chat_template].read_bytes())
         tokenizer = SentencePieceTokenizer(partial / "tokenizer.model")
         tokenizer.save_hf(partial)
         manifest = {"fingerprint": fingerprint, "tokenizer_hash": tokenizer.hash, "config": config.model_dump()}

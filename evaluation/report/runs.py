@@ -66,6 +66,7 @@ class Step(_Part):
     loss_by_source: dict[str, float] = {}
     tokens_by_source: dict[str, int] = {}
     weight_by_source: dict[str, float] = {}
+    trained_by_source: dict[str, int] = {}
     z_loss: float | None = None
     load_balancing_loss: float | None = None
     router_z_loss: float | None = None

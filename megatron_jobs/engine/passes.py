@@ -43,6 +43,7 @@ class Measured:
     others_by_source: dict[str, dict[str, float]]  # the other measures of a loss over pairs, likewise
     tokens_by_source: dict[str, int]
     weight_by_source: dict[str, float] | None  # its share of the weight of the batch; None where all tokens count alike
+    trained_by_source: dict[str, int] | None  # its tokens that have a weight; None where all tokens count alike
     routed: Routed | None  # None for a dense model
 
     @property
@@ -54,7 +55,7 @@ class Measured:
         _, *others = self.measures.items()
         fields = {"loss": self.loss, "loss_by_source": self.by_source, "tokens_by_source": self.tokens_by_source, **dict(others)}
         if self.weight_by_source:
-            fields["weight_by_source"] = self.weight_by_source
+            fields |= {"weight_by_source": self.weight_by_source, "trained_by_source": self.trained_by_source}
         fields |= {f"{name}_by_source": values for name, values in self.others_by_source.items()}
         return fields | (self.routed.as_record() if self.routed else {})
 
@@ -143,12 +144,12 @@ class Passes:
             **message_shape(phase, self.config.train.micro_batch_size),
             forward_only=divisor is None,
         )
-        own = torch.zeros(2 + len(loss.measures), len(self.sources) + 1, dtype=torch.float64, device=torch.cuda.current_device())
+        own = torch.zeros(3 + len(loss.measures), len(self.sources) + 1, dtype=torch.float64, device=torch.cuda.current_device())
         # Only the last pipeline stage has losses; its tensor-parallel ranks all have the same.
         if sums and parallel_state.get_tensor_model_parallel_rank() == 0:
             own = torch.stack(sums).sum(0)
         total, routed = self._over_all_ranks(own, num_micro_batches)
-        tokens, weights, *measures = total[:, :-1].tolist()
+        tokens, trained, weights, *measures = total[:, :-1].tolist()
         names, by_source = self.sources, zip(self.sources, measures[0], weights, strict=True)
         return Measured(
             measures={name: sum(values) / sum(weights) for name, values in zip(loss.measures, measures, strict=True)},
@@ -160,6 +161,7 @@ class Passes:
             },
             tokens_by_source={name: int(count) for name, count in zip(names, tokens, strict=True) if count},
             weight_by_source={n: w / sum(weights) for n, w, t in zip(names, weights, tokens, strict=True) if t} if weighs(phase) else None,
+            trained_by_source={n: int(count) for n, count, t in zip(names, trained, tokens, strict=True) if t} if weighs(phase) else None,
             routed=routed,
         )
 
@@ -201,7 +203,7 @@ def _forward(
     batches: Iterator[MicroBatch],
     gpt: torch.nn.Module,
 ) -> tuple[torch.Tensor, Any]:
-    """What megatron-core's schedules call for a micro-batch: the output, and what makes the loss of it and its sums [2 + M, N]."""
+    """What megatron-core's schedules call for a micro-batch: the output, and what makes the loss of it and its sums [3 + M, N]."""
     batch = next(batches)
     tokens, sources, documents, weights = map(_on_device, (batch.tokens, batch.sources, batch.documents, batch.weights))
     output = forward(gpt, tokens[:, :-1], tokens[:, 1:], documents, _outputs)
@@ -219,7 +221,9 @@ def _forward(
                 num_parts=parts.size(),
             )
         value, sums_KB = loss.sums(labels, divisor)
-        sums_KB = torch.cat([sums_KB.new_full((1, len(sources)), nats_BL.shape[1]), sums_KB])  # tokens, weight, measures
+        tokens_B = sums_KB.new_full((len(sources),), nats_BL.shape[1])
+        trained_B = tokens_B if labels.weights_BL is None else (labels.weights_BL > 0).sum(1)
+        sums_KB = torch.cat([torch.stack([tokens_B, trained_B.to(sums_KB)]), sums_KB])  # tokens, those with a weight, weight, measures
         # not index_add_, whose order on a GPU is another one each time; not a product, which takes a NaN over to other sources
         is_of_source_NB = sources == torch.arange(num_sources, device=sources.device)[:, None]
         return value, sums_KB[:, None].where(is_of_source_NB, 0.0).sum(2)

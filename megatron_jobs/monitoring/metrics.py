@@ -9,6 +9,7 @@ RUN/metrics.jsonl has one line for each step, also after restarts and rollbacks.
                                 phase of preferences the mean over the pairs
     loss_by_source, tokens_by_source    the same over the tokens of each source that is in the batch, and their number
     weight_by_source            share of each source in the weight of the batch, where tokens differ in their weight; sums to 1
+    trained_by_source           number of tokens of each source that have a weight, likewise
     z_loss, load_balancing_loss, router_z_loss    auxiliary losses before their coefficients; the last two for a mixture
     chosen_reward, rejected_reward, reward_margin, reward_accuracy    of pairs (losses/preference.py): β × what the log-probability has
                                 gained over the reference, the difference, and the share of pairs where it is above 0; each also by source

@@ -38,6 +38,9 @@ def main(
     console = Console(width=140, highlight=False)
     total, active = num_parameters(settings)
     console.print(f"parameters        {_billions(total)}" + (f", {_billions(active)} active in a token" if settings.moe else ""))
+    sources = feeder.facts(feeder.open_sources(settings)) if settings.data.folder.is_dir() else None
+    if sources is not None:
+        settings = phases.resolve(settings, sources)
     if gpu is not None:
         planner.show(settings, planner.machine(gpus, gpu, gpus_per_node, stack), gpu, console)
     elif gpus is not None:
@@ -48,9 +51,6 @@ def main(
             f"data {sizes.data(gpus)}"
         )
     tell_hindrance(settings)
-    sources = feeder.facts(feeder.open_sources(settings)) if settings.data.folder.is_dir() else None
-    if sources is not None:
-        settings = phases.resolve(settings, sources)
     console.print(f"rollback          {reach_of_rollbacks(settings)}")
     console.print(_phase_table(settings))
     if tokens_per_day is not None:

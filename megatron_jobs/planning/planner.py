@@ -131,7 +131,7 @@ def predict(config: RunConfig, machine: Machine) -> Prediction:
     tokens, seconds, bubble, exchange, operations = 0, 0.0, 0.0, 0.0, 0.0
     for phase in config.phases:
         timing = timings[phase.sequence_length, phase.global_batch_size]
-        steps = phase.num_steps
+        steps = phase.num_steps if phase.tokens else 1  # its sources are not there to tell: it counts next to nothing
         tokens += steps * phase.tokens_per_step
         seconds += steps * timing.step
         bubble += steps * timing.bubble
@@ -349,7 +349,7 @@ def _row(prediction: Prediction) -> list[str]:
         f"{prediction.flops_per_second_per_gpu / 1e12:.0f}",
         f"{prediction.mfu:.1%}",
         f"{prediction.tokens_per_day / 1e9:.1f} B",
-        f"{prediction.tokens / prediction.tokens_per_day:.1f}",
+        f"{prediction.tokens / prediction.tokens_per_day:.1f}" if all(phase.tokens for phase in prediction.config.phases) else "?",
     ]
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from data_prep.row import Row
 from mujina import locks
 from mujina.user_input import UserError, parse
 from tokenization.load import load
+from tokenization.tokenizer import CHAT_TEMPLATES
 from tokenization.train import TrainConfig, train
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +98,26 @@ def test_answers_have_weights_beside_the_tokens(tokenizer_folder: Path, tmp_path
     assert binary.channel("weights").tolist() == sum(expected, []) and 1 in sum(expected, [])
     answer = binary.document(0)[np.array(expected[0], bool)]
     assert tokenizer.decode(answer[:-2]) == "The answer is 12." and answer[-2:].tolist() == [tokenizer.end_of_turn_id, tokenizer.eod_id]
+
+
+def test_a_dialogue_whose_last_turn_ends_as_documents_do_has_one_end(tokenizer_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    shutil.copy(tokenizer_folder / "tokenizer.model", folder)
+    shutil.copy(CHAT_TEMPLATES["alpaca_ja"], folder / "chat_template.jinja")
+    tokenizer = load(folder)
+    turns = [{"role": "user", "content": "7 + 5?"}, {"role": "assistant", "content": "12"}]
+    documents = write_rows(tmp_path / "chat.jsonl", [{"messages": [*turns, *turns]}, {"messages": [*turns, turns[0]]}])
+    source: dict[str, Any] = {"documents": [documents], "kind": "chat", "answer_weights": True}
+    with pytest.raises(UserError, match="the chat template adds .*以下は、タスクを説明する"):
+        prepare(config(folder, tmp_path / "out", chat=source))
+    (manifest,) = prepare(config(folder, tmp_path / "out", chat=source | {"template_may_change": True}))
+    binary = open_binary(tmp_path / "out/chat")
+    both, one = binary.document(0), binary.document(1)
+    assert (both == tokenizer.eod_id).sum() == 2 and (one == tokenizer.eod_id).sum() == 2 and one[-1] == tokenizer.eod_id
+    weights = binary.channel("weights")
+    answer = len(tokenizer.encode("12")) + 1
+    assert manifest.num_answer_tokens == weights.sum() == 2 * answer + answer + 1, "of the second, where the user speaks last, the end too"
 
 
 DAMAGED = {

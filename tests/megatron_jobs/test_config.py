@@ -5,16 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from data_prep.indexed import BinaryWriter, Channel, Labels
 from megatron_jobs import config as configuration
 from megatron_jobs.data import phases
-from megatron_jobs.planning import layouts
+from megatron_jobs.planning import layouts, plan
 from megatron_jobs.planning.plan import num_parameters
 from mujina.cli import VERBS
 from mujina.user_input import UserError
 from tests.conftest import MOE, tiny
+from tokenization.load import load
 
 ROOT = Path(__file__).parents[2]
 
@@ -154,6 +157,62 @@ def test_the_reference_models(name, total, active, steps, monkeypatch):
     assert settings.model.padded_vocab_size == 65_024
     last = settings.phases[-1]
     assert last.admit.kinds == ("chat",) and last.admit.origins == ("synthetic",)
+
+
+RECIPES = {
+    "tanuki_8b_chat": {"sft": ("answers", "dialogues", 1, 5e-6), "dpo": ("preference", "pairs", 1, 5e-7)},
+    "tanuki_8x8b_sft": {"sft": ("answers", "dialogues", 1, 5e-7)},
+    "tanuki_8x8b_dpo": {"dpo": ("preference", "pairs", 2, 2e-6)},
+}
+
+
+@pytest.fixture(scope="module")
+def dialogues_and_pairs(prepared, tmp_path_factory) -> list[str]:
+    """As many as the first models were fine-tuned on, shorter ones; as overrides of a recipe."""
+    tokenizer = load(prepared / "tokenizer")
+    folder = tmp_path_factory.mktemp("answers")
+    draw = np.random.default_rng(1)
+    labels = dict(origin="synthetic", languages={}, licences={}, teachers={}, num_characters=1, fingerprint="")
+    labels |= dict(tokenizer_hash=tokenizer.hash, vocab_size=tokenizer.vocab_size)
+    for name, kind, documents in (("dialogues", "chat", 140_078), ("pairs", "preferences", 60_000)):
+        writer = BinaryWriter(folder / name, np.dtype(np.uint16), {"weights": Channel(dtype="uint8", per="token")})
+        lengths = draw.integers(30, 200, documents)
+        weights = np.zeros(lengths.sum(), np.uint8)
+        weights[np.cumsum(lengths) - 1] = 1
+        writer.add_documents(np.ones(lengths.sum(), np.uint16), lengths, {"weights": weights})
+        writer.finish(Labels(name=name, kind=kind, num_answer_tokens=documents, **labels))
+    return [f"data.folder={folder}", f"tokenizer={prepared / 'tokenizer'}"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipes_of_fine_tuning_load_and_plan(name, dialogues_and_pairs, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    file = Path(f"megatron_jobs/configs/{name}.yaml")
+    settings = configuration.load(file)
+    layouts.check(settings, 128)
+    found = {
+        phase.name: (phase.loss.kind, source, take.epochs, phase.learning_rate.start)
+        for phase in settings.phases
+        for source, take in phase.sources.items()
+    }
+    assert found == RECIPES[name] and {phase.sequence_length for phase in settings.phases} == {4096}
+    betas = [phase.loss.beta for phase in settings.phases if phase.loss.kind == "preference"]
+    assert betas == {"tanuki_8b_chat": [0.01], "tanuki_8x8b_sft": [], "tanuki_8x8b_dpo": [0.1]}[name]
+    assert bool(settings.adapter) == (name == "tanuki_8x8b_dpo")
+    plan.main(file)
+    assert "as its sources have" in (told := capsys.readouterr().out) and "is not there yet" in told
+    plan.main(file, dialogues_and_pairs)
+    told = capsys.readouterr().out
+    assert ("140,078" in told) == ("sft" in RECIPES[name]) and ("30,000" in told or "60,000" in told) == ("dpo" in RECIPES[name])
+
+
+def test_the_planner_knows_phases_of_dialogues(dialogues_and_pairs, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    file = Path("megatron_jobs/configs/tanuki_8b_chat.yaml")
+    for there in (False, True):
+        plan.main(file, dialogues_and_pairs if there else None, gpus=128, gpu="h100")
+        row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ TP2 DP64"))
+        assert row.split("│")[-2].strip() == ("0.0" if there else "?")
 
 
 def test_plan_counts_what_the_model_has(prepared, tmp_path):

@@ -1,6 +1,7 @@
 """Which tokens of a dialogue are answers: what the assistant says, and the token that ends its turn; nothing is guessed."""
 
 import json
+import shutil
 from itertools import groupby
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from tokenizers import processors
 
 from mujina.user_input import UserError
 from tokenization.load import load
-from tokenization.tokenizer import Rendered, Tokenizer
+from tokenization.tokenizer import CHAT_TEMPLATES, Rendered, Tokenizer
 
 DIALOGUE = [
     {"role": "system", "content": "Be brief."},
@@ -84,6 +85,37 @@ def test_our_own_template(engine: str, tokenizer: Tokenizer, with_template) -> N
     prompt = tokenizer.render(DIALOGUE[:-1], add_generation_prompt=True)
     assert prompt.ids.tolist() == rendered.ids[:-1].tolist() and prompt.is_answer.tolist() == rendered.is_answer[:-1].tolist()
     assert not prompt.is_answer[-1], "the header of a turn is no answer"
+
+
+SENTENCE = "以下は、タスクを説明する指示です。要求を適切に満たす応答を書きなさい。"
+
+
+@pytest.mark.parametrize("messages", [DIALOGUE, DIALOGUE[1:]], ids=["a system's turn", "the fixed sentence"])
+def test_the_japanese_alpaca_form(messages, folder: Path, tmp_path: Path) -> None:
+    """As the first models' card has it: `<s>`, a sentence, 指示, 応答, and `</s>` where an answer ends. transformers agrees on every id."""
+    from transformers import AutoTokenizer
+
+    shutil.copy(folder / "tokenizer.model", tmp_path)
+    shutil.copy(CHAT_TEMPLATES["alpaca_ja"], tmp_path / "chat_template.jinja")
+    tokenizer = load(tmp_path, begin_documents="yes")
+    rendered = tokenizer.render(messages)
+    sentence, turns = ("Be brief.", messages[1:]) if messages == DIALOGUE else (SENTENCE, messages)
+    whole = sentence
+    for turn in turns:
+        whole += {"user": "\n\n### 指示:\n", "assistant": "\n\n### 応答:\n"}[turn["role"]] + turn["content"]
+        whole += "\0" * (turn["role"] == "assistant")
+    assert rendered.text == "\0" + whole and rendered.ids[0] == tokenizer.bos_id and tokenizer.end_of_turn_id == tokenizer.eod_id
+    assert answers(tokenizer, rendered) == ["  15です。 </s>", "The cat's hat\n\nis 12,345 🦡</s>", "</s>"]
+
+    tokenizer.save_hf(tmp_path / "hf")
+    reference = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert reference.apply_chat_template(messages, tokenize=False).replace("</s>", "\0").replace("<s>", "\0") == rendered.text
+    again = load(tmp_path / "hf", begin_documents="yes")
+    prompt = again.render(messages[:-1], add_generation_prompt=True).ids.tolist()
+    assert (
+        prompt == rendered.ids[: len(prompt)].tolist() == reference.apply_chat_template(messages[:-1], add_generation_prompt=True).input_ids
+    )
+    assert again.template_hash == tokenizer.template_hash
 
 
 def trimmed(messages: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -93,6 +93,7 @@ def plain_loop(config: RunConfig) -> list[dict[str, Any]]:
                 "mean of means": float(((weights * nats).sum(1) / weights.sum(1).clamp_min(1e-9)).mean()),
                 "loss_by_source": {source: float((w * nats[rows[source]]).sum() / w.sum()) for source, w in of.items()},
                 "weight_by_source": {source: float(w.sum() / weights.sum()) for source, w in of.items()},
+                "trained_by_source": {source: int((w > 0).sum()) for source, w in of.items()},
             }
         )
     return result
@@ -107,7 +108,7 @@ def test_the_gradient_is_divided_by_the_weight_of_the_global_batch(prepared, bin
     for step, expected in zip(found, by_hand, strict=True):
         for name in ("loss", "z_loss", "grad_norm"):
             assert step[name] == pytest.approx(expected[name], rel=1e-4), name
-        for name in ("loss_by_source", "weight_by_source"):
+        for name in ("loss_by_source", "weight_by_source", "trained_by_source"):
             assert {source: value for source, value in step[name].items() if value} == pytest.approx(expected[name], rel=1e-4), name
         assert sum(step["tokens_by_source"].values()) == 8 * 32
 
