@@ -31,6 +31,11 @@ if [[ ! -e .venv/lm_eval/lm_eval ]]; then
     .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --target .venv/lm_eval -r tests/lm_eval.txt
 fi
 
+# peft itself, for tests/megatron_jobs/conversion/test_peft.py (1 MB); what it needs is in .venv.
+if [[ ! -e .venv/peft/peft ]]; then
+    .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --target .venv/peft -r tests/peft.txt
+fi
+
 # A real Prometheus for tests/megatron_jobs/monitoring/test_prometheus.py, out of Debian's package (19 MB), which is unpacked and not installed.
 if command -v apt-get >/dev/null; then
     export MUJINA_NEEDS_PROMETHEUS=1

@@ -47,6 +47,7 @@ FORMATS = {  # the module whose docstring says what is in the files
     "A node's preflight": "slurm/preflight.py",
     "An imported model": "megatron_jobs/conversion/import_hf.py",
     "An exported model": "megatron_jobs/conversion/convert.py",
+    "Adapters for peft": "megatron_jobs/conversion/peft.py",
     "Chains of verbs": "mujina/chain.py",
     "Journals of answers": "mujina/answers/journal.py",
     "Pairs of a model's own answers": "evaluation/preferences/__main__.py",

@@ -31,6 +31,8 @@ def check(config: RunConfig, processes: int) -> tuple[RunConfig, DataOrder]:
     if newest := _newest(config):
         phases.check_resumable(newest.config, config, newest.step)
         order.check_continues(newest.ledger)
+        if config.adapter:
+            _check_base(config, newest)
     else:
         _check_start(config)
     if config.wandb:
@@ -49,6 +51,15 @@ def _newest(config: RunConfig) -> "Checkpoint | None":
     return newest_described(folder, lambda checkpoint: guard.agrees(checkpoint.step, checkpoint.ledger.interventions))
 
 
+def _check_base(config: RunConfig, newest: "Checkpoint") -> None:
+    """Raises UserError when the base is not there, or is not that of the adapter in the newest checkpoint."""
+    from megatron_jobs.conversion.start import check_base, open_base
+
+    assert config.train.init_from is not None  # RunConfig sees to it
+    _check_there("train.init_from", config.train.init_from)
+    check_base(newest, open_base(config))
+
+
 def _check_start(config: RunConfig) -> None:
     """Raises UserError when what the run begins with is not there, or is another model."""
     upcycled = config.moe.upcycle_from if config.moe else None
@@ -59,9 +70,11 @@ def _check_start(config: RunConfig) -> None:
         Mixture(config, upcycled, "moe.upcycle_from")
     elif path := config.train.init_from:
         _check_there("train.init_from", path)
-        from megatron_jobs.conversion.start import open_weights
+        from megatron_jobs.conversion.start import open_adapter, open_weights
 
-        open_weights(path, config, "train.init_from", config.moe)
+        opened = open_weights(path, config, "train.init_from", config.moe)
+        if config.adapter and config.adapter.init_from:
+            open_adapter(config, opened)
 
 
 def _check_there(field: str, path: Path) -> None:

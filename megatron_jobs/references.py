@@ -1,4 +1,7 @@
-"""What the weights that a phase of preferences begins with make of its pairs: computed once, by the run itself, before its first step.
+"""What the reference of a phase of preferences makes of its pairs: computed once, by the run itself, before its first step.
+
+The reference is the weights that the phase begins with; in a run with an adapter it is the base alone, in every phase, whatever the phases
+before have trained.
 
 RUN/references/PHASE/ holds about.json (of which weights, tokenizer and template they are) and for each source SOURCE.f32: float32, two for
 each pair of the binary, the log-probabilities of the chosen and of the rejected answer; NaN: not asked for, or not yet computed. They are
@@ -40,7 +43,7 @@ def of_phase(
     """The references of the phase's pairs, by source: float32 [pairs of the binary, 2]. Every process of the run calls this.
 
     about      what they are of, see `identity`
-    compute    `Passes.log_probabilities`; None: the phase is under way, and the weights that it began with are gone
+    compute    `Passes.log_probabilities`; None: the phase is under way, and the weights that it began with are gone (a base never is)
     say        is told how many pairs are done, and of how many
 
     Raises UserError when what is there is of something else, or is to be completed and cannot be.
@@ -76,18 +79,30 @@ def of_phase(
     return found
 
 
-def identity(config: RunConfig, order: DataOrder, index: int, origin: Origin | None, rollbacks: list[dict[str, Any]]) -> dict[str, Any]:
+def identity(
+    config: RunConfig,
+    order: DataOrder,
+    index: int,
+    origin: Origin | None,
+    base: dict[str, Any] | None,
+    rollbacks: list[dict[str, Any]],
+) -> dict[str, Any]:
     """What decides the weights at the start of a phase: where the run came from, and what it was trained on, how, since then. And the
-    tokens of its pairs, which tokenizer and template have made."""
-    before = phases.num_steps(config.phases[:index])
-    told = {
-        "origin": origin and origin.model_dump(mode="json", exclude={"ledger"}),
-        "trained": order.ledger(before).model_dump(mode="json", exclude_none=True)["phases"][:index],
-        "phases": [phase.model_dump(mode="json") for phase in config.phases[:index]],
-        "passed over": [back for back in rollbacks if back["first"] <= before],
-        **{name: getattr(config, name) and getattr(config, name).model_dump(mode="json") for name in ("model", "moe", "optimizer")},
-        "seed": config.seed,
-    }
+    tokens of its pairs, which tokenizer and template have made. Of an adapter's `base`, which nothing trains, its files decide; it is
+    that of step 0."""
+    before, told = 0, {name: getattr(config, name) and getattr(config, name).model_dump(mode="json") for name in ("model", "moe")}
+    if base is not None:
+        told["base"] = base["files"]
+    else:
+        before = phases.num_steps(config.phases[:index])
+        told |= {
+            "origin": origin and origin.model_dump(mode="json", exclude={"ledger"}),
+            "trained": order.ledger(before).model_dump(mode="json", exclude_none=True)["phases"][:index],
+            "phases": [phase.model_dump(mode="json") for phase in config.phases[:index]],
+            "passed over": [back for back in rollbacks if back["first"] <= before],
+            "optimizer": config.optimizer.model_dump(mode="json"),
+            "seed": config.seed,
+        }
     binaries = {share.source: order.sources[share.source].checksum for share in order.shares[index]}
     return {
         "binaries": binaries,

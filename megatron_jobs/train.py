@@ -25,7 +25,7 @@ from megatron_jobs.checkpoints.weights import InitialAdapter, InitialWeights
 from megatron_jobs.config import RunConfig
 from megatron_jobs.config.phase import Phase
 from megatron_jobs.conversion.families import tell_hindrance
-from megatron_jobs.conversion.start import check_base, check_finite, open_base, open_weights, origin_of
+from megatron_jobs.conversion.start import check_base, check_finite, open_adapter, open_base, open_weights, origin_of, with_adapter
 from megatron_jobs.conversion.upcycle import Mixture
 from megatron_jobs.data import feeder, phases
 from megatron_jobs.data.ledger import Ledger, Origin
@@ -159,7 +159,7 @@ class Trainer:
         return self.passes.measure(phase, marked(), num_batches).by_source
 
     def _refer(self, step_in_phase: int) -> None:
-        """Before the first step of a phase of preferences: what the weights that it begins with make of its pairs."""
+        """Before the first step of a phase of preferences: what its reference makes of its pairs."""
 
         def say(done: int, of: int) -> None:
             self.mark()
@@ -167,8 +167,8 @@ class Trainer:
                 self.log.event(self.step, "references", reason=f"{done:,} of {of:,} pairs")
 
         index, _ = phases.locate(self.config.phases, self.step)
-        about = references.identity(self.config, self.order, index, self.origin, self.guard.rollbacks)
-        compute = self.passes.log_probabilities if step_in_phase == 0 else None
+        about = references.identity(self.config, self.order, index, self.origin, self.base, self.guard.rollbacks)
+        compute = self.passes.log_probabilities if step_in_phase == 0 or self.base else None
         self.passes.references = references.of_phase(self.config, index, self.order, about, self.feeder, compute, say)
         self.refers = self.config.phases[index].name
 
@@ -311,7 +311,12 @@ def _initial(config: RunConfig) -> tuple[TensorSource, Callable[[], Origin | Non
     if config.train.init_from is None:
         return InitialWeights(config.model, config.moe, config.seed), lambda: None
     opened = open_weights(config.train.init_from, config, "train.init_from", config.moe)
-    return InitialAdapter(config) if config.adapter else opened, lambda: origin_of(opened)
+    if config.adapter is None:
+        return opened, lambda: origin_of(opened)
+    if config.adapter.init_from is None:
+        return InitialAdapter(config), lambda: origin_of(opened)
+    adapter = open_adapter(config, opened)
+    return adapter, lambda: with_adapter(origin_of(opened), adapter)
 
 
 def main(

@@ -55,7 +55,8 @@ def trained_shapes(config: RunConfig) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
     for matrix, (rows, columns) in whole.items():
         if name := config.adapter.adapted(matrix):
-            found |= {f"{name}.lora_a": (config.adapter.rank, columns), f"{name}.lora_b": (rows, config.adapter.rank)}
+            rank = config.adapter.rank_of(matrix)
+            found |= {f"{name}.lora_a": (rank, columns), f"{name}.lora_b": (rows, rank)}
     return found
 
 

@@ -114,7 +114,8 @@ class Answers(Section):
 
 class Preference(Section):
     """Of two answers to a prompt the chosen one gains probability over the rejected one, compared with the weights that the phase begins
-    with: direct preference optimization (`losses/preference.py`). Sources are of kind preferences.
+    with, or in a run with an adapter with its base: direct preference optimization (`losses/preference.py`). Sources are of kind
+    preferences.
     """
 
     kind: Literal["preference"] = "preference"

@@ -13,7 +13,6 @@ from megatron_jobs.config import ParallelConfig, RunConfig
 from megatron_jobs.config.model import ModelConfig, MoEConfig
 from megatron_jobs.conversion.families import FAMILIES
 from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
-from megatron_jobs.conversion.tensors import Stored
 from megatron_jobs.data import feeder, phases
 from megatron_jobs.data.order import DataOrder
 from megatron_jobs.engine import core, groups, placement
@@ -120,11 +119,11 @@ class _Layer:
         return self.weights.read(name.replace("layers.0.", f"layers.{self.number}.", 1), box)
 
 
-def transformers_logits(folder: Path, tensors: Mapping[str, Stored], tokens: torch.Tensor, what: str) -> torch.Tensor:
+def transformers_logits(folder: Path, tensors: Mapping[str, Any], tokens: torch.Tensor, what: str) -> torch.Tensor:
     """Logits of transformers' model of a folder with these tensors: float32, shape [samples, sequence length, vocabulary].
 
-    Each layer is in memory alone, as the only one of a model that `from_pretrained` makes. Raises UserError, which begins with `what`, when
-    transformers finds tensors left over or missing.
+    A tensor's values are `tensor[:]`. Each layer is in memory alone, as the only one of a model that `from_pretrained` makes. Raises
+    UserError, which begins with `what`, when transformers finds tensors left over or missing.
     """
     import transformers
 

@@ -1,6 +1,6 @@
 """Converts a checkpoint into a Hugging Face folder: Llama, Mistral, Qwen2, Qwen3, Mixtral or Qwen3-MoE, as its model is built.
 
-    python -m megatron_jobs.conversion.convert CHECKPOINT OUTPUT_FOLDER [--no-check]              (what `mujina convert` calls)
+    python -m megatron_jobs.conversion.convert CHECKPOINT OUTPUT_FOLDER [--adapter] [--no-check]  (what `mujina convert` calls)
 
 Streams matrix by matrix, needs no process group and no GPU, and ends with a comparison of the logits of both sides on the
 run's data. The folder gets its name when that comparison holds.
@@ -9,7 +9,8 @@ OUTPUT_FOLDER/conversion.json has `origin` (run, step, tokens and files of the c
 comparison found; null with --no-check) and `files` (bytes and SHA-256 of what was written and compared); README.md is the model's card.
 A folder is there already when all of that still holds.
 
-A checkpoint of a run with an adapter is merged with its base, which has to be where `train.init_from` says.
+A checkpoint of a run with an adapter is merged with its base, which has to be where `train.init_from` says; with --adapter it becomes a
+folder of peft's (`peft.py`), whose logits are compared beside that base.
 
 A model that began as a Hugging Face folder keeps what training did not change: its family, its special tokens, its defaults of sampling.
 The context is the longest of that folder's, of the phases, and of those of the runs before; what ends a turn by the run's tokenizer is
@@ -20,6 +21,7 @@ import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,6 +35,7 @@ from mujina.user_input import UserError, command_line, read_object
 if TYPE_CHECKING:
     import torch
 
+    from megatron_jobs.conversion.merge import Merged
     from mujina.tensor_files import Planned
     from tokenization.tokenizer import Tokenizer
 
@@ -47,6 +50,7 @@ SHARD_BYTES = 4 * 2**30
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, such as RUN/checkpoints/latest, or RUN@PHASE")],
     output: Annotated[Path, typer.Argument(help="Hugging Face folder to write")],
+    adapter: Annotated[bool, typer.Option("--adapter", help="of a run with an adapter: that alone, for peft, and not merged")] = False,
     no_check: Annotated[bool, typer.Option("--no-check", help="leave out the comparison of logits at the end")] = False,
 ) -> None:
     """Writes a checkpoint as a Hugging Face folder and compares the logits of both."""
@@ -62,10 +66,16 @@ def main(
             "WARNING: this model normalises its router's logits (moe.normalize_logits), and no stock inference engine does: transformers, "
             f"vLLM and others will load this folder as {source.architecture} without an error and COMPUTE SOMETHING ELSE"
         )
-    if is_written(output, source.checkpoint.identity, no_check):
+    if adapter and not isinstance(source.checkpoint, Merged):
+        raise UserError(f"{checkpoint}: --adapter is for runs with an adapter, and this one has trained the whole model: leave it out")
+    if is_written(output, source.checkpoint.identity | ({"form": "peft"} if adapter else {}), no_check):
         print(f"{output}: is there already")
         return
-    write(source, output, no_check)
+    if adapter:
+        assert isinstance(source.checkpoint, Merged)
+        write_adapter(source, source.checkpoint, output, no_check)
+    else:
+        write(source, output, no_check)
     print(f"{output}: {source.architecture}, step {source.checkpoint.step}, {source.checkpoint.tokens:,} tokens")
 
 
@@ -78,10 +88,27 @@ def write(source: "Exported", output: Path, no_check: bool, **record: Any) -> No
         _write_weights(source, folder)
         write_companions(source, folder)
         agreement = None if no_check else _check(source, folder)
-        (folder / "README.md").write_text(model_card(source.checkpoint, source.architecture, agreement), encoding="utf-8")
-        files = {path.name: _facts(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name not in CARDS}
-        record = {"origin": source.checkpoint.identity, "agreement": agreement, "files": files} | record
-        (folder / RECORD).write_text(json.dumps(record, indent=1))
+        _finish(source, folder, agreement, record)
+
+
+def write_adapter(source: "Exported", merged: "Merged", output: Path, no_check: bool) -> None:
+    """As `write`, a folder of peft's with the adapter alone."""
+    from megatron_jobs.conversion import peft
+
+    with whole_folder(output, RECORD) as folder:
+        peft.write(merged.adapter, source.model_type, folder)
+        _tokenizer(source).save_hf(folder)
+        agreement = None if no_check else _check_adapter(source, merged, folder)
+        _finish(source, folder, agreement, {"origin": merged.identity | {"form": "peft"}})
+
+
+def _finish(source: "Exported", folder: Path, agreement: dict[str, Any] | None, record: dict[str, Any]) -> None:
+    """The model's card, and RECORD with what `record` has beside, or in the place of, what is in every one."""
+    card = model_card(source.checkpoint, source.architecture, agreement, "peft" if "form" in record.get("origin", {}) else "transformers")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    files = {path.name: _facts(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name not in CARDS}
+    record = {"origin": source.checkpoint.identity, "agreement": agreement, "files": files} | record
+    (folder / RECORD).write_text(json.dumps(record, indent=1))
 
 
 class Exported:
@@ -147,10 +174,7 @@ def write_companions(source: Exported, folder: Path) -> None:
     """Configuration, generation configuration, tokenizer and chat template."""
     from transformers import AutoConfig
 
-    from tokenization.load import load as load_tokenizer
-
-    run = source.checkpoint.config
-    tokenizer = load_tokenizer(run.tokenizer, run.end_of_document, run.begin_documents)
+    run, tokenizer = source.checkpoint.config, _tokenizer(source)
     before = _config_before(source)
     values: dict[str, Any] = {"sliding_window": None} if source.model_type in ("mistral", "mixtral") else {}
     values |= {"bos_token_id": tokenizer.bos_id if tokenizer.begins_texts else None, "eos_token_id": tokenizer.eod_id}
@@ -167,6 +191,13 @@ def write_companions(source: Exported, folder: Path) -> None:
     about = read_object(path) if path.exists() else {}
     if about.get("model_max_length", config.max_position_embeddings) < config.max_position_embeddings:
         path.write_text(json.dumps(about | {"model_max_length": config.max_position_embeddings}, ensure_ascii=False, indent=2))
+
+
+def _tokenizer(source: Exported) -> "Tokenizer":
+    from tokenization.load import load
+
+    run = source.checkpoint.config
+    return load(run.tokenizer, run.end_of_document, run.begin_documents)
 
 
 def _config_before(source: Exported) -> dict[str, Any]:
@@ -201,6 +232,24 @@ def _check(source: Exported, folder: Path) -> dict[str, Any]:
 
     tokens = agreement.samples(source.checkpoint.config)[:, : _config_before(source).get("sliding_window")]
     return agreement.compare_with_transformers(source, folder, tokens, "conversion").as_dict()
+
+
+def _check_adapter(source: Exported, merged: "Merged", folder: Path) -> dict[str, Any]:
+    """Compares the model that the run has trained with transformers' base and what peft adds to it, out of the files that were written."""
+    from megatron_jobs.conversion import agreement, peft
+    from megatron_jobs.engine import groups
+
+    tokens = agreement.samples(source.checkpoint.config)[:, : _config_before(source).get("sliding_window")]
+    with groups.alone():
+        ours = agreement.megatron_logits(source.model, source.moe, merged, tokens[:, :-1])
+    with TemporaryDirectory() as beside:
+        write_companions(source, Path(beside))
+        tensors = dict(peft.adapted(merged.config, merged.base, source.model_type, folder))
+        theirs = agreement.transformers_logits(Path(beside), tensors, tokens[:, :-1], "conversion")
+    found = agreement.compare(ours, theirs, tokens[:, 1:], agreement.BOUND)
+    print(found)
+    agreement.require(found, "conversion")
+    return found.as_dict()
 
 
 def is_written(folder: Path, identity: dict[str, Any], no_check: bool) -> bool:

@@ -53,7 +53,7 @@ def main(
     model, output = model.absolute(), output.absolute()  # a run may be started from any folder
     if not (model.is_file() or (model / "config.json").is_file()):
         if (model / "adapter_config.json").exists():
-            raise UserError(f"{model}: is a PEFT adapter and no model: {MERGE}")
+            raise UserError(f"{model}: is a PEFT adapter and no model: {MERGE}, or train it further (adapter.init_from)")
         problem = stand_in(model / "config.json") or f"{model}: is neither a GGUF file nor a folder with a config.json: check the path"
         raise UserError(problem)
     with whole_folder(output, PRESET) as partial:

@@ -36,7 +36,8 @@ class Merged:
         """float32 on the CPU, shape [box.rows, box.columns]."""
         values = self.base.read(name, box)
         if own := self.lora.adapted(name):
-            a = self.adapter.read(f"{own}.lora_a", Box(0, self.lora.rank, box.column0, box.column1))
-            b = self.adapter.read(f"{own}.lora_b", Box(box.row0, box.row1, 0, self.lora.rank))
-            values += self.lora.scale() * (b @ a)
+            rank = self.lora.rank_of(name)
+            a = self.adapter.read(f"{own}.lora_a", Box(0, rank, box.column0, box.column1))
+            b = self.adapter.read(f"{own}.lora_b", Box(box.row0, box.row1, 0, rank))
+            values += self.lora.scale_of(name) * (b @ a)
         return values

@@ -33,8 +33,8 @@ class Exportable(TensorSource, Protocol):
         ...
 
 
-def model_card(checkpoint: Exportable, architecture: str, agreement: dict[str, Any] | None) -> str:
-    """Markdown; `agreement` is that of the gate, None where the logits were not compared."""
+def model_card(checkpoint: Exportable, architecture: str, agreement: dict[str, Any] | None, library: str = "transformers") -> str:
+    """Markdown; `agreement` is that of the gate, None where the logits were not compared; `library` is what loads the folder."""
     run = checkpoint.config
     manifests = {
         name: manifest
@@ -43,7 +43,7 @@ def model_card(checkpoint: Exportable, architecture: str, agreement: dict[str, A
         if (manifest := _manifest(run.data.folder / f"{name}.json", consumed.checksum))
     }
     known = {language for manifest in manifests.values() for language in manifest.languages if re.fullmatch("[a-z]{2}", language)}
-    head = {"library_name": "transformers", "pipeline_tag": "text-generation"} | ({"language": sorted(known)} if known else {})
+    head = {"library_name": library, "pipeline_tag": "text-generation"} | ({"language": sorted(known)} if known else {})
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# {escaped(run.run.name)}",
         _model(checkpoint, architecture),

@@ -6,8 +6,9 @@ from pathlib import Path
 from megatron_jobs.checkpoints.checkpoint import Checkpoint
 from megatron_jobs.config import RunConfig
 from megatron_jobs.config.model import MoEConfig, differences
-from megatron_jobs.conversion.families import MOE_FIELDS
+from megatron_jobs.conversion.families import MOE_FIELDS, family_of
 from megatron_jobs.conversion.hugging_face import HuggingFaceFolder
+from megatron_jobs.conversion.peft import PeftFolder
 from megatron_jobs.data.ledger import Origin, told
 from mujina.user_input import UserError
 
@@ -60,10 +61,24 @@ def origin_of(opened: Opened) -> Origin:
     return Origin(kind="imported", of=(opened.identity,), hugging_face=opened.facts())
 
 
+def with_adapter(origin: Origin, adapter: PeftFolder) -> Origin:
+    """Where a run comes from whose base was opened with an adapter."""
+    return origin.model_copy(update={"of": (*origin.of, adapter.identity)})
+
+
 def open_base(config: RunConfig) -> Opened:
     """The frozen base of the configuration's adapter. Raises as `open_weights`."""
     assert config.train.init_from is not None  # RunConfig sees to it
     return open_weights(config.train.init_from, config, "train.init_from", config.moe)
+
+
+def open_adapter(config: RunConfig, base: Opened) -> PeftFolder:
+    """The A and B that a run with `adapter.init_from` begins with. Raises UserError when they are not what the configuration describes."""
+    assert config.adapter is not None and config.adapter.init_from is not None
+    before = base.ledger.hugging_face if isinstance(base, Checkpoint) else None
+    known = before["config"]["model_type"] if before else None
+    model_type = base.model_type if isinstance(base, HuggingFaceFolder) else family_of(config.model, config.moe, known)
+    return PeftFolder(config.adapter.init_from, config, model_type)
 
 
 def check_base(checkpoint: Checkpoint, base: Opened) -> None:

@@ -126,7 +126,7 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
             if problem := stand_in(one):
                 raise UserError(problem)
     if (folder / "adapter_config.json").exists():
-        raise UserError(f"{folder}: is a PEFT adapter and no model: {MERGE}")
+        raise UserError(f"{folder}: is a PEFT adapter and no model: {MERGE}, or train it further (adapter.init_from)")
     others = sorted(path.name for pattern in ("*.safetensors", "*.bin", "*.pth") for path in folder.glob(pattern))
     remedy = f"of {', '.join(others[:3])} it says what they are: copy {FILES[0]}.index.json too, or {ANEW}" if others else ANEW
     raise UserError(f"{folder / FILES[0]}: is missing, and {FILES[1]} too: {remedy}")

@@ -11,6 +11,7 @@ from functools import reduce
 import numpy as np
 
 from megatron_jobs.config import DataConfig, RunConfig
+from megatron_jobs.config.adapter import AdapterConfig
 from megatron_jobs.config.model import differences
 from megatron_jobs.config.phase import LearningRate, Phase
 from megatron_jobs.data.dialogues import Dialogues, Taken, take
@@ -111,7 +112,11 @@ def _piece(rate: LearningRate, step: int, steps: int) -> float:
 def check_resumable(before: RunConfig, now: RunConfig, steps: int) -> None:
     """Raises UserError when `now` would change what the first `steps` steps of `before` did, or what the model computes; the future may
     change, and how the model is trained."""
-    fields = ("seed", "data.block_length", "data.validation_tokens", "adapter")
+    fields = ["seed", "data.block_length", "data.validation_tokens"]
+    if now.adapter and before.adapter:  # what its first A and B were read from is past
+        fields += [f"adapter.{name}" for name in AdapterConfig.model_fields if name != "init_from"]
+    elif now.adapter or before.adapter:
+        fields.append("adapter")
     changed = [(field, *(reduce(getattr, field.split("."), config) for config in (now, before))) for field in fields]
     for field, wanted, was in [*changed, *differences(now.model, now.moe, before.model, before.moe)]:
         if was != wanted:

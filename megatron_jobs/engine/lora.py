@@ -16,7 +16,8 @@ that of an expert's own adapter, over `expert_tensor`, is made in `TrainingState
 Shapes: T tokens (of one or more dimensions), E experts here (1 where there are none), R rows and C columns of an expert's matrix, r rank.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +53,19 @@ def attach(gpt: GPTModel, config: RunConfig, base: Sequence[LocalParameter]) -> 
     return [values for adapter in adapters if adapter.is_of_each_expert for values in adapter.parameters()]
 
 
+@contextlib.contextmanager
+def turned_off(gpt: torch.nn.Module) -> Iterator[None]:
+    """Within it a model computes what its base does (and may be given no backward pass)."""
+    adapters = [module for module in gpt.modules() if isinstance(module, Adapter)]
+    for adapter in adapters:
+        adapter.is_on = False
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.is_on = True
+
+
 class Adapter(torch.nn.Module):
     """The adapters of what lies in one parameter of the base."""
 
@@ -63,16 +77,16 @@ class Adapter(torch.nn.Module):
         of_experts = ".experts." in experts[0]
         self.is_of_each_expert = of_experts and config.adapter.experts == "each"
         self.num_experts = len(experts) if self.is_of_each_expert else 1
-        self.scale, self.norm_epsilon = config.adapter.scale(), config.model.norm_epsilon
+        self.norm_epsilon = config.model.norm_epsilon
         # Of the first expert, as of all others: (matrix, its rows) one behind the other, as they lie in the parameter.
         of_first = [part for part in local.parts if part.name.rpartition(".")[0] == experts[0]]
         self.pieces = [(part.name.rpartition(".")[2], range(part.box.row0, part.box.row1)) for part in of_first]
         self.rows = len(weight) // len(experts)
         self.columns = range(of_first[0].box.column0, of_first[0].box.column1)
-        self.matrices: list[str] = []
+        self.scales: dict[str, float] = {}
         for matrix in dict(self.pieces):
             if name := config.adapter.adapted(f"{experts[0]}.{matrix}"):
-                self.matrices.append(matrix)
+                self.scales[matrix] = config.adapter.scale_of(name)
                 for suffix in ("lora_a", "lora_b"):
                     rows, columns = shapes[f"{name}.{suffix}"]
                     values = torch.nn.Parameter(torch.empty(self.num_experts * rows, columns, dtype=weight.dtype, device=weight.device))
@@ -82,6 +96,7 @@ class Adapter(torch.nn.Module):
                         values.sequence_parallel = config.parallel.tensor > 1  # type: ignore[attr-defined]
                     # of this module itself, which is called: megatron-core waits there for what other ranks have updated
                     self.register_parameter(f"{matrix}_{suffix}", values)
+        self.is_on = True
         self.exchange = _none
         if config.parallel.tensor > 1 and not of_experts:
             is_cut_by_columns = self.pieces[0][0] in CUT_BY_COLUMNS
@@ -89,25 +104,27 @@ class Adapter(torch.nn.Module):
 
     def forward(self, inputs_TC: torch.Tensor, ends_E: torch.Tensor | None = None) -> torch.Tensor:
         """What is to be added to the output of the linear [T, R]; the tokens of expert e end at `ends_E[e]`."""
+        if not self.is_on:  # called all the same, for megatron-core's sake
+            return inputs_TC.new_zeros(())
         if not self.is_of_each_expert:
             ends_E = None
-        a_ErC = [self._by_expert(f"{matrix}_lora_a")[..., self.columns.start : self.columns.stop] for matrix in self.matrices]
+        a_ErC = [self._by_expert(f"{matrix}_lora_a")[..., self.columns.start : self.columns.stop] for matrix in self.scales]
         if ends_E is not None:
             a_ErC = [F.pad(values, (0, 0, 0, -values.shape[1] % ALIGNED)) for values in a_ErC]
         low_Tr = self.exchange(_product(inputs_TC[..., : len(self.columns)], torch.cat(a_ErC, 1), ends_E))
         added, first = {}, {}
-        for matrix, its_low_Tr in zip(self.matrices, low_Tr.split([values.shape[1] for values in a_ErC], -1), strict=True):
+        for matrix, its_low_Tr in zip(self.scales, low_Tr.split([values.shape[1] for values in a_ErC], -1), strict=True):
             rows = [rows for name, rows in self.pieces if name == matrix]
             first[matrix] = rows[0].start
             b_ERr = self._by_expert(f"{matrix}_lora_b")[:, rows[0].start : rows[-1].stop]
-            added[matrix] = _product(its_low_Tr, F.pad(b_ERr, (0, its_low_Tr.shape[-1] - b_ERr.shape[2])), ends_E)
+            added[matrix] = self.scales[matrix] * _product(its_low_Tr, F.pad(b_ERr, (0, its_low_Tr.shape[-1] - b_ERr.shape[2])), ends_E)
         out_TR = [
             added[matrix][..., rows.start - first[matrix] : rows.stop - first[matrix]]
             if matrix in added
             else low_Tr.new_zeros(1).expand(*low_Tr.shape[:-1], len(rows))
             for matrix, rows in self.pieces
         ]
-        return self.scale * F.pad(torch.cat(out_TR, -1), (0, self.rows - sum(len(rows) for _, rows in self.pieces)))
+        return F.pad(torch.cat(out_TR, -1), (0, self.rows - sum(len(rows) for _, rows in self.pieces)))
 
     def _by_expert(self, name: str) -> torch.Tensor:
         values = self.get_parameter(name)

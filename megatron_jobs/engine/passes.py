@@ -24,6 +24,7 @@ from megatron_jobs import losses, ranks
 from megatron_jobs.config import RunConfig
 from megatron_jobs.config.phase import Phase
 from megatron_jobs.data.feeder import MicroBatch, weighs
+from megatron_jobs.engine import lora
 from megatron_jobs.engine.attention import this_part
 from megatron_jobs.engine.cross_entropy import cross_entropy_and_log_z
 from megatron_jobs.engine.gpt import forward, message_shape, without_fp8
@@ -90,9 +91,14 @@ class Passes:
             return self._pass(phase, batches, num_micro_batches, divisor=None)
 
     def log_probabilities(self, phase: Phase, batches: Sequence[MicroBatch]) -> list[tuple[str, int, float, float]]:
-        """(source, pair, log-probability of the chosen answer, of the rejected one) of all pairs in all ranks' micro-batches."""
+        """(source, pair, log-probability of the chosen answer, of the rejected one) of all pairs in all ranks' micro-batches.
+
+        Those of the model, or of the base of its adapter.
+        """
         loss, batches = LogProbabilities(), list(batches)
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.ExitStack() as turned_off:
+            for chunk in self.state.chunks:
+                turned_off.enter_context(lora.turned_off(chunk.module))
             self._pass(phase, batches, len(batches), None, loss)
         own = list[tuple[str, int, float, float]]()
         # Those that share the sequences all have the same.

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from megatron_jobs import check
 from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, write_weights
 from megatron_jobs.checkpoints.weights import InitialWeights, trained_shapes
 from megatron_jobs.config import RunConfig
+from megatron_jobs.data import phases
 from megatron_jobs.data.ledger import Ledger
 from mujina.matrices import Box
 from mujina.user_input import UserError
@@ -22,9 +24,10 @@ from tests.ranks import run_ranks
 ATTENTION = ["query", "key", "value", "attention_out"]
 DENSE = dict(rank=4, alpha=8, matrices=[*ATTENTION, "gate", "up", "down"])
 EACH = dict(rank=3, alpha=8, matrices=["query", "value", "experts.gate", "experts.up", "experts.down"])
-ONE_FOR_ALL = EACH | dict(experts="shared")
+ONE_FOR_ALL = EACH | dict(experts="shared", rank_pattern={"experts.up": 5}, alpha_pattern={"experts.down": 2})
 # Every other layer dense, a shared expert, and query alone of what lies in one parameter.
 HALF = dict(rank=2, alpha=1, matrices=["query", "up", "shared.gate", "shared.down", "experts.down"])
+HALF |= dict(rank_pattern={"up": 5, "experts.down": 3}, alpha_pattern={"query": 3})
 OF_HALF = MOE | dict(every=2, ffn_hidden_size=32, shared_ffn_hidden_size=32)
 MODELS: dict[str, tuple[dict[str, Any], Any]] = {
     "dense": (DENSE, None),
@@ -220,8 +223,14 @@ def test_another_base_is_refused_by_name(configured, tmp_path, trained):
     its_base = Checkpoint(run / "checkpoints/latest").ledger.base["run"]
     message = f"train.init_from ({other}): is not the base of the adapter in {run}/checkpoints/step-00000004, which was trained beside "
     message += its_base
+    changed = configured("dense", run, train=dict(init_from=str(other)))
     with pytest.raises(AssertionError, match=re.escape(message)):
-        run_ranks(1, train_here, configured("dense", run, train=dict(init_from=str(other))))
+        run_ranks(1, train_here, changed)
+    with pytest.raises(UserError, match=re.escape(message)):
+        check.check(changed, 1)
+    with pytest.raises(UserError, match=r"train.init_from \(.*away\): no such folder"):
+        check.check(configured("dense", run, train=dict(init_from=str(tmp_path / "away"))), 1)
+    check.check(configured("dense", run), 1)
     with pytest.raises(AssertionError, match=r"train.init_from \(.*\): holds an adapter alone, and a whole model is needed: name its base"):
         run_ranks(1, train_here, configured("dense", tmp_path / "new", train=dict(init_from=str(run / "checkpoints/latest"))))
 
@@ -238,11 +247,24 @@ def test_another_base_is_refused_by_name(configured, tmp_path, trained):
         ("each", dict(matrices=["up"]), "adapter.matrices (up): all FFNs of this model are mixtures: write experts.up"),
         ("each", dict(matrices=["shared.up"]), "adapter.matrices (shared.up): this model has no shared expert"),
         ("dense", dict(dropout=0.1), "dropout (0.1) must be 0"),
+        ("dense", dict(rank_pattern={"experts.up": 2}), "rank_pattern: experts.up is none of matrices (query, "),
     ],
 )
 def test_what_cannot_be_is_refused(configured, tmp_path, kind, change, message):
     with pytest.raises(UserError, match=re.escape(message)):
         configured(kind, tmp_path, adapter=MODELS[kind][0] | change)
+
+
+def test_a_run_keeps_its_adapter(configured, tmp_path):
+    """At a restart all that decides what A and B are is as it was; where the first ones were read from is past."""
+    before = configured("dense", tmp_path)
+    for field, value in dict(rank=5, alpha=9.0, matrices=["query"], experts="shared", rank_pattern={"up": 2}).items():
+        with pytest.raises(UserError, match=rf"^adapter.{field} was .* when this run began, and is .* now: restore it, or start another"):
+            phases.check_resumable(before, configured("dense", tmp_path, adapter=DENSE | {field: value}), 1)
+    for one, other in ((None, DENSE), (DENSE, None)):
+        with pytest.raises(UserError, match="^adapter was .* when this run began"):
+            phases.check_resumable(configured("dense", tmp_path, adapter=one), configured("dense", tmp_path, adapter=other), 1)
+    phases.check_resumable(before, configured("dense", tmp_path, adapter=DENSE | {"init_from": "elsewhere"}), 1)
 
 
 def test_an_adapter_needs_a_base(configured, tmp_path):

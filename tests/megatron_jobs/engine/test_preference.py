@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from data_prep.prepare import PrepareConfig, prepare
+from megatron_jobs.checkpoints.checkpoint import write_weights
+from megatron_jobs.checkpoints.weights import InitialWeights
 from megatron_jobs.config import RunConfig
+from megatron_jobs.data.ledger import Ledger
 from mujina.user_input import UserError
 from tests.conftest import MOE, WORDS, tiny
 from tests.megatron_jobs.engine.test_answers import CASES, document_of
@@ -213,6 +216,68 @@ def test_a_phase_refers_to_the_weights_it_begins_with(prepared, pairs, tmp_path)
     begins = [step["loss"] for before, step in zip([None, *steps], steps, strict=False) if not before or before["phase"] != step["phase"]]
     assert begins == pytest.approx([np.log(2)] * 2, rel=1e-5) and min(step["loss"] for step in steps[1:]) < 0.6
     assert any(set(step.get("validation", {})) == {"plain"} for step in steps)
+
+
+def beside_a_base(prepared: Path, pairs: Path, run: Path, moe: Any, adapter: dict[str, Any], **more: Any) -> RunConfig:
+    """Two phases of the same pairs with one adapter, beside the first weights of the same run without one."""
+    first = preferring(prepared, pairs, run).model_dump(mode="json", exclude_none=True)["phases"][0]
+    first["sources"] = {"plain": {"epochs": 1}}
+    sections = dict(
+        phases=[first, first | {"name": "again"}],
+        data=dict(folder=str(pairs), block_length=64, max_epochs=2),
+        moe=moe,
+    )
+    config = tiny(prepared, run, **sections)
+    weights = InitialWeights(config.model, config.moe, config.seed)
+    base = write_weights(run / "base", config, weights, weights.shapes, Ledger(), "writing")
+    train = dict(micro_batch_size=2, checkpoint_interval=2, init_from=str(base))
+    return tiny(prepared, run / "run", train=train, adapter=adapter, **sections, **more)
+
+
+def log_probabilities_of_base(config: RunConfig) -> np.ndarray:
+    """What a model of transformers with the base's weights makes of the pairs of the source: [pairs, 2]."""
+    import torch
+    import torch.nn.functional as F
+
+    from megatron_jobs.data import feeder, phases
+
+    binaries = feeder.open_sources(config)
+    base, _, _ = plain_model(phases.resolve(config, feeder.facts(binaries)).model_copy(update={"run": config.run.parent / "plain"}))
+    found = []
+    with torch.no_grad():
+        for ids, said in (document_of(binaries["plain"], number) for number in range(2 * 30)):
+            found.append(-float((F.cross_entropy(base(ids[None, :-1]).logits[0], ids[1:], reduction="none") * said).sum()))
+    return np.array(found).reshape(-1, 2)
+
+
+BESIDE: dict[str, tuple[Any, dict[str, Any], dict[str, int]]] = {
+    "tensor": (None, dict(matrices=["query", "value", "attention_out", "up", "down"]), dict(tensor=2)),
+    "experts": (MOE, dict(matrices=["query", "value", "attention_out", "experts.up", "experts.down"]), dict(tensor=2, expert=2)),
+    "stages": (None, dict(matrices=["key", "gate"]), dict(pipeline=2)),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case == "experts" else pytest.mark.repeats) for case in BESIDE])
+def test_the_reference_beside_an_adapter_is_its_base(prepared, pairs, tmp_path, case):
+    """In a phase behind one that has trained the adapter too; and a base is never gone."""
+    moe, adapter, sizes = BESIDE[case]
+    config = beside_a_base(prepared, pairs, tmp_path, moe, dict(rank=4, alpha=8) | adapter, parallel=sizes)
+    run_ranks(2, train_here, config)
+    by_hand = run_ranks(1, log_probabilities_of_base, config)[0]
+    files = [config.run / f"references/{name}/plain.f32" for name in ("dpo", "again")]
+    for file in files:
+        assert np.fromfile(file, "<f4").reshape(-1, 2) == pytest.approx(by_hand, rel=1e-5, abs=1e-5)
+    steps = records(config.run)
+    begins = {step["phase"]: step["loss"] for step in reversed(steps)}
+    assert begins["dpo"] == pytest.approx(np.log(2), rel=1e-6) and begins["again"] < 0.6
+    assert all(step["load_balancing_loss"] > 0 for step in steps) if moe else "load_balancing_loss" not in steps[0]
+
+    cut = config.model_copy(update={"run": tmp_path / "cut"})
+    run_ranks(2, train_here, cut, len(steps) - 1)
+    (cut.run / "references/again/plain.f32").unlink()
+    run_ranks(2, train_here, cut)
+    assert [step["loss"] for step in records(cut.run)] == [step["loss"] for step in steps]
+    assert (cut.run / "references/again/plain.f32").read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.parametrize(
