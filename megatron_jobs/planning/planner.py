@@ -10,7 +10,8 @@ Needs no torch and no GPU: pure arithmetic on shapes.
 What differs between programs is in `Stack`, counted kernel by kernel. The numbers below are the same for all; GEMM_SHARE and DAY_SHARE were
 fitted to published runs. tests/megatron_jobs/planning/test_planner.py holds the predictions against them and against runs that were
 not looked at.
-Not in the model: experts with unequal loads, documents that are kept apart (less attention), a batch ramp, and the network's congestion.
+Not in the model: what adapters themselves compute, experts with unequal loads, documents that are kept apart (less attention), a batch
+ramp, and the network's congestion.
 """
 
 from collections.abc import Iterator
@@ -243,15 +244,16 @@ class _Timing:
         return computed, exchange
 
     def _product(self, rows: float, inner: float, columns: float) -> float:
-        """[rows, inner] × [inner, columns] forward, and the products of both gradients, in seconds."""
+        """[rows, inner] × [inner, columns] forward, and the products of both gradients, of a frozen matrix of the input's, in seconds."""
+        passes, gradient_bytes = (2, 0) if self.config.adapter else (3, self.stack.gradient_bytes)
         fp8 = self.config.train.precision == "fp8"
         size = 1 if fp8 else 2
         activations, weights = rows * (inner + columns), inner * columns
-        traffic = 3 * 2 * activations + 2 * size * weights + self.stack.gradient_bytes * weights
+        traffic = passes * 2 * activations + 2 * size * weights + gradient_bytes * weights
         if fp8:  # inputs and gradients are cast, and once more transposed
             traffic += 5 * activations
         rate = self.gpu.fp8 if fp8 else self.gpu.bf16
-        return 6 * rows * inner * columns / (GEMM_SHARE * rate) + self._stream(traffic)
+        return 2 * passes * rows * inner * columns / (GEMM_SHARE * rate) + self._stream(traffic)
 
     def _attention(self) -> float:
         """Causal attention; the fused kernel computes the scores again in its backward pass: 3.5 times the forward pass, not 3."""
@@ -276,7 +278,7 @@ class _Timing:
     def _gradient_exchange(self, beside: float) -> float:
         """float32 gradients are scattered, bf16 weights gathered; overlapped, they run beside the last and the first micro-batch."""
         parallel = self.config.parallel
-        dense, experts = memory.parameters(self.config, 0)
+        dense, experts = memory.trained(self.config, 0)
         copies = parallel.data(self.machine.gpus) * parallel.context
         time = self._exchange(6 * dense, parallel.tensor, copies)
         expert_ranks = parallel.expert * parallel.expert_tensor
@@ -285,7 +287,7 @@ class _Timing:
 
     def _optimizer(self) -> float:
         """Clearing the gradients, and measuring them and AdamW on this rank's share of the parameters."""
-        return self._stream(4 * sum(memory.parameters(self.config, 0)) + (4 + 30) * memory.owned(self.config, self.machine.gpus, 0))
+        return self._stream(4 * sum(memory.trained(self.config, 0)) + (4 + 30) * memory.owned(self.config, self.machine.gpus, 0))
 
     def _stream(self, num_bytes: float) -> float:
         return num_bytes / (MEMORY_SHARE * self.gpu.memory_bandwidth)

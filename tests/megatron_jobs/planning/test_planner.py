@@ -18,6 +18,7 @@ from rich.console import Console
 
 from megatron_jobs import config as configuration
 from megatron_jobs.config import RunConfig, from_dict
+from megatron_jobs.config.adapter import AdapterConfig
 from megatron_jobs.planning import layouts, planner
 from mujina.user_input import UserError
 
@@ -144,12 +145,13 @@ def test_the_search_looks_at_all_layouts_that_are_possible_and_orders_those_that
 
 
 def test_what_is_asked_for_costs_what_it_should():
-    """Recomputation, more stages and longer waits have the direction that they are known to have."""
+    """Recomputation, more stages, longer waits and a frozen base have the direction that they are known to have."""
     row = FITTED["Tanuki-8B"]
 
     def predicted(**parallel_or_train: Any) -> planner.Prediction:
         config = run_of(row._replace(parallel=dict(pipeline=4) | parallel_or_train.pop("parallel", {})))
-        config = config.model_copy(update={"train": config.train.model_copy(update=parallel_or_train)})
+        adapter = parallel_or_train.pop("adapter", None)
+        config = config.model_copy(update={"train": config.train.model_copy(update=parallel_or_train), "adapter": adapter})
         return planner.predict(config, planner.machine(128, "h100", 8, "transformer-engine"))
 
     plain = predicted()
@@ -158,6 +160,9 @@ def test_what_is_asked_for_costs_what_it_should():
     assert 1.2 < again.seconds / plain.seconds < 1.4
     # a bubble of (stages − 1) / micro-batches of the time that the layers take (Narayanan et al. 2021)
     assert plain.bubble == pytest.approx(3 / 48 * (1 - plain.bubble), rel=0.15)
+    beside = predicted(adapter=AdapterConfig(rank=16, alpha=16, matrices=("query", "value")))
+    assert beside.memory.gradients + beside.memory.optimizer < (plain.memory.gradients + plain.memory.optimizer) / 100
+    assert beside.memory.activations < plain.memory.activations and 0.6 < beside.seconds / plain.seconds < 0.8
     assert predicted(parallel=dict(virtual_pipeline=2)).bubble == pytest.approx(plain.bubble / 2, rel=0.1)
 
 
