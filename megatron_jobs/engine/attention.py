@@ -33,6 +33,9 @@ class FusedAttention(torch.nn.Module):
         self, q_SBNH: torch.Tensor, k_SBGH: torch.Tensor, v_SBGH: torch.Tensor, documents_BW: torch.Tensor | None, **_: Any
     ) -> torch.Tensor:
         size, mask_BSW = self.context_group.size(), None
+        if size == 1 and documents_BW is not None and not q_SBNH.is_cuda:
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBNH, k_SBGH, v_SBGH))
+            return _by_document(q, k, v, documents_BW).permute(2, 0, 1, 3).flatten(2)
         if size > 1 or documents_BW is not None:
             parts = [part_of_sequence(len(q_SBNH) * size, rank, size).to(q_SBNH.device) for rank in range(size)]
             mask_BSW = visible(parts[self.context_group.rank()], torch.cat(parts), documents_BW)
@@ -45,6 +48,19 @@ class FusedAttention(torch.nn.Module):
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
             out_BNSH = F.scaled_dot_product_attention(q, k, v, mask_BSW[:, None])
         return out_BNSH.permute(2, 0, 1, 3).flatten(2)
+
+
+def _by_document(q_BNSH: torch.Tensor, k_BGSH: torch.Tensor, v_BGSH: torch.Tensor, documents_BS: torch.Tensor) -> torch.Tensor:
+    """Each document by itself, [B, N, S, H]: a mask over the whole sequence would only throw away what lies between them.
+
+    Not on a GPU, which would wait for the bounds and start a kernel for every document.
+    """
+    rows = []
+    for row, documents_S in enumerate(documents_BS):
+        sizes = documents_S.unique_consecutive(return_counts=True)[1].tolist()
+        each = zip(*(x[row : row + 1].split(sizes, dim=2) for x in (q_BNSH, k_BGSH, v_BGSH)), strict=True)
+        rows.append(torch.cat([F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) for q, k, v in each], dim=2))
+    return torch.cat(rows)
 
 
 def visible(queries_S: torch.Tensor, keys_W: torch.Tensor, documents_BW: torch.Tensor | None) -> torch.Tensor:
