@@ -30,6 +30,9 @@ fi
 if [[ ! -e .venv/lm_eval/lm_eval ]]; then
     .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --target .venv/lm_eval -r tests/lm_eval.txt
 fi
+if [[ ! -e .venv/trl/trl ]]; then
+    .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --target .venv/trl -r tests/trl.txt
+fi
 
 # peft itself, for tests/megatron_jobs/conversion/test_peft.py (1 MB); what it needs is in .venv.
 if [[ ! -e .venv/peft/peft ]]; then

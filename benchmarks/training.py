@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.turns import Turns, play
 from megatron_jobs.config import RunConfig, load
 
 ROOT = Path(__file__).parents[1]
@@ -42,23 +42,6 @@ def config_in(folder: str, steps: int) -> RunConfig:
     overrides = [f"model.{value}" for value in MODEL]
     overrides += [f"run={folder}/run", "train.micro_batch_size=4", "train.checkpoint_interval=1000000", f"phases={json.dumps([phase])}"]
     return load(ROOT / "examples/quickstart/dense.yaml", overrides)
-
-
-class Turns:
-    """This process's share of the time: a step begins when the parent says so, and its seconds are told to the parent."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._wait()
-
-    def step_is_done(self) -> None:
-        self.seconds.append(time.perf_counter() - self._began)
-        print(f"{self.seconds[-1]:.4f}", file=sys.__stdout__, flush=True)
-        self._wait()
-
-    def _wait(self) -> None:
-        sys.stdin.readline()
-        self._began = time.perf_counter()
 
 
 def ours(folder: str, steps: int) -> dict[str, Any]:
@@ -152,19 +135,9 @@ def main(steps: Annotated[int, typer.Option(help="steps of each side")] = 40, si
         print(json.dumps(result))
         return
     command = [sys.executable, "-m", "benchmarks.training", "--steps", str(steps), "--side"]
-    sides = {
-        name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        for name in ("ours", "transformers")
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(steps):
-        for name, process in sides.items():
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            seconds[name].append(float(process.stdout.readline()))
-        print("  ".join(f"{name} {2048 / taken[-1]:,.0f} tokens/s" for name, taken in seconds.items()), flush=True)
-    results = {name: json.loads(process.communicate("go\n")[0].splitlines()[-1]) for name, process in sides.items()}
-    losses = [results[name]["losses"] for name in sides]
+    taken, results = play({name: [*command, name] for name in ("ours", "transformers")}, cwd=ROOT)
+    seconds = {name: [second for _, second in of_side] for name, of_side in taken.items()}
+    losses = [results[name]["losses"] for name in seconds]
     difference = max(abs(a - b) / b for a, b in zip(*losses, strict=True))
     counted = {name: taken[STEPS_NOT_COUNTED:] for name, taken in seconds.items()}
     speed = {name: 2048 / statistics.median(taken) for name, taken in counted.items()}
