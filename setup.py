@@ -15,7 +15,7 @@ setup(
         "data_prep": ["configs/*.yaml", "steps/*.ftz", "steps/words/*.txt"],
         "megatron_jobs": ["configs/*.yaml"],
         "evaluation": ["preferences/prompts/*.yaml"],
-        "slurm": ["*.sh", "chain.yaml", "cluster.env.example", "grafana.json"],
+        "slurm": ["*.sh", "chain.yaml", "rounds.yaml", "cluster.env.example", "grafana.json"],
     },
     entry_points={"console_scripts": ["mujina = mujina.cli:main"]},
     install_requires=[

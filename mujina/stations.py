@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import pydantic
 from mujina.cli import VERBS
 from mujina.sbatch import SCRIPTS
 from mujina.user_input import Section, UserError, nearest, read_yaml
+
+MOST_ROUNDS = 1000
 
 Scalar = bool | int | float | str
 
@@ -41,6 +43,9 @@ class StationConfig(Section):
     as the variable has values."""
     for_each: dict[str, list[Scalar]] = {}
     """One station for every combination of these variables' values; `name` has to tell them apart."""
+    rounds: int | str | None = None
+    """How often this station runs, and those beside it that say the same: the first round of them all, then the second, and so on. Their
+    texts may have {round}, from 1, and {before}, the number of the round before."""
     needs: list[str] | None = None
     """Names of earlier stations, or patterns such as "training *"; default: the station before, with all that its `for_each` makes."""
     outputs: list[str] = []
@@ -113,17 +118,33 @@ def read_chain(path: Path, overrides: list[str]) -> Plan:
         known[name] = _list(value, known, where) if isinstance(value, list) else _fill(_text(value), known, where)
     stations: list[Station] = []
     before: list[str] = []
-    for config in chain.stations:
+    for config, of_round in _in_order(chain.stations, known, str(path)):
         made = []
         for values in itertools.product(*config.for_each.values()):
-            its = known | dict(zip(config.for_each, map(_text, values), strict=True))
+            its = known | of_round | dict(zip(config.for_each, map(_text, values), strict=True))
             made.append(_station(config, its, [station.name for station in stations], before, str(path)))
         before = [station.name for station in made]
         stations += made
     names = [station.name for station in stations]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{path}: station {twice[0]}: two stations have this name: put the variables of `for_each` into it")
+        raise UserError(f"{path}: station {twice[0]}: two stations have this name: put the variables of `for_each`, or {{round}}, into it")
     return Plan(chain.name, Path(_fill(chain.folder, known, f"{path}: folder")), _list(chain.sbatch, known, f"{path}: sbatch"), stations)
+
+
+def _in_order(
+    configs: list[StationConfig], known: Mapping[str, str | list[str]], path: str
+) -> Iterator[tuple[StationConfig, dict[str, str]]]:
+    """Every station with what {round} and {before} are, once for each of its rounds."""
+    for rounds, beside in itertools.groupby(configs, key=lambda config: config.rounds):
+        together = list(beside)
+        if rounds is None:
+            yield from ((config, {}) for config in together)
+            continue
+        number = _fill(_text(rounds), known, f"{path}: station {together[0].name}: rounds")
+        if not (number.isdecimal() and 0 < int(number) <= MOST_ROUNDS):
+            raise UserError(f"{path}: station {together[0].name}: rounds ({number}) must be a number from 1 to {MOST_ROUNDS}: write one")
+        for at in range(1, int(number) + 1):
+            yield from ((config, {"round": str(at), "before": str(at - 1)}) for config in together)
 
 
 def _override(text: str, variables: list[str]) -> str:

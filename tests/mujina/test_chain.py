@@ -200,6 +200,38 @@ def test_for_each_makes_a_station_of_every_combination_and_needs_find_them(folde
     assert made[-1].command == ["report", "r1", "r 2", "--title", "a b 1"] and made[1].command == ["train", "a", "1"]
 
 
+def test_rounds_run_one_after_the_other(folder):
+    made = plan_of(
+        [
+            {"name": "start", "run": "convert a out-0"},
+            {"name": "pairs {round}", "rounds": "{rounds}", "run": "preferences x answers.model=out-{before}"},
+            {"name": "dpo {round} {seed}", "rounds": "{rounds}", "for_each": {"seed": [1, 2]}, "run": "train x run=out-{round}"},
+            {"name": "report", "needs": ["dpo *"], "run": "report"},
+        ],
+        "rounds=2",
+        variables={"rounds": 3},
+    ).stations
+    assert [station.name for station in made] == ["start", "pairs 1", "dpo 1 1", "dpo 1 2", "pairs 2", "dpo 2 1", "dpo 2 2", "report"]
+    assert made[4].command == ["preferences", "x", "answers.model=out-1"] and made[4].needs == ["dpo 1 1", "dpo 1 2"]
+    assert made[1].needs == ["start"] and made[5].command[-1] == "run=out-2"
+
+
+def test_the_chain_of_rounds_hands_each_round_s_model_to_the_next():
+    files = [f"{name}=examples/rounds/{name}.yaml" for name in ("preferences", "data", "dpo")]
+    made = read_chain(ROOT / "slurm/rounds.yaml", [*files, "start=runs/sft/checkpoints/latest", "prompts=held_out.jsonl", "rounds=2"])
+    stations = {station.name: station for station in made.stations}
+    kinds = ("preferences", "pairs", "training", "model", "evaluation")
+    assert list(stations) == ["model 0", "evaluation 0", *(f"{kind} {number}" for number in (1, 2) for kind in kinds)]
+    assert stations["preferences 2"].needs == ["model 1"] and "answers.model=runs/rounds/round-1/hf" in stations["preferences 2"].command
+    training = stations["training 2"]
+    assert {"train.init_from=runs/rounds/round-1/hf", "run=runs/rounds/round-2", "data.folder=runs/rounds/round-2/data"} < set(
+        training.command
+    )
+    assert [stations[f"{kind} 1"].script.name for kind in kinds] == [
+        *("preferences.sh", "verb.sh", "post_train.sh", "convert_to_hf.sh", "evaluate.sh"),
+    ]
+
+
 def test_variables_hold_one_another_and_keys_of_the_files_that_they_name(folder):
     Path("base.yaml").write_text("run: runs/a\ntrain: {processes: 2}\n")
     Path("dense.yaml").write_text("extends: base.yaml\n")
@@ -224,6 +256,9 @@ def test_variables_hold_one_another_and_keys_of_the_files_that_they_name(folder)
         ([{"name": "a", "run": "train x", "for_each": {"n": [1, 2]}}], [], "two stations have this name"),
         ([{"name": "a", "run": "train x", "slurm": {"script": "evalute.sh"}}], [], "did you mean evaluate.sh?"),
         ([{"name": "a", "run": "train x", "slurm": {"array": "many"}}], [], "slurm.array (many) must be a number of tasks"),
+        ([{"name": "a {round}", "run": "train x", "rounds": 0}], [], "rounds (0) must be a number from 1 to 1000"),
+        ([{"name": "a", "run": "train x", "rounds": 2}], [], "two stations have this name"),
+        ([{"name": "a {round}", "run": "train x"}], [], "no such variable: {round}"),
         ([], [], "stations"),
     ],
 )

@@ -13,7 +13,18 @@ from tests.conftest import tiny
 
 pytest_plugins = ["tests.cluster"]
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ("pretrain_8b", "pretrain_8x8b", "upcycle", "convert_to_hf", "evaluate", "prepare_data", "tokenize", "verb")
+SCRIPTS = (
+    "pretrain_8b",
+    "pretrain_8x8b",
+    "upcycle",
+    "convert_to_hf",
+    "evaluate",
+    "preferences",
+    "post_train",
+    "prepare_data",
+    "tokenize",
+    "verb",
+)
 
 
 @pytest.fixture(scope="module")
