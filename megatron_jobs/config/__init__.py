@@ -215,6 +215,8 @@ class RunConfig(Section):
     def _adapter_fits(self) -> "RunConfig":
         if self.adapter and self.train.init_from is None:
             raise ValueError("adapter needs a base: write train.init_from, a checkpoint or Hugging Face folder, which stays as it is")
+        if self.adapter and self.train.precision == "fp8":
+            raise ValueError("train.precision (fp8) must be bf16 or fp32 with an adapter: nobody has shown what fp8 does to a frozen base")
         if self.adapter and (reason := self.adapter.why_not_of(self.model, self.moe)):
             raise ValueError(reason)
         return self

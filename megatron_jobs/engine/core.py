@@ -34,8 +34,8 @@ class OwnedRange(NamedTuple):
 
 
 def _distributed(optimizer: ChainedOptimizer) -> list[DistributedOptimizer]:
-    """One for the dense parameters, one for the experts, which have another data-parallel group."""
-    return optimizer.chained_optimizers
+    """One for the dense parameters, one for the experts, who have another data-parallel group; none of what is not trained."""
+    return [distributed for distributed in optimizer.chained_optimizers if not distributed.is_stub_optimizer]
 
 
 def set_up_adamw(optimizer: ChainedOptimizer, weight_decay: float) -> None:

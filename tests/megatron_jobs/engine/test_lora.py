@@ -168,6 +168,17 @@ def frozen_after_training(config: RunConfig) -> tuple[str, int]:
         return "same", buffered
 
 
+@pytest.mark.parametrize("world, sizes", [(1, {}), (2, dict(pipeline=2))])
+def test_experts_alone_of_the_first_layer_alone(configured, tmp_path, world, sizes):
+    """No dense matrix is trained; of two stages the second one trains nothing at all."""
+    sections = dict(moe=MOE | dict(every=4), adapter=dict(rank=2, alpha=4, matrices=["experts.up", "experts.down"]), parallel=sizes)
+    config = configured("half", tmp_path / "run", train=dict(init_from=str(tmp_path / "base")), **sections)
+    weights, whole_model = InitialWeights(config.model, config.moe, 7), config.model_copy(update={"adapter": None})
+    (tmp_path / "base").symlink_to(write_weights(tmp_path / "checkpoints", whole_model, weights, weights.shapes, Ledger(), "writing"))
+    run_ranks(world, train_here, config)
+    assert len(losses(config.run)) == 4 and losses(config.run)[3] < losses(config.run)[0] and min(norms(config.run)) > 0
+
+
 @pytest.mark.parametrize("recompute", ["attention", "layers"])
 def test_recomputed_activations_change_nothing(configured, tmp_path, trained, recompute):
     run_ranks(1, train_here, configured("dense", tmp_path, train=dict(recompute=recompute)))
@@ -267,6 +278,8 @@ def test_a_run_keeps_its_adapter(configured, tmp_path):
     phases.check_resumable(before, configured("dense", tmp_path, adapter=DENSE | {"init_from": "elsewhere"}), 1)
 
 
-def test_an_adapter_needs_a_base(configured, tmp_path):
+def test_an_adapter_needs_a_base_and_not_in_fp8(configured, tmp_path):
+    with pytest.raises(UserError, match=r"train.precision \(fp8\) must be bf16 or fp32 with an adapter"):
+        configured("dense", tmp_path, train=dict(precision="fp8"))
     with pytest.raises(UserError, match="adapter needs a base: write train.init_from"):
         configured("dense", tmp_path, train=dict(init_from=None))
