@@ -28,10 +28,10 @@ from megatron_jobs.checkpoints.weights import InitialWeights
 from megatron_jobs.config import RunConfig, load
 from megatron_jobs.data.feeder import MicroBatch
 from megatron_jobs.engine import groups
-from megatron_jobs.engine.gpt import has_transformer_engine
 from megatron_jobs.engine.passes import Passes
 from megatron_jobs.engine.state import TrainingState
 from megatron_jobs.planning import flops
+from megatron_jobs.planning.layers import has_transformer_engine
 from mujina.user_input import command_line
 
 CONFIGS = Path(__file__).parents[1] / "megatron_jobs/configs"

@@ -11,7 +11,8 @@ from megatron_jobs.config import RunConfig
 from megatron_jobs.data import feeder, phases
 from megatron_jobs.data.order import DataOrder
 from megatron_jobs.monitoring import wandb_run
-from megatron_jobs.planning import layouts
+from megatron_jobs.planning import layers, layouts
+from megatron_jobs.planning.layers import Layers
 from megatron_jobs.stability import Guard
 from mujina.user_input import UserError
 
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
     from megatron_jobs.checkpoints.checkpoint import Checkpoint
 
 
-def check(config: RunConfig, processes: int) -> tuple[RunConfig, DataOrder]:
-    """The run with the budgets of its phases, and the order of its data.
+def check(config: RunConfig, processes: int, of_ranks: Layers | None = None) -> tuple[RunConfig, DataOrder]:
+    """The run with the budgets of its phases, and the order of its data. `of_ranks`: the layers that they will have; None: of this machine.
 
-    Raises UserError when it cannot be on so many processes, with these data, from this model, or behind this checkpoint.
+    Raises UserError when it cannot be on so many processes, with these layers and data, from this model, or behind this checkpoint.
     """
     layouts.check(config, processes)
+    layers.check(config, of_ranks or layers.of_this_machine(config))
     sources = feeder.facts(feeder.open_sources(config))
     config = phases.resolve(config, sources)
     order = DataOrder(config, sources)

@@ -6,6 +6,7 @@ in RUN/rollbacks.json as well, because the checkpoints behind one are thrown awa
 Steps are counted as in metrics.jsonl, from 1. Needs no torch.
 """
 
+import contextlib
 import json
 import math
 import statistics
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_jobs.config import StabilityConfig
+from mujina.checkpoint_folders import step_folder, steps
 from mujina.disks import read
 from mujina.files import write_whole
 from mujina.user_input import UserError, reading
@@ -138,15 +140,26 @@ class Guard:
 
 
 def read_rollbacks(run: Path) -> list[dict[str, Any]]:
-    """Where the file is gone, or none of ours (which is told), those hold that the checkpoint knows."""
+    """Where the file is gone, or none of ours (which is told), those hold that any of the checkpoints knows."""
     path = run / "rollbacks.json"
     try:
-        with reading(path, "a list of rollbacks", "those hold that the newest checkpoint knows"):
-            backs = json.loads(read(path) or b"[]")
-            return [{"first": int(back["first"]), "last": int(back["last"]), "reason": back["reason"]} for back in backs]
+        if (written := read(path)) is not None:
+            return _rollbacks(written, path, "those hold that the checkpoints know")
     except UserError as error:
         print(error, flush=True)
-        return []
+    known = list[dict[str, Any]]()
+    for ledger in (step_folder(run / "checkpoints", step) / "ledger.json" for step in steps(run / "checkpoints")):
+        with contextlib.suppress(UserError, OSError):
+            known = max(known, _rollbacks(read(ledger) or b"", ledger, "it is passed over"), key=len)
+    return known
+
+
+def _rollbacks(data: bytes, path: Path, remedy: str) -> list[dict[str, Any]]:
+    """Those of rollbacks.json, or of a ledger."""
+    with reading(path, "a list of rollbacks", remedy):
+        backs = json.loads(data)
+        backs = backs["interventions"]["rollbacks"] if path.name == "ledger.json" else backs
+        return [{"first": int(back["first"]), "last": int(back["last"]), "reason": back["reason"]} for back in backs]
 
 
 def write_rollbacks(run: Path, rollbacks: list[dict[str, Any]]) -> None:

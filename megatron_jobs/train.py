@@ -31,12 +31,12 @@ from megatron_jobs.data import feeder, phases
 from megatron_jobs.data.ledger import Ledger, Origin
 from megatron_jobs.data.order import DataOrder, Sample
 from megatron_jobs.engine import groups
-from megatron_jobs.engine.gpt import has_transformer_engine
 from megatron_jobs.engine.passes import Passes, fp8_warning
 from megatron_jobs.engine.state import TrainingState
 from megatron_jobs.monitoring.metrics import Log
 from megatron_jobs.monitoring.vitals import Watch
 from megatron_jobs.planning import layouts
+from megatron_jobs.planning.layers import has_transformer_engine
 from megatron_jobs.stability import Guard, Verdict
 from mujina.checkpoint_folders import resolved, step_folder
 from mujina.exits import STOPPED

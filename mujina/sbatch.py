@@ -34,6 +34,14 @@ def test(arguments: Sequence[str]) -> str:
     return _sbatch(["--test-only", *arguments], {}).stderr.strip()
 
 
+def is_elsewhere() -> bool:
+    """Whether the tasks of a job run in another Python than this one, or in a container, by what the site has set."""
+    script = f'{SITE}printf \'%s\\n%s\' "${{MUJINA_TASK_PYTHON:-$MUJINA_PYTHON}}" "${{MUJINA_SRUN_OPTIONS:-}}"'
+    known = {"MUJINA_PYTHON": sys.executable} | os.environ
+    python, _, options = subprocess.run(["bash", "-c", script], env=known, capture_output=True, text=True).stdout.partition("\n")
+    return python != sys.executable or "container" in options
+
+
 def in_queue() -> set[str]:
     """The numbers of this user's jobs (of an array: its own) that wait, run, or are about to end. Raises UserError without an answer."""
     try:

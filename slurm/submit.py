@@ -17,7 +17,8 @@ from megatron_jobs.check import check
 from megatron_jobs.config import RunConfig
 from megatron_jobs.conversion.families import tell_hindrance
 from megatron_jobs.data import phases
-from megatron_jobs.planning import plan, planner
+from megatron_jobs.planning import flops, layers, plan, planner
+from megatron_jobs.planning.layers import Layers
 from mujina import sbatch
 from mujina.checkpoint_folders import steps
 from mujina.disks import free_bytes
@@ -49,7 +50,7 @@ def main(
         nodes = nodes or int(asked.get("nodes", 1))
         processes = nodes * int(asked.get("ntasks-per-node", 1))
         gpus_per_node = int(asked.get("gpus-per-node", "0").rpartition(":")[2])
-    settings, _ = check(settings, processes)
+    settings, _ = check(settings, processes, _layers(gpu) if gpus_per_node else Layers(False))
     if gpus_per_node:
         _check_memory(settings, planner.machine(processes, gpu, gpus_per_node, "transformer-engine"), gpu)
     _check_disk(settings)
@@ -75,6 +76,12 @@ def directives(script: Path) -> dict[str, str]:
     """The #SBATCH lines of a script: {option: value}. Raises UserError when there is no such file."""
     text = read_text(script, "name another --script, or leave the option out for Mujina's own")
     return {name: value or "" for name, value in re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?", text, re.MULTILINE)}
+
+
+def _layers(gpu: str) -> Layers:
+    """Of the ranks on nodes with these GPUs. What is installed in another Python than this one, or in a container, is not known."""
+    found = flops.gpu(gpu)
+    return Layers(None if sbatch.is_elsewhere() else layers.is_installed(), found is None or found.fp8 > found.bf16)
 
 
 def _check_memory(config: RunConfig, machine: planner.Machine, gpu: str) -> None:

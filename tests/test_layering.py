@@ -30,7 +30,7 @@ MAY_ENTER = {
     "megatron_jobs.checkpoints": "mujina megatron_jobs.config megatron_jobs.ranks megatron_jobs.data",
     "megatron_jobs.losses": "megatron_jobs.config megatron_jobs.data",
     "megatron_jobs.engine": "mujina moe megatron_jobs.config megatron_jobs.ranks megatron_jobs.data megatron_jobs.checkpoints "
-    "megatron_jobs.losses",
+    "megatron_jobs.losses megatron_jobs.planning",
     "megatron_jobs.conversion": "mujina tokenization data_prep moe megatron_jobs.config megatron_jobs.conversion.families "
     "megatron_jobs.data megatron_jobs.planning megatron_jobs.checkpoints megatron_jobs.engine",
     "megatron_jobs.monitoring": "mujina moe megatron_jobs.config megatron_jobs.ranks megatron_jobs.data megatron_jobs.planning",

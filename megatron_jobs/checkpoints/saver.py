@@ -39,6 +39,7 @@ class Saver:
         self._host_copies: dict[str, torch.Tensor] = {}
         self._save: _Save | None = None
         self._whole: list[Saved] = []  # that `check` has not told of
+        self._has_any = False  # checkpoints, as far as this process has seen
 
     def newest(self, keeps: Callable[[Checkpoint], bool] = lambda checkpoint: True) -> Checkpoint | None:
         """The newest whole checkpoint of the run that `keeps` does not refuse, the same on every rank. Collective.
@@ -46,12 +47,19 @@ class Saver:
         Waits for the save under way; each rank verifies a share of the files.
         """
         self.wait()
-        return newest_whole(self.folder, keeps, dist.get_rank(), ranks.gathered)
+        found = newest_whole(self.folder, keeps, dist.get_rank(), ranks.gathered)
+        self._has_any = found is not None
+        return found
 
     def before(self, step: int, keeps: Callable[[Checkpoint], bool]) -> Checkpoint | None:
-        """The newest whole checkpoint of at most `step` steps that `keeps` does not refuse, else the oldest of more. As `newest`."""
+        """The newest whole checkpoint of at most `step` steps that `keeps` does not refuse, else the oldest of more. As `newest`.
+
+        Raises UserError when there were some, and all of them are gone: a run does not begin anew by itself."""
         self.wait()
-        return whole_before(self.folder, step, keeps, dist.get_rank(), ranks.gathered)
+        found = whole_before(self.folder, step, keeps, dist.get_rank(), ranks.gathered)
+        if found is None and self._has_any:
+            raise UserError(f"{self.folder}: the checkpoints that a rollback goes back to are gone: bring them back")
+        return found
 
     def remove_after(self, step: int) -> None:
         """Removes the checkpoints of more than `step` steps. Collective."""
@@ -81,6 +89,7 @@ class Saver:
             boxes = self._copied(boxes)
         else:
             boxes = {key: values.cpu() for key, values in boxes.items()}
+        self._has_any = True
         self._save = _Save(self, writer, updates, boxes, ledger, began)
         if not self.config.train.asynchronous_save:
             self.wait()

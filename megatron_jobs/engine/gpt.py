@@ -7,7 +7,6 @@ Shapes: B micro-batch, W whole sequence, S a context-parallel rank's part of it,
 """
 
 import contextlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
@@ -20,13 +19,13 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_jobs.config import ParallelConfig, RunConfig
+from megatron_jobs.config import ParallelConfig
 from megatron_jobs.config.model import ModelConfig, MoEConfig
 from megatron_jobs.config.phase import Phase
 from megatron_jobs.engine import attention, core
+from megatron_jobs.planning.layers import has_transformer_engine
 from moe.experts import GroupedExperts
 from moe.router import Router
-from mujina.user_input import UserError
 
 Recompute = Literal["none", "attention", "layers"]
 
@@ -66,27 +65,6 @@ def build(
         for parameter in gpt.parameters():
             parameter.detach().zero_()
     return gpt.to(_device())
-
-
-def check_machine(config: RunConfig) -> None:
-    """Raises UserError when the layers of this machine cannot do what the configuration asks for."""
-    if config.train.precision == "fp8" and not (has_transformer_engine() and torch.cuda.get_device_capability() >= (8, 9)):
-        raise UserError(
-            "train.precision (fp8) needs Transformer Engine on a GPU that computes in fp8 (Ada, Hopper or later): install the extra "
-            "`gpu` on such a machine, or set train.precision to bf16"
-        )
-    of_experts = [name for name in config.adapter.matrices if name.startswith("experts.")] if config.adapter else []
-    if has_transformer_engine() and of_experts:
-        raise UserError(
-            f"adapter.matrices ({of_experts[0]}): Transformer Engine's grouped products take no adapters yet: leave those of experts out, "
-            "or train where it is not installed"
-        )
-    separated = [phase.name for phase in config.phases if phase.keeps_apart]
-    if has_transformer_engine() and config.parallel.context > 1 and separated:
-        raise UserError(
-            f"parallel.context ({config.parallel.context}) must be 1 where phases.{separated[0]} separates documents: Transformer "
-            "Engine cuts each document over the ranks, and wants their lengths in multiples of 2 × parallel.context"
-        )
 
 
 def forward(
@@ -247,10 +225,6 @@ def _layer_spec(config: TransformerConfig, moe: MoEConfig | None, vp_stage: int 
     if not has_transformer_engine():
         core.replace_attention_and_norms(block, attention.FusedAttention, Norm, config.qk_layernorm)
     return block
-
-
-def has_transformer_engine() -> bool:
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def _device() -> torch.device:

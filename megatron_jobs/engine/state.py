@@ -25,8 +25,9 @@ from megatron_jobs.checkpoints.checkpoint import STATES, Checkpoint, box_key, bo
 from megatron_jobs.checkpoints.weights import trained_shapes
 from megatron_jobs.config import RunConfig
 from megatron_jobs.engine import core, lora, placement
-from megatron_jobs.engine.gpt import build, check_machine
+from megatron_jobs.engine.gpt import build
 from megatron_jobs.engine.placement import LocalParameter
+from megatron_jobs.planning import layers
 from mujina.matrices import Box, TensorSource
 
 READERS = min(4, os.cpu_count() or 1)  # one alone leaves the disk waiting while it copies
@@ -40,7 +41,7 @@ class TrainingState:
 
         Raises UserError when this machine cannot do what the configuration asks for.
         """
-        check_machine(config)
+        layers.check(config, layers.of_this_machine(config))
         dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
         gpts = [
             build(

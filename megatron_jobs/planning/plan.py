@@ -18,7 +18,7 @@ from megatron_jobs.config.phase import Phase
 from megatron_jobs.conversion.families import tell_hindrance
 from megatron_jobs.data import feeder, phases
 from megatron_jobs.data.phases import Source
-from megatron_jobs.planning import flops, layouts, memory, planner
+from megatron_jobs.planning import flops, layers, layouts, memory, planner
 from mujina.user_input import UserError, command_line
 
 
@@ -38,11 +38,13 @@ def main(
     console = Console(width=140, highlight=False)
     total, active = num_parameters(settings)
     console.print(f"parameters        {_billions(total)}" + (f", {_billions(active)} active in a token" if settings.moe else ""))
+    machine = None if gpu is None else planner.machine(gpus, gpu, gpus_per_node, stack)
+    layers.check(settings, layers.Layers(None, machine is None or machine.gpu.fp8 > machine.gpu.bf16))
     sources = feeder.facts(feeder.open_sources(settings)) if settings.data.folder.is_dir() else None
     if sources is not None:
         settings = phases.resolve(settings, sources)
-    if gpu is not None:
-        planner.show(settings, planner.machine(gpus, gpu, gpus_per_node, stack), gpu, console)
+    if machine is not None and gpu is not None:
+        planner.show(settings, machine, gpu, console)
     elif gpus is not None:
         layouts.check(settings, gpus)
         sizes = settings.parallel

@@ -11,7 +11,11 @@ from megatron_jobs.check import check
 from megatron_jobs.checkpoints.checkpoint import write_weights
 from megatron_jobs.checkpoints.weights import InitialWeights
 from megatron_jobs.data.ledger import Ledger
+from megatron_jobs.planning import layers, plan
+from megatron_jobs.planning.layers import Layers
+from mujina import sbatch, strict_yaml
 from mujina.user_input import UserError
+from slurm import submit
 from tests.conftest import MOE, tiny
 from tests.megatron_jobs.test_launch import saved
 
@@ -107,3 +111,69 @@ def test_wandb_that_is_not_installed(prepared, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="wandb: the package is not installed here"):
         check(tiny(prepared, tmp_path, wandb=dict(project="x")), 2)
+
+
+SEPARATED = dict(name="web", tokens=3 * 8 * 32, sequence_length=32, global_batch_size=8, sources={"web": 1.0}, separate_documents=True)
+SEPARATED |= dict(learning_rate=dict(start=1e-2, end=1e-3))
+
+
+@pytest.mark.parametrize(
+    ("sections", "of_ranks", "message"),
+    [
+        (dict(train=dict(precision="fp8")), Layers(True, fp8=True), None),
+        (dict(train=dict(precision="fp8")), Layers(True, fp8=False), r"train.precision \(fp8\) needs Transformer Engine on a GPU that"),
+        (dict(train=dict(precision="fp8")), Layers(None, fp8=False), r"train.precision \(fp8\) needs Transformer Engine"),
+        (dict(train=dict(precision="fp8")), None, r"train.precision \(fp8\) needs Transformer Engine"),
+        (dict(phases=[SEPARATED], parallel=dict(context=2)), Layers(True), r"parallel.context \(2\) must be 1 where phases.web separates"),
+        (dict(phases=[SEPARATED], parallel=dict(context=2)), None, None),
+        (dict(phases=[SEPARATED]), Layers(True), None),
+        (
+            dict(moe=MOE, adapter=dict(rank=2, alpha=4, matrices=["experts.gate"])),
+            Layers(True),
+            r"adapter.matrices \(experts.gate\): Transformer",
+        ),
+    ],
+)
+def test_what_the_layers_of_the_ranks_cannot_do(prepared, tmp_path, monkeypatch, capsys, models, sections, of_ranks, message):
+    """None: they are the local ones, as on this machine."""
+    monkeypatch.setattr(layers, "has_transformer_engine", lambda: False)
+    if "adapter" in sections:
+        sections = sections | dict(train=dict(init_from=models["mixture"]))
+    config = tiny(prepared, tmp_path, **sections)
+    with told(message):
+        check(config, 2, of_ranks)
+    assert not capsys.readouterr().out
+
+
+def test_what_is_not_known_of_the_ranks_layers_is_told(prepared, tmp_path, capsys):
+    """By `submit` where their Python is another one, and by `plan`."""
+    check(tiny(prepared, tmp_path, train=dict(precision="fp8")), 2, Layers(None))
+    assert "train.precision (fp8) needs Transformer Engine" in capsys.readouterr().out
+    config = tiny(prepared, tmp_path, train=dict(precision="fp8"), phases=[SEPARATED], parallel=dict(context=2))
+    (tmp_path / "run.yaml").write_text(strict_yaml.dump(config.model_dump(mode="json")))
+    plan.main(tmp_path / "run.yaml", tokens_per_day=None)
+    shown = capsys.readouterr().out
+    assert "(fp8) needs Transformer Engine" in shown and "parallel.context (2) must be 1" in shown
+    assert shown.count("whether they have it is not known here") == 2
+    with pytest.raises(UserError, match="computes in fp8"):
+        plan.main(tmp_path / "run.yaml", gpus=2, gpu="a100", gpus_per_node=8, stack="transformer-engine", tokens_per_day=None)
+
+
+@pytest.mark.parametrize(
+    ("site", "elsewhere"),
+    [
+        ("", False),
+        ("export SBATCH_PARTITION=gpu", False),
+        ("export MUJINA_TASK_PYTHON='apptainer exec mujina.sif python3'", True),
+        ("export MUJINA_SRUN_OPTIONS='--container-image=/images/mujina.sqsh'", True),
+        ("export MUJINA_PYTHON=/nowhere/python", True),
+    ],
+)
+def test_what_a_site_runs_its_tasks_with(tmp_path, monkeypatch, site, elsewhere):
+    (tmp_path / "cluster.env").write_text(site + "\n")
+    monkeypatch.setenv("MUJINA_CLUSTER_ENV", str(tmp_path / "cluster.env"))
+    for name in ("MUJINA_PYTHON", "MUJINA_TASK_PYTHON", "MUJINA_SRUN_OPTIONS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(layers, "is_installed", lambda: True)
+    assert sbatch.is_elsewhere() == elsewhere
+    assert submit._layers("h100") == Layers(None if elsewhere else True, fp8=True) and not submit._layers("a100").fp8

@@ -14,9 +14,10 @@ from megatron_jobs.checkpoints.saver import Saver
 from megatron_jobs.checkpoints.weights import InitialWeights
 from megatron_jobs.config import RunConfig, StabilityConfig
 from megatron_jobs.data.ledger import Ledger
-from megatron_jobs.stability import Guard, write_rollbacks
+from megatron_jobs.stability import Guard, read_rollbacks, write_rollbacks
 from mujina.matrices import Box
 from tests.conftest import MOE, tiny
+from tests.megatron_jobs.test_launch import saved
 from tests.megatron_jobs.test_train import losses, train_here
 from tests.ranks import run_ranks
 
@@ -124,6 +125,24 @@ def test_checkpoints_before_a_phase_are_not_kept_for_its_rollbacks(prepared, tmp
     for done, step_in_phase in ((0, 0), (3, 3), (5, 5), (6, 0), (8, 2)):
         assert saver.back_to(done) == here.back_to(done + 1, step_in_phase)
     assert Saver(tiny(prepared, tmp_path, stability=dict(on_not_finite="skip")), {6, 10}).back_to(8) == 8
+
+
+@pytest.mark.parametrize("left", [None, b"", bytes(9), b'[{"first": 4}]'])
+def test_rollbacks_whose_file_is_gone_or_torn(prepared, tmp_path, left, capsys):
+    """What the newest checkpoint knows may be less: one that was rolled back, and could not be removed, is newer."""
+    config = tiny(prepared, tmp_path)
+    for step in (3, 6):
+        saved(config, step)
+    here = Guard(config.stability, [])
+    here.go_back(8, back_to=3, done=3, reason="NaN")
+    path = tmp_path / "checkpoints/step-00000003/ledger.json"
+    path.write_text(Ledger.from_json(path.read_text(), "").model_copy(update={"interventions": here.to_ledger()}).to_json())
+    if left is not None:
+        (tmp_path / "rollbacks.json").write_bytes(left)
+    assert read_rollbacks(tmp_path) == here.rollbacks
+    assert ("those hold that the checkpoints know" in capsys.readouterr().out) == (left is not None)
+    write_rollbacks(tmp_path, [])
+    assert read_rollbacks(tmp_path) == []
 
 
 class Killed(BaseException):
