@@ -8,7 +8,8 @@
     a folder cannot be removed (.nfs files, EBUSY)         it gets another name, and is removed with the next one
     no symbolic links                                      `latest` is a file that holds the name (`checkpoint_folders`)
     no flock                                               nobody is kept out (`locks.hold`)
-    the lock of a node that is gone                        waited for as long as NFS takes to let go of it (`locks.hold`)
+    the lock of a node that is gone                        waited for as long as NFS 4 takes to let go of it; then a job that
+                                                           Slurm has started again goes on without it (`locks.hold`)
     sizes and lists of files that lag                      the other ranks are asked, and looked again for a minute (`checkpoint`)
     clocks that differ, times in whole seconds             life is seen by change (`failures`), files that are as young as their stamp are
                                                            read (`files.changed`)

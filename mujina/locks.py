@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from mujina.disks import discard
 from mujina.user_input import UserError
 
 PATIENCE = 5  # seconds for the processes that a killed holder of a lock leaves behind, which end with it
@@ -24,14 +25,26 @@ def hold(path: Path, what: str) -> Iterator[None]:
 
     The kernel lets go when the process ends, however it ends. Over a network it holds as far as the file system's flock does: on one
     node only where Lustre is mounted with localflock or NFS with local_lock, and not at all where there is no flock. The lock of a node
-    that is gone is held until the server finds out; a job that Slurm has started again for that waits for it, and is no mistake.
-    Raises UserError, naming `what` and the holder, when it is held; BlockingIOError when this very job held it on another node.
+    that is gone is held until the server finds out (NFS 3: until the node is back). A job that Slurm has started again for that waits for
+    it, and then takes a new file of that name: Slurm has ended what its earlier start has left.
+    Raises UserError, naming `what` and the holder, when it is held; BlockingIOError when another task of this very start holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    job, start = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    while True:
+        file = path.open("a+")
         holder = _wait_for(file, what)
-        job = os.environ.get("SLURM_JOB_ID")
-        if holder and job and holder.endswith(f" (job {job})"):
+        of_job = re.search(rf" \(job {job}, start (\d+)\)$", holder) if holder and job else None
+        is_lost = of_job is not None and int(of_job[1]) < start
+        is_there = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())  # else another has done what follows
+        if is_there and not is_lost:
+            break
+        file.close()
+        if is_there:
+            print(f"{what}: {holder} was ended by Slurm, and its lock is still there: goes on without it", flush=True)
+            discard(path)
+    with file:
+        if of_job:
             raise BlockingIOError(errno.EAGAIN, f"still held by {holder}: where that node is gone, remove this file", str(path))
         if holder is not None:
             raise UserError(
@@ -39,7 +52,7 @@ def hold(path: Path, what: str) -> Iterator[None]:
                 f"{path}"
             )
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}{f' (job {job})' if job else ''}")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}{f' (job {job}, start {start})' if job else ''}")
         file.flush()
         try:
             yield

@@ -240,22 +240,33 @@ HOLDER = "import fcntl, sys; file = open(sys.argv[1]); fcntl.flock(file, fcntl.L
 
 
 def test_the_lock_of_a_node_that_is_gone(tmp_path: Path, monkeypatch: Patch) -> None:
-    """NFS lets go of it in its time. For the job that Slurm has started again because of it, it is no mistake."""
+    """NFS lets go of it in its time. The job that Slurm has started again because of it goes on without."""
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     monkeypatch.setattr(locks, "LEASE", 0)
     monkeypatch.setattr(locks, "PATIENCE", 0)
     path = tmp_path / ".lock"
-    path.write_text("process 3 on gone1 (job 17)")
+    path.write_text("process 3 on gone1 (job 17, start 1)")
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout and holder.stdin
         holder.stdout.readline()
         for job, error, message in (
             ("17", BlockingIOError, "remove this file"),
-            ("18", UserError, "process 3 on gone1 .job 17. is at work"),
+            ("18", UserError, "process 3 on gone1 .job 17, start 1. is at work"),
         ):
             monkeypatch.setenv("SLURM_JOB_ID", job)
             with pytest.raises(error, match=message), locks.hold(path, "run"):
                 pass
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+        with pytest.raises(UserError, match="is at work"), locks.hold(path, "run"):  # of job 18
+            pass
+        monkeypatch.setenv("SLURM_JOB_ID", "17")
+        with locks.hold(path, "run"):
+            assert path.read_text().endswith("(job 17, start 2)")
+            with pytest.raises(BlockingIOError, match="start 2"), locks.hold(path, "run"):
+                pass
+        assert [one.name for one in tmp_path.iterdir()] == [".lock"]
+        monkeypatch.setenv("SLURM_JOB_ID", "18")
         monkeypatch.setattr(locks, "LEASE", 60)
         holder.stdin.close()
     with locks.hold(path, "run"):
-        assert path.read_text() == f"process {os.getpid()} on {socket.gethostname()} (job 18)"
+        assert path.read_text() == f"process {os.getpid()} on {socket.gethostname()} (job 18, start 2)"
