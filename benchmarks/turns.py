@@ -46,7 +46,9 @@ def play(commands: dict[str, list[str]], **start: Any) -> tuple[dict[str, list[t
             assert process.stdin and process.stdout
             process.stdin.write("go\n")
             process.stdin.flush()
-            told = json.loads(process.stdout.readline())
+            line = process.stdout.readline()
+            assert line, f"{name} has ended with status {process.wait()}"
+            told = json.loads(line)
             if isinstance(told, dict):
                 found[name] = told
                 process.wait()
