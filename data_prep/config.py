@@ -1,6 +1,7 @@
 """The configuration of a preparation: which sources there are, which steps their documents go through, and where that runs."""
 
 import os
+import re
 import unicodedata
 from typing import Annotated, Literal
 
@@ -83,7 +84,7 @@ class SlurmConfig(Section):
     qos: str | None = None
     """Quality of service; null: the partition's."""
     time: str = "24:00:00"
-    """Limit of each job, HH:MM:SS."""
+    """Limit of each job as Slurm writes it: HH:MM:SS, D-HH:MM:SS, MM:SS, UNLIMITED."""
     memory_gb: int = Field(default=4, gt=0)
     """GB of memory of a task."""
     tokenizer_cpus: int = Field(default=16, gt=0)
@@ -93,13 +94,20 @@ class SlurmConfig(Section):
     sbatch: dict[str, str] = {}
     """Further options of sbatch, by their long names."""
 
+    @pydantic.field_validator("time")
+    @classmethod
+    def _is_time(cls, time: str) -> str:
+        if not re.fullmatch(r"[0-9]+(:[0-5]?[0-9]){0,2}|[0-9]+-[0-9]+(:[0-5]?[0-9]){0,2}|UNLIMITED|INFINITE", time, re.IGNORECASE):
+            raise ValueError("is no limit of time that Slurm knows: write it as HH:MM:SS or D-HH:MM:SS")
+        return time
+
 
 class PrepareConfig(Section):
     """Sources, the folder to write to, the tokenizer, and where to run."""
 
     sources: dict[Name, SourceConfig] = Field(min_length=1)
     """Sources by name; the names are those of the binaries, and phases use them. They differ in more than capitals."""
-    output: str
+    output: str = Field(min_length=1)
     """The folder to write to."""
     tokenizer: str | None = None
     """The tokenizer's folder; null: documents are prepared and not tokenized."""

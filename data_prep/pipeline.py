@@ -34,7 +34,7 @@ from data_prep.steps.read import files_of, find_inputs, read
 from data_prep.steps.step import CorpusStep, Judge, Step
 from mujina.disks import discard, rename, sync
 from mujina.files import Stamp, changed, read_rows, rename_folder, sha256_of, stamp, write_stamps, write_whole
-from mujina.user_input import UserError
+from mujina.user_input import UserError, reading
 
 GIGABYTE = 1 << 30
 FEWEST_TASKS = 16
@@ -129,13 +129,14 @@ def report(name: str, source: SourceConfig, folder: Path) -> SourceReport:
     seconds: dict[str, float] = dict.fromkeys(counts, 0.0)
     passed = Counter[str]()
     for path in sorted((folder / "stages").glob("*/stats/*.json")):
-        for entry in json.loads(path.read_bytes()):
-            label = entry["name"].removeprefix(f"{Apply.type}: ")
-            if entry["name"] == f"{Read.type}: {Read.name}":
-                passed.update({key.removeprefix("passed_"): _total(of) for key, of in entry["stats"].items() if key.startswith("passed_")})
-            if label in counts:
-                seconds[label] += _total(entry["time_stats"])
-                counts[label].update({key: _total(value) for key, value in entry["stats"].items()})
+        with reading(path, "what a rank has counted", f"remove {folder} to start afresh"):
+            for entry in json.loads(path.read_bytes()):
+                label, stats = entry["name"].removeprefix(f"{Apply.type}: "), entry["stats"]
+                if entry["name"] == f"{Read.type}: {Read.name}":
+                    passed.update({key.removeprefix("passed_"): _total(of) for key, of in stats.items() if key.startswith("passed_")})
+                if label in counts:
+                    seconds[label] += _total(entry["time_stats"])
+                    counts[label].update({key: _total(value) for key, value in stats.items()})
     steps = [
         StepCounts(
             name=label,

@@ -168,11 +168,14 @@ def write_stamps(record: Path, stamps: Mapping[str, Stamp]) -> None:
 
 
 def changed(record: Path, folder: Path = Path()) -> list[str]:
-    """The files of a record (their paths are relative to `folder`) that are gone or hold something else now.
+    """The files of a record (their paths are relative to `folder`) that are gone or hold something else now; a record that is damaged.
 
     A file that was touched, or copied, and holds the same has not changed: it is read for that once, and its new stamp put down.
     """
-    before = {name: Stamp(*values) for name, values in json.loads(record.read_bytes()).items()}
+    try:
+        before = {name: Stamp(*values) for name, values in json.loads(record.read_bytes()).items()}
+    except (ValueError, TypeError, AttributeError):
+        return [str(record.absolute())]
     stamped, is_old = record.stat().st_mtime_ns, True
     now = dict[str, Stamp | None]()
     for name, old in before.items():

@@ -35,6 +35,16 @@ _REMEDIES = {
     "unexpected end of stream": "close the quote or the bracket",
     "another document": "keep one of them in a file",
     "undefined alias": "put a text that begins with * in quotes, or write the anchor above it",
+    "expected alphabetic or numeric character": "put a text that begins with * or & in quotes",
+    "could not find expected ':'": "write a plain colon and a space behind a key, and a space behind the - of a list",
+    "keys are not allowed here": "put a text that begins with ? in quotes",
+    "entries are not allowed here": "write a list below its key, or put a text that begins with - in quotes",
+    "expected a comment or a line break": "put a text that begins with | or > in quotes",
+    "expected ',' or": "put texts that hold brackets or braces in quotes, and a comma behind each but the last",
+    "expected <block end>": "give the keys of a section, or the entries of a list, one indentation",
+    "hexadecimal": "write \\\\ for a backslash, or put the text in single quotes",
+    "unknown escape character": "write \\\\ for a backslash, or put the text in single quotes",
+    "expected '<document start>'": "write key: value in each line",
     "for merging": "name a mapping behind <<",
 }
 
@@ -64,6 +74,8 @@ def told(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.reader.ReaderError):
         return f"the character {error.character:#06x} is none of a text: save the file as plain UTF-8, or take that out"
     mark = error.problem_mark or error.context_mark if isinstance(error, yaml.MarkedYAMLError) else None
+    if mark is not None and error.context == "while scanning a simple key":  # whose problem is seen in a line behind it
+        mark = error.context_mark
     if mark is None:
         return " ".join(str(error).split())
     assert isinstance(error, yaml.MarkedYAMLError)

@@ -56,6 +56,7 @@ RULES = {
     "finite_number": "must be a finite number: write one",
     **dict.fromkeys(("list_type", "tuple_type"), "must be a list: write one"),
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be a section: write its keys below it"),
+    **dict.fromkeys(("too_short", "string_too_short"), "must not be empty: write something there"),
     "string_pattern_mismatch": "may hold letters, digits, _, - and . only: take the other characters out",
 }
 

@@ -277,8 +277,13 @@ class HfTokenizer:
 
     def _remark_on(self, eos: str) -> str | None:
         """That the model beside the tokenizer ends its texts with other tokens."""
-        named = [self._read(name).get("eos_token_id") for name in ("config.json", "generation_config.json")]
-        others = {token for value in named for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)}
+        others = set[int]()
+        for name in ("config.json", "generation_config.json"):
+            value = self._read(name).get("eos_token_id")
+            tokens = [] if value is None else value if isinstance(value, list) else [value]
+            if not all(type(token) is int for token in tokens):
+                raise UserError(f"{self._folder / name}: eos_token_id ({value!r}) must be a token's number, or a list of such: mend it")
+            others |= {token for token in tokens if token >= 0}
         others -= {self.eod_id} if self.eod_id == self.end_of_turn_id else {self.eod_id, self.end_of_turn_id}
         pieces = [piece for token in sorted(others) if (piece := self._reference.id_to_token(token)) is not None]
         if not pieces:

@@ -223,7 +223,7 @@ def _generation(source: Exported, tokenizer: "Tokenizer") -> dict[str, Any]:
     else:
         before = {"pad_token_id": tokenizer.eod_id}
     before.pop("_from_model_config", None)  # it says more now
-    return before | {"eos_token_id": list(dict.fromkeys(ends))}
+    return before | {"eos_token_id": list(dict.fromkeys(token for token in ends if isinstance(token, int)))}
 
 
 def _check(source: Exported, folder: Path) -> dict[str, Any]:

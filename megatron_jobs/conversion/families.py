@@ -103,6 +103,7 @@ ANOTHER = "take another model"
 AS_WELL = "write that in its place, for it is of training alone, and the model stays the same"
 ONLY: dict[str, tuple[Any, str]] = {
     "auto_map": (None, ANOTHER),  # code of its own
+    "text_config": (None, ANOTHER),  # of pictures or sounds, too
     "quantization_config": (None, "take the model as it was before it was quantized"),
     "hidden_act": ("silu", ANOTHER),
     "attention_bias": (False, ANOTHER),

@@ -183,7 +183,7 @@ def _load(folder: Path) -> tuple[Any, Any, list[int]]:
 
 def _stop_ids(folder: Path, tokenizer: Any, ends: list[int]) -> list[int]:
     named = [tokenizer.get_vocab().get(END_OF_TURN), _end_of_turn(tokenizer), tokenizer.eos_token_id, *ends]
-    stop_ids = [token for token in dict.fromkeys(named) if token is not None]
+    stop_ids = list(dict.fromkeys(token for token in named if isinstance(token, int)))
     if not stop_ids:
         raise UserError(
             f"{folder}: neither its tokenizer nor its generation_config.json names a token that ends an answer: write eos_token_id there"

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -153,18 +154,34 @@ def test_a_document_file_that_is_lost_or_damaged_is_made_again_and_told(tmp_path
     expected = bytes_of(tmp_path / "out")
     folder = tmp_path / "out/code/documents"
     lost = folder / "00001.jsonl.zst"
+    records = [path for path in (tmp_path / "out/code/stages").rglob("documents/written/*.json")]
+    assert records
     for damage, is_told in (
         (lost.unlink, True),
         (lambda: os.truncate(lost, 20), True),
         (lambda: lost.write_bytes(bytes(lost.stat().st_size)), True),
         (lambda: shutil.rmtree(folder), True),
+        (lambda: [os.truncate(record, 20) for record in records], True),
         (lambda: shutil.rmtree(tmp_path / "out/code/stages"), False),  # then nothing has ended
     ):
         damage()
         prepare(config(documents, tmp_path / "out", source=source))
         assert bytes_of(tmp_path / "out") == expected
-        assert ("00001.jsonl.zst is gone, or is not what was written" in capsys.readouterr().err) == is_told
+        assert (re.search(r"00001.json(l.zst)? is gone, or is not what was written", capsys.readouterr().err) is not None) == is_told
         assert not (tmp_path / "out/code/work").exists() and not (tmp_path / "out/code/.documents").exists()
+
+
+def test_damaged_records_of_a_rank_are_told(tmp_path: Path) -> None:
+    documents, source = write_files(tmp_path / "in", files=1, rows=12), {"steps": [{"step": "exact_duplicates"}]}
+    prepare(config(documents, tmp_path / "out", source=source))
+    for pattern, told in (("read/*.json", r"other input files \(.*json\)"), ("*/stats/*.json", "is not what a rank has counted")):
+        for path in (tmp_path / "out/code/stages").glob(pattern):
+            before = path.read_bytes()
+            path.write_bytes(before[: len(before) // 2])
+            with pytest.raises(UserError, match=f"{told}.*remove .* to start afresh"):
+                prepare(config(documents, tmp_path / "out", source=source))
+            path.write_bytes(before)
+    prepare(config(documents, tmp_path / "out", source=source))
 
 
 def test_what_was_lost_between_stages_is_made_again(undisturbed: tuple[str, Path], tmp_path: Path) -> None:

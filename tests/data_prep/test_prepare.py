@@ -25,6 +25,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from data_prep import blocks
 from data_prep import tokenize as tokenize_module
 from data_prep.blocks import Block, read_blocks, rows_of
+from data_prep.config import SlurmConfig
 from data_prep.executors import notes
 from data_prep.indexed import open_binary
 from data_prep.prepare import PrepareConfig, prepare, shared_out
@@ -176,6 +177,23 @@ def test_weights_are_for_chat_and_names_are_their_own_on_every_disk(tokenizer_fo
     ):
         with pytest.raises(UserError, match=problem):
             parse({"tokenizer": str(tokenizer_folder), "output": str(tmp_path), "sources": sources}, PrepareConfig, "config.yaml")
+
+
+@pytest.mark.parametrize("time", ["24:00:00", "1-00:00:00", "1-12", "90:00", "90", "UNLIMITED", "infinite"])
+def test_times_as_slurm_writes_them(time: str) -> None:
+    assert SlurmConfig(partition="p", time=time).time == time
+
+
+@pytest.mark.parametrize("time", ["24h", "1 day", "24:60:00", "-1:00:00", "24：00：00", "24:00:00.5", ""])
+def test_other_times_are_refused_before_sbatch_does(time: str) -> None:
+    with pytest.raises(UserError, match="time .* is no limit of time that Slurm knows: write it as HH:MM:SS"):
+        parse({"partition": "p", "time": time}, SlurmConfig, "config.yaml")
+
+
+def test_an_output_has_a_name(tmp_path: Path) -> None:
+    sources = {"web": {"documents": ["a.jsonl"], "kind": "web"}}
+    with pytest.raises(UserError, match="output .*: must not be empty: write something there"):
+        parse({"tokenizer": "t", "output": "", "sources": sources}, PrepareConfig, "config.yaml")
 
 
 def test_a_fingerprint_is_what_it_was_before_there_were_channels(tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -218,3 +218,12 @@ def _sentencepiece_bpe() -> bytes:
     lines = iter(["the cat sat on the mat", "return x"] * 20)
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=40, minloglevel=1)
     return model.getvalue()
+
+
+def test_an_end_that_is_no_token_is_none(bpe_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bpe_folder, tmp_path / "it"))
+    (folder / "config.json").write_text('{"eos_token_id": -1}')
+    assert load(folder).remark is None
+    (folder / "config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(UserError, match=r"config.json: eos_token_id \('</s>'\) must be a token's number"):
+        load(folder)

@@ -96,6 +96,12 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     ),
     "code": ("llama", lambda f: pickled(f, print), r"holds more than tensors \(print\): copy it again"),
     "padding": ("llama", lambda f: configured(f, pad_token_id=270), r"pad_token_id \(270\) is no row of vocab_size \(270\): write null"),
+    "of pictures": ("llama", lambda f: configured(f, text_config={"hidden_size": 48}), "text_config .* is not supported, only None: take"),
+    "ends": (
+        "llama",
+        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": [[1]]}') and None,
+        r"generation_config.json: eos_token_id \(\[\[1\]\]\) must be a token's number, or a list of such: mend it",
+    ),
     "heads": ("llama", lambda f: configured(f, num_key_value_heads=4), r"num_key_value_heads \(4\) must divide num_attention_heads \(6\)"),
     "layers": ("llama", lambda f: configured(f, num_hidden_layers=0), r"config.json: num_hidden_layers \(0\): Input should be greater"),
     "rows": ("llama", lambda f: configured(f, hidden_size="48"), "no configuration that transformers reads .*'hidden_size'.*: mend it$"),
