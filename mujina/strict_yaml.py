@@ -74,11 +74,11 @@ def told(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.reader.ReaderError):
         return f"the character {error.character:#06x} is none of a text: save the file as plain UTF-8, or take that out"
     mark = error.problem_mark or error.context_mark if isinstance(error, yaml.MarkedYAMLError) else None
-    if mark is not None and error.context == "while scanning a simple key":  # whose problem is seen in a line behind it
-        mark = error.context_mark
     if mark is None:
         return " ".join(str(error).split())
     assert isinstance(error, yaml.MarkedYAMLError)
+    if error.context == "while scanning a simple key" and error.context_mark:  # whose problem is seen in a line behind it
+        mark = error.context_mark
     problem = error.problem or ""
     remedy = next((f": {remedy}" for part, remedy in _REMEDIES.items() if part in problem), "")
     return f"line {mark.line + 1}: {', '.join(filter(None, (error.context, problem)))}{remedy}"
