@@ -320,7 +320,7 @@ def main(
                 missing.append(source.name)
             print(done, flush=True)
         print(f"{'rules':20} ", end="", flush=True)
-        training, held_out = rules.generate(dialogues, HELD_OUT, seed)
+        training, held_out, _ = rules.generate(dialogues, HELD_OUT, seed)
         (folder / "chat").mkdir()
         (folder / "chat" / "chat.jsonl.gz").write_bytes(gzip.compress(_lines(training), mtime=0))
         (folder / "chat" / "held_out.jsonl").write_bytes(_lines(held_out))

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 def test_every_station_and_a_second_call(tmp_path):
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     for file in (tmp_path / "examples/quickstart").glob("*_phases.yaml"):
-        file.write_text(re.sub(r"(tokens|warmup_steps): ([\d_]+)", a_twentieth, file.read_text()))
+        file.write_text(re.sub(r"(tokens|warmup_steps|epochs): ([\d_.]+)", a_twentieth, file.read_text()))
     first = call(tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
 
@@ -22,23 +22,28 @@ def test_every_station_and_a_second_call(tmp_path):
         assert (result / written).stat().st_size > 10_000
     summary = json.loads((result / "summary.json").read_text())
     assert summary["step_0_loss"]["upcycled"] == summary["step_0_loss"]["dense"] or summary["upcycling_max_relative_error"] <= 1e-5
-    for model, phases in (("dense", {"web", "chat"}), ("moe", {"web", "chat"})):
+    for model, phases, answered in (
+        ("dense", {"web", "chat", "sft", "dpo"}, ["web", "chat", "sft", "dpo"]),
+        ("moe", {"web", "sft"}, ["sft"]),
+    ):
         facts = summary["models"][model]
         assert facts["steps"] == len((result / model / "metrics.jsonl").read_text().splitlines())
-        assert set(facts["tokens_by_phase_and_source"]) == phases and set(facts["tokens_by_phase_and_source"]["chat"]) == {"chat"}
+        assert set(facts["tokens_by_phase_and_source"]) == phases and set(facts["tokens_by_phase_and_source"]["sft"]) == {"answers"}
         assert facts["tokens"] == sum(sum(sources.values()) for sources in facts["tokens_by_phase_and_source"].values())
         assert facts["last_loss"] < facts["first_loss"] and facts["conversion_max_relative_error"] <= 1e-4
-        assert 0 <= facts["well_formed_before_chat_phase"] <= 1 and 0 <= facts["well_formed_after_chat_phase"] <= 1
+        assert list(facts["answers"]) == answered
+        assert all(0 <= share <= 1 for answers in facts["answers"].values() for share in answers.values())
 
     weights = (result / "hf/moe/model.safetensors").stat().st_mtime
     second = call(tmp_path)
-    assert second.returncode == 0 and second.stdout.count(": is done") == len(summary["seconds"]) == 16
-    assert "well-formed answers" in second.stdout and json.loads((result / "summary.json").read_text()) == summary
+    assert second.returncode == 0 and second.stdout.count(": is done") == len(summary["seconds"]) == 18
+    assert "of its answers are well-formed" in second.stdout and json.loads((result / "summary.json").read_text()) == summary
     assert (result / "hf/moe/model.safetensors").stat().st_mtime == weights
 
 
 def a_twentieth(found: re.Match[str]) -> str:
-    return f"{found[1]}: {int(found[2].replace('_', '')) // 20}"
+    number = float(found[2].replace("_", "")) / 20
+    return f"{found[1]}: {number if found[1] == 'epochs' else int(number)}"
 
 
 def call(folder: Path) -> subprocess.CompletedProcess:

@@ -22,16 +22,17 @@ def main() -> None:
     for model, facts in result["models"].items():
         print(
             f"{model}: loss {facts['first_loss']:.3f} → {facts['last_loss']:.3f} in {facts['steps']} steps; Hugging Face logits within "
-            f"{facts['conversion_max_relative_error']:.1e}; well-formed answers {facts['well_formed_before_chat_phase']:.0%} before the "
-            f"chat-only phase, {facts['well_formed_after_chat_phase']:.0%} after ({facts['correct_after_chat_phase']:.0%} correct)"
+            f"{facts['conversion_max_relative_error']:.1e}"
         )
+        for phase, answers in facts["answers"].items():
+            print(f"  after {phase:4} {answers['well-formed']:4.0%} of its answers are well-formed, {answers['correct']:4.0%} right")
     print(f"see {RUN}/report.html, {RUN}/summary.json, {RUN}/hf/dense and {RUN}/hf/moe")
 
 
 def summary() -> dict[str, Any]:
     chain, upcycling = _json("chain/summary.json"), _json("moe_start/agreement.json")
     return {
-        "models": {model: _model(model) for model in ("dense", "moe")},
+        "models": {"dense": _model("dense", ("web", "chat", "sft", "dpo")), "moe": _model("moe", ("sft",))},
         "seconds": {row["station"]: row["seconds"] for row in chain["stations"]},
         "seconds_in_all": chain["seconds"],
         "step_0_loss": {"dense": upcycling["loss_before"], "upcycled": upcycling["loss_after"]},
@@ -39,10 +40,11 @@ def summary() -> dict[str, Any]:
     }
 
 
-def _model(model: str) -> dict[str, Any]:
+def _model(model: str, phases: tuple[str, ...]) -> dict[str, Any]:
+    """What became of a run, and how it answered behind `phases`, the last of which is its own last one."""
     steps = [json.loads(line) for line in (RUN / model / "metrics.jsonl").read_text().splitlines()]
     ledger = _json(f"{model}/checkpoints/latest/ledger.json")
-    before, after = (_json(f"evaluation/{label}.json") for label in (f"{model}-before-chat", model))
+    labels = {phase: model if phase == phases[-1] else f"{model}-{phase}" for phase in phases}
     return {
         "steps": len(steps),
         "tokens": ledger["tokens"],
@@ -52,9 +54,7 @@ def _model(model: str) -> dict[str, Any]:
         "first_loss": steps[0]["loss"],
         "last_loss": steps[-1]["loss"],
         "conversion_max_relative_error": _json(f"hf/{model}/conversion.json")["agreement"]["max_relative_error"],
-        "well_formed_before_chat_phase": before["measures"]["well-formed"],
-        "well_formed_after_chat_phase": after["measures"]["well-formed"],
-        "correct_after_chat_phase": after["measures"]["correct"],
+        "answers": {phase: _json(f"evaluation/{label}.json")["measures"] for phase, label in labels.items()},
     }
 
 
