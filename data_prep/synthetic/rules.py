@@ -11,6 +11,7 @@ after one sentence of working. The bytes depend on the arguments alone.
 import gzip
 import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,9 +187,10 @@ def _labels(language: str) -> dict[str, str]:
 
 
 def _mistaken(rng: random.Random, turn: Turn) -> Turn:
-    """The same question, answered with another number."""
-    right = int(turn.answer)
-    wrong = str(rng.choice([number for number in range(1, MOST + 1) if number != right]))
+    """The same question, answered with another number: one that it names, where it names the right one too."""
+    named = set(re.findall(r"\d", turn.question))
+    others = named if turn.answer in named else map(str, range(1, MOST + 1))
+    wrong = rng.choice(sorted(set(others) - {turn.answer}))
     before, _, after = turn.working.rpartition(turn.answer)
     return Turn(turn.question, before + wrong + after, wrong)
 

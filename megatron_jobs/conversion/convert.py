@@ -50,8 +50,8 @@ SHARD_BYTES = 4 * 2**30
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, such as RUN/checkpoints/latest, or RUN@PHASE")],
     output: Annotated[Path, typer.Argument(help="Hugging Face folder to write")],
-    adapter: Annotated[bool, typer.Option("--adapter", help="of a run with an adapter: that alone, for peft, and not merged")] = False,
     no_check: Annotated[bool, typer.Option("--no-check", help="leave out the comparison of logits at the end")] = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="of a run with an adapter: that alone, for peft, and not merged")] = False,
 ) -> None:
     """Writes a checkpoint as a Hugging Face folder and compares the logits of both."""
     from megatron_jobs.checkpoints.checkpoint import Checkpoint

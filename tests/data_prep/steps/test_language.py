@@ -41,7 +41,7 @@ def test_a_document_without_letters_has_some_language_and_a_low_score() -> None:
 
 
 def test_wrong_settings_are_named() -> None:
-    with pytest.raises(UserError, match="keep.*at least 1"):
+    with pytest.raises(UserError, match="keep.*must not be empty"):
         parse({"keep": []}, Language, "here")
     with pytest.raises(UserError, match="threshold .65.*less than or equal to 1"):
         parse({"keep": ["ja"], "threshold": 65}, Language, "here")

@@ -95,7 +95,7 @@ def written(configured, tmp_path_factory, request) -> dict[str, tuple[RunConfig,
         folder = tmp_path_factory.mktemp(kind)
         config = configured(kind, folder / "run")
         run_ranks(1, train_here, config)
-        run_ranks(1, convert.main, folder / "run/checkpoints/latest", folder / "adapter", True)
+        run_ranks(1, convert.main, folder / "run/checkpoints/latest", folder / "adapter", False, True)
         convert.main(folder / "run/checkpoints/latest", folder / "merged", no_check=True)
         found[kind] = (config, folder)
     cases = [[str(config.train.init_from), str(folder / "adapter"), str(folder / "saved")] for config, folder in found.values()]
