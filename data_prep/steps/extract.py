@@ -34,6 +34,7 @@ PAD, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"  # of those that Unicode keeps f
 # to U+F8FF) are, and are not among these.
 THREE, TWO, ASCII = "\u0800-\ud7ff\uf900-\ufdcf\ufdf0-\uffff", "\x80-\u07ff", "!-%'-;=?-~"
 BLANK = r"(?:\s|&#?\w++;?)*+"
+# Two bytes may become three: a tag that is ignored, such as a td outside of a table, joins A and ª.
 SHORT = re.compile(rf">(?=\s*+(?:[&{THREE}{TWO}]|[{ASCII}][&{TWO}]))({BLANK}(?:[{THREE}{TWO}]|[{ASCII}][{TWO}]?+)?+{BLANK})(?=<|\Z)")
 # Of an author or a date, which may stand in a sentence; and the source below a quotation, which is no page's footer.
 METADATA = re.compile(
@@ -218,7 +219,8 @@ def _list(html: str) -> str:
 def _padded(node: re.Match[str]) -> str:
     text = unescape(node[1]).strip(" \t\n\r\f")
     data = text.encode()
-    return node[0] + PAD if len(data) == 3 and data[2] >= 0x80 and not "\ue000" <= text <= "\uf8ff" else node[0]
+    is_sign = text == "¶" or "\ue000" <= text <= "\uf8ff"  # of a link to the place itself, of an icon font
+    return node[0] + PAD if len(data) in (2, 3) and data[-1] >= 0x80 and not is_sign else node[0]
 
 
 def _trafilatura(html: str) -> str:

@@ -84,6 +84,7 @@ def test_lists_of_links_are_menus_and_other_lists_are_not() -> None:
         ("<p>😀<b>𠮷</b><i>Ω</i><u>×</u><s>々</s>50<span>%</span>&#x3000;<b>「</b>本<b>」</b></p>", "😀𠮷Ω×々50%\u3000「本」"),
         ("<p>e<b>\u0301</b>か<b>\u3099</b>한<b>국</b>ก<b>า</b></p>", "e\u0301か\u3099한국กา"),
         ("<math><mi>x</mi><semantics><mo>=</mo><annotation>=</annotation></semantics></math><dialog open>対</dialog>", "x=対"),
+        ("<p>A<td>ª</td></p>", "Aª"),  # no cell outside of a table: its text joins what is before it
         ("<p>" + "<b><i>" * 5_000 + "深い", "深い"),
     ],
 )
