@@ -340,10 +340,21 @@ def test_urls_that_are_none(url: str) -> None:
         ServerAnswerer(url, "teacher")
 
 
+def signal_once_asked(server: ChatServer, number: int, sent: signal.Signals) -> None:
+    """Before the first request nobody listens to the signal, and it would end the tests."""
+
+    def run() -> None:
+        while server.seen.total() < number:
+            time.sleep(0.01)
+        os.kill(os.getpid(), sent)
+
+    threading.Thread(target=run, daemon=True).start()
+
+
 def test_told_to_stop_it_takes_what_is_under_way_and_sends_no_more(server: ChatServer) -> None:
-    words = [f"wait:0.5:{number}" for number in range(40)]
+    words = [f"wait:2:{number}" for number in range(40)]
     taken = []
-    threading.Timer(0.25, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    signal_once_asked(server, 8, signal.SIGTERM)
     with pytest.raises(SystemExit, match=str(STOPPED)):
         for name, found in ServerAnswerer(server.url, "teacher", 8).ask((word, Request(question(word), GREEDY)) for word in words):
             taken.append((name, found))
@@ -352,7 +363,7 @@ def test_told_to_stop_it_takes_what_is_under_way_and_sends_no_more(server: ChatS
 
 def test_told_to_stop_it_does_not_wait_for_ever(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_answers, "LONGEST_END", 0.3)
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    signal_once_asked(server, 1, signal.SIGINT)
     began = time.monotonic()
     with pytest.raises(SystemExit, match=str(STOPPED)):
         ask(server, "late")
