@@ -29,7 +29,8 @@ def test_every_station_and_a_second_call(tmp_path):
         facts = summary["models"][model]
         assert facts["steps"] == len((result / model / "metrics.jsonl").read_text().splitlines())
         assert set(facts["tokens_by_phase_and_source"]) == phases and set(facts["tokens_by_phase_and_source"]["sft"]) == {"answers"}
-        assert facts["tokens"] == sum(sum(sources.values()) for sources in facts["tokens_by_phase_and_source"].values())
+        of_sources = sum(sum(sources.values()) for sources in facts["tokens_by_phase_and_source"].values())
+        assert 0 <= facts["tokens"] - of_sources < 2 * 2048, "what fills up the last batches of dialogues is of no source"
         assert facts["last_loss"] < facts["first_loss"] and facts["conversion_max_relative_error"] <= 1e-4
         assert list(facts["answers"]) == answered
         assert all(0 <= share <= 1 for answers in facts["answers"].values() for share in answers.values())
