@@ -65,14 +65,27 @@ TOKENS = [[(7 * row + 3 * place) % 300 for place in range(64)] for row in range(
 Steps = list[dict[str, Any]]  # one dict a step, of what it told
 
 
+def write_sources(folder: Path, chat: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> None:
+    """A tokenizer of 320 pieces, and token binaries of these dialogues and pairs."""
+    from data_prep.prepare import PrepareConfig, prepare
+    from tokenization.train import TrainConfig, train
+
+    for name, rows in (("chat", chat), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    train(TrainConfig(inputs=[str(folder / "chat.jsonl")], output=str(folder / "tokenizer"), vocab_size=320, character_coverage=1.0))
+    sources = {
+        "chat": {"documents": [str(folder / "chat.jsonl")], "kind": "chat", "origin": "rule", "answer_weights": True},
+        "pairs": {"documents": [str(folder / "pairs.jsonl")], "kind": "preferences", "origin": "rule"},
+    }
+    prepare(PrepareConfig.model_validate({"tokenizer": str(folder / "tokenizer"), "output": str(folder / "data"), "sources": sources}))
+
+
 def make_inputs(folder: Path) -> None:
     """A tokenizer, dialogues and pairs as token binaries, and the first weights of a Llama and a Mixtral, as transformers draws them."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-    from data_prep.prepare import PrepareConfig, prepare
     from tokenization.load import load as load_tokenizer
-    from tokenization.train import TrainConfig, train
 
     draw = random.Random(1)
 
@@ -85,14 +98,7 @@ def make_inputs(folder: Path) -> None:
 
     chat = [{"messages": list(rounds())} for _ in range(280)]
     pairs = [{"messages": [{"role": "user", "content": text()}], "chosen": f"{text()} {n}", "rejected": text()} for n in range(180)]
-    for name, rows in (("chat", chat), ("pairs", pairs)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    train(TrainConfig(inputs=[str(folder / "chat.jsonl")], output=str(folder / "tokenizer"), vocab_size=320, character_coverage=1.0))
-    sources = {
-        "chat": {"documents": [str(folder / "chat.jsonl")], "kind": "chat", "origin": "rule", "answer_weights": True},
-        "pairs": {"documents": [str(folder / "pairs.jsonl")], "kind": "preferences", "origin": "rule"},
-    }
-    prepare(PrepareConfig.model_validate({"tokenizer": str(folder / "tokenizer"), "output": str(folder / "data"), "sources": sources}))
+    write_sources(folder, chat, pairs)
     sizes = dict(
         vocab_size=load_tokenizer(folder / "tokenizer").vocab_size,
         hidden_size=MODEL["hidden_size"],

@@ -30,7 +30,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.post_training import ROOT, WORDS, environment_of_peers, versions
+from benchmarks.post_training import ROOT, WORDS, environment_of_peers, versions, write_sources
 from benchmarks.turns import Turns, play
 
 LENGTH, BATCH, STEPS_NOT_COUNTED = 1024, 4, 2
@@ -52,9 +52,6 @@ RATIOS = [
 
 def make_inputs(folder: Path, steps: int) -> None:
     """Token binaries of dialogues and of pairs, for so many steps."""
-    from data_prep.prepare import PrepareConfig, prepare
-    from tokenization.train import TrainConfig, train
-
     draw = random.Random(1)
 
     def text(tokens: float) -> str:
@@ -77,14 +74,7 @@ def make_inputs(folder: Path, steps: int) -> None:
         places += 2 * asked + sum(answers)
         chosen, rejected = map(text, answers)
         pairs.append({"messages": [said("user", asked)], "chosen": f"{chosen} {len(pairs)}", "rejected": rejected})
-    for name, rows in (("chat", chat), ("pairs", pairs)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    train(TrainConfig(inputs=[str(folder / "chat.jsonl")], output=str(folder / "tokenizer"), vocab_size=320, character_coverage=1.0))
-    sources = {
-        "chat": {"documents": [str(folder / "chat.jsonl")], "kind": "chat", "origin": "rule", "answer_weights": True},
-        "pairs": {"documents": [str(folder / "pairs.jsonl")], "kind": "preferences", "origin": "rule"},
-    }
-    prepare(PrepareConfig.model_validate({"tokenizer": str(folder / "tokenizer"), "output": str(folder / "data"), "sources": sources}))
+    write_sources(folder, chat, pairs)
 
 
 def configured(folder: Path, name: str, quick: bool, steps: int) -> Any:

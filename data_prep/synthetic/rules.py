@@ -205,7 +205,7 @@ def _new_turns(rng: random.Random, count: int) -> list[tuple[Turn, str]]:
             if turn.question not in turns:
                 break
         else:
-            raise UserError(f"the rules have no more new questions after {len(turns):,}: ask for fewer --dialogues")
+            raise UserError(f"the rules have no more new questions after {len(turns):,}: ask for fewer --dialogues and --pairs")
         turns[turn.question] = turn, language
     return list(turns.values())
 

@@ -8,7 +8,8 @@
                      preferences; `language` and `licence` where the prompt's row has them. `provenance`: `model`; `judge` (a
                      rule, or a model with its prompt's name, version and SHA-256); the sampling; `numbers` and `scores` of the two answers
     summary.json     how many there were of what, and why others are no pairs
-    journal.jsonl    every answer and judgement (mujina/answers/journal.py): killed or stopped at any moment, the same command goes on, and asks nothing twice
+    journal.jsonl    every answer and judgement (mujina/answers/journal.py): killed or stopped at any moment, the same command goes on, and
+                     asks nothing twice
 
 An answer that is empty, or did not end by itself, is left out.
 """

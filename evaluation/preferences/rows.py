@@ -6,7 +6,7 @@ from typing import Any
 
 import pydantic
 
-from mujina.answers import Conversation, Message
+from mujina.answers import Conversation, PromptMessages
 from mujina.files import read_rows
 from mujina.user_input import Section, UserError, parse
 
@@ -24,14 +24,7 @@ class Prompt:
 class _Row(Section):
     model_config = pydantic.ConfigDict(extra="ignore")
 
-    messages: tuple[Message, ...] = pydantic.Field(min_length=1)
-
-    @pydantic.field_validator("messages")
-    @classmethod
-    def _ends_with_the_user(cls, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        if messages[-1].role != "user":
-            raise ValueError("the last message must be the user's: leave out the answer, or the model is shown it")
-        return messages
+    messages: PromptMessages
 
 
 def read_prompts(paths: Sequence[str], limit: int | None) -> list[Prompt]:

@@ -16,7 +16,7 @@ import pydantic
 
 from evaluation.progress import answered
 from evaluation.result import Measure, Result, Sample, Suite, summarize
-from mujina.answers import Answer, Answerer, Conversation, Message, Sampling
+from mujina.answers import Answer, Answerer, Conversation, PromptMessages, Sampling
 from mujina.files import sha256_of
 from mujina.user_input import MOST, Section, UserError, parse, parse_object, read_text
 
@@ -40,7 +40,7 @@ class Problem(Section):
 
     model_config = pydantic.ConfigDict(extra="ignore")
 
-    messages: tuple[Message, ...] = pydantic.Field(min_length=1)
+    messages: PromptMessages
     answer: str
     language: Literal["ja", "en"]
 
@@ -50,13 +50,6 @@ class Problem(Section):
         if not re.fullmatch("-?[0-9]{1,1000}", answer):
             raise ValueError("must be a whole number in digits, such as 42 or -7: write one")
         return answer
-
-    @pydantic.field_validator("messages")
-    @classmethod
-    def _ends_with_the_user(cls, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        if messages[-1].role != "user":
-            raise ValueError("the last message must be the user's: leave out the answer, or the model is shown it")
-        return messages
 
 
 def evaluate(answerer: Answerer, model: str, prompts: Path, limit: int | None) -> Result:

@@ -9,12 +9,23 @@ when a server is.
 
 from pathlib import Path
 
-from mujina.answers.conversation import Answer, Answerer, Conversation, Failure, Message, Request, Sampling, Session, question
+from mujina.answers.conversation import (
+    Answer,
+    Answerer,
+    Conversation,
+    Failure,
+    Message,
+    PromptMessages,
+    Request,
+    Sampling,
+    Session,
+    question,
+)
 from mujina.answers.folder import FolderAnswerer
 from mujina.user_input import UserError
 
-__all__ = ["Answer", "Answerer", "Conversation", "Failure", "FolderAnswerer", "Message", "Request", "Sampling", "Session"]
-__all__ += ["open_answerer", "question"]
+__all__ = ["Answer", "Answerer", "Conversation", "Failure", "FolderAnswerer", "Message", "PromptMessages", "Request"]
+__all__ += ["Sampling", "Session", "open_answerer", "question"]
 
 
 def open_answerer(where: str, completes: bool = False) -> Answerer:

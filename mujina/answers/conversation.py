@@ -5,7 +5,9 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
+
+import pydantic
 
 from mujina.user_input import Section, UserError
 
@@ -19,6 +21,16 @@ class Message(Section):
 
     role: Literal["system", "user", "assistant"]
     content: str
+
+
+def _end_with_the_user(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    if messages[-1].role != "user":
+        raise ValueError("the last message must be the user's: leave out the answer, or the model is shown it")
+    return messages
+
+
+# What a row of a file asks.
+PromptMessages = Annotated[tuple[Message, ...], pydantic.Field(min_length=1), pydantic.AfterValidator(_end_with_the_user)]
 
 
 @dataclass(frozen=True)

@@ -133,9 +133,11 @@ class Journal:
         self._size += len(line)
 
     def close(self) -> None:
-        """All is on the disk when this returns."""
+        """All is on the disk when this returns; a file into which nothing came is gone."""
         try:
             self._sync()
+            if not self._size:
+                self.path.unlink()
         finally:
             self._file.close()
 

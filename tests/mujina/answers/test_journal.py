@@ -247,3 +247,13 @@ assert all(number in index.places(sha256(number.to_bytes(8)).digest()[:16]) for 
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600, check=True)
     assert int(done.stdout) < 200, done.stdout
+
+
+def test_a_journal_into_which_nothing_came_leaves_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with pytest.raises(UserError, match="no such model"), open_journal(path):
+        raise UserError("no such model")
+    assert not path.exists()
+    with open_journal(path) as journal:
+        journal.add(b"{}", Failure("late"))
+    assert path.read_bytes().count(b"\n") == 1
